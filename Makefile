@@ -1,0 +1,81 @@
+# Everything a machine with Python >= 3.11, pip, make and git needs to do.
+
+PYTHON    ?= python3
+FULL_DATA ?= $(or $(MTZ_FULL_DATA),../shared/data)
+
+UV_VERSION := 0.13.9
+TORCH      := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+BIN := .venv/bin
+UV  := $(BIN)/uv --quiet --no-progress
+# Commands of pipeline stages say `python` and `dvc`: they must find this environment's.
+WITH_ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+# Without bytecode, imports and servers start two to four times slower.
+unexport PYTHONDONTWRITEBYTECODE
+# Neither another environment nor foreign modules may leak into this one.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run ui test bench lint types imports check format lock data clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/.ready ## make .venv from the lock (does nothing when it is up to date)
+
+.venv/.packages: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12")'
+	@echo "Making .venv (about a minute)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes --no-deps -r requirements.lock
+	@touch $@
+
+.venv/.ready: .venv/.packages pyproject.toml
+	@# pip, not uv: only pip looks into the wheel folders that a machine may be configured with.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(UV) pip check --python $(BIN)/python
+	@touch $@
+
+run: setup ## run the main job: zip the example fleet
+	@$(WITH_ENV) mtz run
+
+ui: setup ## serve the MLflow and Prefect pages on this machine
+	@$(WITH_ENV) mtz ui
+
+test: setup ## run the tests
+	@$(WITH_ENV) python -m pytest
+
+bench: setup ## measure on the full data (MTZ_FULL_DATA or ../shared/data)
+	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.zipping_table
+
+check: lint types imports ## lint, types and imports
+
+lint: setup ## check format and style
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: setup ## check the types
+	@$(BIN)/mypy
+
+imports: setup ## check who may import whom
+	@$(BIN)/lint-imports
+
+format: setup ## format the code and mend what can be mended
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml, keeping versions that still fit
+	@$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-package torch --no-emit-index-url --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements.lock
+
+data: setup ## rebuild the example data from the full sets (MTZ_FULL_DATA or ../shared/data)
+	@$(BIN)/python data/build.py --source "$(FULL_DATA)" --out data
+
+clean: ## remove the environment and caches; results stay
+	rm -rf .venv *.egg-info build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find mtz_core tasks flows tests data -name __pycache__ -type d -prune -exec rm -rf {} +
