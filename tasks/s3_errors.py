@@ -1,0 +1,58 @@
+"""What the errors of boto3 mean to the person who has to cure them."""
+
+from botocore.exceptions import (
+    ClientError,
+    ConnectionError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+_CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment."
+_ENDPOINT = "Start the server, or set storage.endpoint in params.yaml to 'embedded', 'aws', or a URL in reach."
+_BUCKET = "Create it, or set storage.bucket in params.yaml to one that exists."
+_REGION = "Set storage.region in params.yaml to the bucket's region."
+_ALLOW = "Ask for s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket on it, or use other credentials."
+
+_REFUSALS = {
+    "InvalidAccessKeyId": ("the access key is unknown there", _CREDENTIALS),
+    "SignatureDoesNotMatch": ("the secret key is wrong", _CREDENTIALS),
+    "InvalidToken": ("the session token is not valid", "Log in again, or unset AWS_SESSION_TOKEN."),
+    "ExpiredToken": ("the credentials have expired", "Log in again."),
+    "RequestTimeTooSkewed": ("this machine's clock is wrong", "Set the clock."),
+    "AccessDenied": ("access is denied", _ALLOW),
+    "403": ("access is denied", _ALLOW),
+    "NoSuchBucket": ("there is no such bucket", _BUCKET),
+    "404": ("there is no such bucket", _BUCKET),
+    "InvalidBucketName": ("a bucket's name is 3 to 63 of a-z, 0-9, '-', '.'", "Change storage.bucket in params.yaml."),
+    "NoSuchKey": ("the object is not there", "Run the stage that stores it again."),
+    "PermanentRedirect": ("the bucket is in another region", _REGION),
+    "301": ("the bucket is in another region", _REGION),
+    "AuthorizationHeaderMalformed": ("the bucket is in another region", _REGION),
+    "BadDigest": ("the content was damaged on the way", "Run again."),
+    "SlowDown": ("the server asks for fewer requests", "Run again later."),
+}
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """Cause and remedy of an error of boto3, in words that hold no secret."""
+    if isinstance(error, ClientError):
+        unknown = (f"the server answered {code(error) or 'an error'}", "Look into the server's log, then run again.")
+        return _REFUSALS.get(code(error), unknown)
+    if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError):
+        return "no complete credentials were found", _CREDENTIALS
+    if isinstance(error, ProfileNotFound):
+        return f"the profile '{error.kwargs.get('profile')}' is unknown", "Create it, or unset AWS_PROFILE."
+    if isinstance(error, HTTPClientError | ConnectionError):
+        return f"the server does not answer as it should ({type(error).__name__})", _ENDPOINT
+    if isinstance(error, ParamValidationError):
+        return _REFUSALS["InvalidBucketName"]
+    return f"{error}", _ENDPOINT
+
+
+def code(error: ClientError) -> str:
+    """The error code that the server gave, e.g. `AccessDenied`; a bare status such as `404` where it gave none."""
+    return str(error.response.get("Error", {}).get("Code", ""))
