@@ -1,0 +1,1 @@
+"""Prefect flows that decide when and where the stages run."""

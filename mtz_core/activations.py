@@ -1,0 +1,88 @@
+"""What the layers of a network are fed: calibration batches, sampled rows, and their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mtz_core.errors import InvalidCalibration
+from mtz_core.graph import Network, Node, run_node
+from mtz_core.layers import LAYERS, from_matrix, with_ones
+from mtz_core.moments import Moments
+from mtz_core.settings import ZipConfig
+
+BATCH = 100
+"""Examples that go through a network at once."""
+
+
+def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
+    """Calibration data as a list of batches. Raises `InvalidCalibration` if empty, not floating point or not finite."""
+    batches = list(torch.split(data, BATCH)) if isinstance(data, Tensor) else list(data)
+    batches = [batch for batch in batches if len(batch)]
+    if not batches:
+        raise InvalidCalibration(f"the calibration data of {task!r} are empty. Give at least one example.")
+    for batch in batches:
+        if not batch.is_floating_point():
+            raise InvalidCalibration(
+                f"the calibration data of {task!r} have dtype {batch.dtype}. Give the floating-point values that the "
+                "network is meant to read."
+            )
+        if batch.shape[1:] != batches[0].shape[1:]:
+            raise InvalidCalibration(
+                f"the calibration data of {task!r} mix examples of shape {list(batches[0].shape[1:])} and "
+                f"{list(batch.shape[1:])}. Give one shape."
+            )
+        if not bool(torch.isfinite(batch).all()):
+            raise InvalidCalibration(f"the calibration data of {task!r} have NaN or infinite values.")
+    return batches
+
+
+def sample_positions(node: Node, x: Float[Tensor, "batch ..."], config: ZipConfig) -> Int64[Tensor, " p"]:
+    """At most `config.patches` of a layer's positions, the same for every example, ascending."""
+    positions = LAYERS[node.kind].positions(node.settings, x)
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(positions, generator=generator)[: config.patches].sort().values
+
+
+def layer_rows(
+    node: Node, x: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]
+) -> Float[Tensor, "batch*p in"]:
+    """A layer's input as the rows that meet its matrix (with the trailing 1 if it has a bias)."""
+    return with_ones(LAYERS[node.kind].rows(node.settings, x, positions), node.bias)
+
+
+@torch.no_grad()
+def stream_rows(
+    network: Network, batches: Iterable[Tensor], config: ZipConfig
+) -> Iterator[Mapping[str, Float[Tensor, "n in"]]]:
+    """The sampled input rows of every layer of an original network, batch by batch.
+
+    Raises `InvalidCalibration` for activations that are not finite, naming the layer.
+    """
+    for batch in batches:
+        rows: dict[str, Tensor] = {}
+        x = batch
+        for node in network.graph.nodes:
+            if not node.is_layer:
+                x = run_node(node, x)
+                continue
+            rows[node.name] = layer_rows(node, x, sample_positions(node, x, config))
+            x = run_node(node, x, *from_matrix(network.weights[node.name], node.bias))
+            if not bool(torch.isfinite(x).all()):
+                raise InvalidCalibration(
+                    f"layer {node.name!r} puts out NaN or infinite values on the calibration data. "
+                    "Check the network's weights and the scale of the data."
+                )
+        yield rows
+
+
+def original_moments(network: Network, batches: Iterable[Tensor], config: ZipConfig) -> dict[str, Moments]:
+    """Second moments of every layer's input in an original network."""
+    moments = {node.name: Moments(network.weights[node.name].shape[1]) for node in network.graph.layers}
+    for rows in stream_rows(network, batches, config):
+        for layer, layer_moments in moments.items():
+            layer_moments.add(rows[layer])
+    return moments

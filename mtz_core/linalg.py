@@ -1,0 +1,148 @@
+"""Damped positive-definite algebra on layer-wise Hessians, in a primal and a dual form.
+
+A layer-wise Hessian is ``A = E[x xᵀ] + λ I`` over the rows ``x`` of a layer's input. With at least as many
+rows as inputs it is held as a dense matrix (`DenseHessian`). With fewer, it is held as its rows
+(`RowsHessian`, ``A = XᵀX + λ I``) and every solve happens in the dual space of the rows (Woodbury), so the
+square of a wide layer's input is never formed. Both answer the same questions, all in float64: product, solve,
+Schur complement, and weighted sum.
+
+Nothing here hides a numerical failure: a factorisation that fails raises `SingularHessian`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mtz_core.errors import MtzError
+
+
+class SingularHessian(MtzError):
+    """A damped Hessian could not be factorised."""
+
+
+def _factorise(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise SingularHessian(
+            f"a Hessian of size {matrix.shape[0]} is not positive definite (pivot {int(info)}). "
+            "Raise `damping`, or give more calibration data."
+        )
+    return factor
+
+
+@dataclass(frozen=True, eq=False)
+class DenseHessian:
+    """A damped Hessian as a dense matrix, ``A`` itself."""
+
+    matrix: Float[Tensor, "n n"]
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[0]
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "n n"]:
+        return _factorise(self.matrix)
+
+    def product(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """``A v``."""
+        return self.matrix @ vectors
+
+    def solve(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """``A⁻¹ v``. Raises `SingularHessian`."""
+        return torch.cholesky_solve(vectors, self._factor)
+
+    def select(self, index: Int64[Tensor, " k"]) -> DenseHessian:
+        """The principal block of some inputs, in the given order."""
+        return DenseHessian(self.matrix[index][:, index])
+
+    def schur(self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"]) -> DenseHessian:
+        """``A_ss − A_sp A_pp⁻¹ A_ps``: the curvature left to shared inputs when own ones compensate."""
+        factor = _factorise(self.matrix[own][:, own])
+        half = torch.linalg.solve_triangular(factor, self.matrix[own][:, shared], upper=False)
+        return DenseHessian(self.matrix[shared][:, shared] - half.T @ half)
+
+    def compensation(
+        self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"], change: Float[Tensor, "s m"]
+    ) -> Float[Tensor, "p m"]:
+        """``−A_pp⁻¹ A_ps δ``: the best answer of the own inputs' weights to a change of the shared ones."""
+        return -torch.cholesky_solve(self.matrix[own][:, shared] @ change, _factorise(self.matrix[own][:, own]))
+
+    def dense(self) -> Float[Tensor, "n n"]:
+        return self.matrix
+
+
+@dataclass(frozen=True, eq=False)
+class RowsHessian:
+    """A damped Hessian as few scaled rows, ``A = XᵀX + λ I`` with fewer rows than inputs."""
+
+    rows: Float[Tensor, "r n"]
+    damping: float
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[1]
+
+    @staticmethod
+    def _dual(rows: Float[Tensor, "r n"], damping: float) -> Float[Tensor, "r r"]:
+        kernel = rows @ rows.T
+        kernel.diagonal().add_(damping)
+        return _factorise(kernel)
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "r r"]:
+        return self._dual(self.rows, self.damping)
+
+    def product(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """``A v``."""
+        return self.rows.T @ (self.rows @ vectors) + self.damping * vectors
+
+    def solve(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """``A⁻¹ v = (v − Xᵀ (X Xᵀ + λ I)⁻¹ X v) / λ``. Raises `SingularHessian`."""
+        inner = torch.cholesky_solve(self.rows @ vectors, self._factor)
+        return (vectors - self.rows.T @ inner) / self.damping
+
+    def select(self, index: Int64[Tensor, " k"]) -> RowsHessian:
+        """The principal block of some inputs, in the given order."""
+        return RowsHessian(self.rows[:, index], self.damping)
+
+    def schur(self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"]) -> RowsHessian:
+        """``A_ss − A_sp A_pp⁻¹ A_ps``, which is again rows and damping: ``λ I + X_sᵀ λ(X_p X_pᵀ + λ I)⁻¹ X_s``."""
+        factor = self._dual(self.rows[:, own], self.damping)
+        left = torch.linalg.solve_triangular(factor, self.rows[:, shared], upper=False)
+        return RowsHessian(left * self.damping**0.5, self.damping)
+
+    def compensation(
+        self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"], change: Float[Tensor, "s m"]
+    ) -> Float[Tensor, "p m"]:
+        """``−A_pp⁻¹ A_ps δ = −X_pᵀ (X_p X_pᵀ + λ I)⁻¹ X_s δ``."""
+        own_rows = self.rows[:, own]
+        factor = self._dual(own_rows, self.damping)
+        return -(own_rows.T @ torch.cholesky_solve(self.rows[:, shared] @ change, factor))
+
+    def dense(self) -> Float[Tensor, "n n"]:
+        matrix = self.rows.T @ self.rows
+        matrix.diagonal().add_(self.damping)
+        return matrix
+
+
+Hessian = DenseHessian | RowsHessian
+
+
+def weighted_sum(hessians: Sequence[Hessian], weights: Sequence[float]) -> Hessian:
+    """``Σ α_t A_t``, in rows as long as all terms are rows and stay fewer than the inputs."""
+    rows = [h for h in hessians if isinstance(h, RowsHessian)]
+    if len(rows) == len(hessians) and sum(h.rows.shape[0] for h in rows) < rows[0].size:
+        stacked = torch.cat([h.rows * a**0.5 for h, a in zip(rows, weights, strict=True)])
+        return RowsHessian(stacked, sum(a * h.damping for h, a in zip(rows, weights, strict=True)))
+    total = weights[0] * hessians[0].dense()
+    for hessian, weight in zip(hessians[1:], weights[1:], strict=True):
+        total.add_(hessian.dense(), alpha=weight)
+    return DenseHessian(total)

@@ -1,0 +1,68 @@
+"""What a user decides about zipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mtz_core.errors import InvalidConfig
+
+Method = Literal["refit", "paper"]
+
+
+@dataclass(frozen=True)
+class ZipConfig:
+    """How to zip.
+
+    `method`: ``refit`` (default: own inputs compensate, layers are refitted to the originals' outputs on what the
+    zipped network really feeds them, optimal assignment) or ``paper`` (MTZ as published: neither, greedy matching).
+    `share`: the fraction of each hidden layer's neurons to share, of the narrower network's width, or a count per
+    layer. `damping`: λ of every Hessian, relative to the mean of its diagonal. `balance`: weight of each task
+    in the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
+    sampled from its positions with `seed`.
+    """
+
+    method: Method = "refit"
+    share: float | Mapping[str, int] = 1.0
+    damping: float = 1e-3
+    balance: Mapping[str, float] | None = None
+    patches: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("refit", "paper"):
+            raise InvalidConfig(f"method: {self.method!r} is not a method. Allowed: 'refit', 'paper'.")
+        if isinstance(self.share, (int, float)) and not 0 <= self.share <= 1:
+            raise InvalidConfig(f"share: {self.share} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
+        if not 0 < self.damping < float("inf"):
+            raise InvalidConfig(f"damping: {self.damping} is impossible. Allowed: a positive number, such as 0.001.")
+        if self.patches < 1:
+            raise InvalidConfig(f"patches: {self.patches} is impossible. Allowed: 1 or more.")
+        if self.balance is not None and any(not 0 < value < float("inf") for value in self.balance.values()):
+            raise InvalidConfig("balance: every task's weight must be a positive number.")
+
+    def counts(self, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Neurons to share in each hidden group, given the group's width in every network.
+
+        Raises `InvalidConfig` for layers that do not exist and counts that are too large.
+        """
+        narrowest = {group: min(values) for group, values in widths.items()}
+        if isinstance(self.share, (int, float)):
+            return {group: round(self.share * width) for group, width in narrowest.items()}
+        for layer, count in self.share.items():
+            if layer not in narrowest:
+                known = ", ".join(narrowest) or "none"
+                raise InvalidConfig(f"share.{layer}: there is no such hidden layer. Hidden layers: {known}.")
+            if not 0 <= count <= narrowest[layer]:
+                raise InvalidConfig(f"share.{layer}: {count} is impossible. Allowed: 0 to {narrowest[layer]}.")
+        return {group: int(self.share.get(group, 0)) for group in narrowest}
+
+    def balance_of(self, tasks: Sequence[str]) -> list[float]:
+        """Weights of the tasks, summing to 1. Raises `InvalidConfig` unless `balance` names exactly the tasks."""
+        if self.balance is None:
+            return [1 / len(tasks)] * len(tasks)
+        if set(self.balance) != set(tasks):
+            raise InvalidConfig(f"balance: names {sorted(self.balance)}, but the tasks are {sorted(tasks)}.")
+        total = sum(self.balance.values())
+        return [self.balance[task] / total for task in tasks]
