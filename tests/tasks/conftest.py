@@ -1,0 +1,56 @@
+"""Real services for the tests of the stages: one embedded S3 server for the whole session."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tasks import storage
+from tasks.storage import Storage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a storage is, as `params.storage` says it."""
+
+    endpoint: str = storage.EMBEDDED
+    bucket: str = "mtz-tests"
+    prefix: str = "project"
+    region: str = "us-east-1"
+
+
+@pytest.fixture(autouse=True)
+def no_foreign_aws_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the account of whoever runs the tests out of them."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "ENDPOINT_URL", "ENDPOINT_URL_S3"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `.mtz` folder of the session's services."""
+    return tmp_path_factory.mktemp("project") / ".mtz"
+
+
+@pytest.fixture(scope="session")
+def session_store(home: Path) -> Iterator[Storage]:
+    """Keeps the session's S3 server up."""
+    with storage.connect(Place(), home) as store:
+        yield store
+
+
+@pytest.fixture
+def place(session_store: Storage, request: pytest.FixtureRequest) -> Place:
+    """A storage of this test's own: a prefix on the session's server."""
+    return Place(prefix=f"tests/{request.node.name.replace('[', '-').replace(']', '')}")
+
+
+@pytest.fixture
+def store(place: Place, home: Path) -> Iterator[Storage]:
+    """That storage, open."""
+    with storage.connect(place, home) as opened:
+        yield opened
