@@ -62,7 +62,7 @@ types: setup ## check the types
 	@$(BIN)/mypy
 
 imports: setup ## check who may import whom
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 format: setup ## format the code and mend what can be mended
 	@$(BIN)/ruff format .
