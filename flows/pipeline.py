@@ -1,0 +1,230 @@
+"""One folder's DVC pipeline: its stages, which of them changed, running one, sharing results through the remote.
+
+DVC runs as a process of its own each time, through its command line. It alone decides whether a stage must run.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.processes import Child, Interrupted, python_environment, stopping
+from mtz_core.errors import MtzError
+
+Outcome = Literal["executed", "restored", "unchanged"]
+
+EXIT_TRY_AGAIN = 75
+"""Exit status of a stage that failed for a passing reason (`EX_TEMPFAIL`), such as a storage that did not answer."""
+
+_STAGE_STARTS = re.compile(r"> ")
+_STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
+_EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
+_OUTPUT_DIGEST = re.compile(r"md5: ([0-9a-f]{2})([0-9a-f]{30}(?:\.dir)?)$", re.MULTILINE)
+_INDEX_SCRIPT = Path(__file__).with_name("dvc_index.py")
+
+
+class DvcFailed(MtzError):
+    """DVC itself refused or failed."""
+
+
+class StageFailed(MtzError):
+    """A stage ended with an error.
+
+    Attributes:
+        stage: its name.
+        can_be_retried: the same command may succeed later: a service did not answer, or the process was killed.
+    """
+
+    def __init__(self, stage: str, reason: str, can_be_retried: bool = False) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage
+        self.can_be_retried = can_be_retried
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as DVC sees it; paths are relative to the pipeline's folder."""
+
+    name: str
+    needs: tuple[str, ...]
+    dependencies: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of a stage."""
+
+    stage: str
+    outcome: Outcome
+    seconds: float
+    """Wall time with DVC's part."""
+    command_seconds: float = 0.0
+    """Wall time of the stage's own process."""
+    last_line: str = ""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The pipeline of `folder`.
+
+    Args:
+        environment: variables that DVC and the stages need beyond this process's own, such as credentials.
+    """
+
+    folder: Path
+    cache: Path
+    """DVC's cache folder, for looking only."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return all stages, each after those it needs."""
+        found = self._json(str(_INDEX_SCRIPT))
+        return tuple(
+            Stage(
+                name=stage["name"],
+                needs=tuple(stage["needs"]),
+                dependencies=tuple(stage["dependencies"]),
+                outputs=tuple(stage["outputs"]),
+            )
+            for stage in found
+        )
+
+    def changed(self) -> frozenset[str]:
+        """Return the stages whose command, dependencies or outputs differ from the recorded ones."""
+        return frozenset(self._json("dvc", "--wait-for-lock", "status", "--json"))
+
+    def reproduce(
+        self, stage: str, *, force: bool = False, pull: bool = False, on_line: Callable[[str], None] = lambda line: None
+    ) -> StageResult:
+        """Bring one stage up to date: run it, or restore what an earlier run of it made, or leave it.
+
+        Args:
+            force: run it in any case.
+            pull: restore from the remote too, not only from the local cache.
+            on_line: receives each line of DVC and of the stage.
+
+        Raises:
+            StageFailed: with the stage's own `error:` line as the reason.
+        """
+        options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
+        start = time.monotonic()
+        command_start = command_end = start
+        running = False
+        said: list[str] = []
+        outcome: Outcome = "unchanged"
+        child = self._start("dvc", "--wait-for-lock", "repro", "--single-item", *options, stage)
+        for line in child.lines():
+            on_line(line)
+            if _STAGE_STARTS.match(line) and outcome != "executed":
+                outcome, running, command_start = "executed", True, time.monotonic()
+            elif _STAGE_IS_OVER.match(line):
+                command_end = time.monotonic() if running else command_end
+                running = False
+            elif line.endswith("is cached - skipping run, checking out outputs") or line.startswith("Pulling data for"):
+                outcome = "restored"
+            if line.strip():
+                said.append(line)
+        if child.wait() != 0:
+            raise _stage_failure(stage, said)
+        return StageResult(
+            stage,
+            outcome,
+            seconds=round(time.monotonic() - start, 3),
+            command_seconds=round(command_end - command_start, 3),
+            last_line=_last_stage_line(said) if outcome == "executed" else "",
+        )
+
+    def fetch(self) -> None:
+        """Fetch from the remote the records of earlier runs, and data that this pipeline has recorded but lost."""
+        self._output("dvc", "--wait-for-lock", "fetch", "--run-cache")
+
+    def push(self) -> None:
+        """Send all data of this pipeline and the records of all runs to the remote."""
+        self._output("dvc", "--wait-for-lock", "push", "--run-cache")
+
+    def has_remote_results(self) -> bool:
+        """Tell whether earlier runs are on record whose data is not in the local cache.
+
+        Only then is `pull` worth its time: with it DVC fetches the records of all runs again for every stage.
+        """
+        for record in self.cache.glob("runs/*/*/*"):
+            outputs = record.read_text(encoding="utf-8").partition("\nouts:\n")[2]
+            for head, tail in _OUTPUT_DIGEST.findall(outputs):
+                if not (self.cache / "files" / "md5" / head / tail).exists():
+                    return True
+        return False
+
+    def run(self, arguments: list[str]) -> Iterator[str]:
+        """Run `dvc` with these arguments and yield its lines. Raises `DvcFailed` when it fails."""
+        child = self._start("dvc", *arguments)
+        yield from child.lines()
+        if (status := child.wait()) != 0:
+            raise DvcFailed(f"dvc {' '.join(arguments)} ended with status {status}; the reason is above.")
+
+    def _json(self, *arguments: str) -> Any:
+        printed = [line for line in self._output(*arguments) if line.startswith(("{", "["))]
+        return json.loads(printed[-1])
+
+    def _output(self, *arguments: str) -> list[str]:
+        child = self._start(*arguments)
+        lines = [line for line in child.lines() if line.strip()]
+        if child.wait() != 0:
+            if stopping():
+                raise Interrupted
+            raise DvcFailed(f"DVC failed in {self.folder}: {explain(_dvc_reason(lines))}")
+        return lines
+
+    def _start(self, *arguments: str) -> Child:
+        return Child(arguments, self.folder, python_environment(DVC_NO_ANALYTICS="1", **self.environment))
+
+
+def explain(reason: str) -> str:
+    """Return the reason, with the remedy for faults that any program can meet."""
+    if "No space left on device" in reason or "Disk quota exceeded" in reason:
+        return f"{reason} Free some space on the disk and run again; finished stages are kept."
+    return reason
+
+
+def _dvc_reason(lines: list[str]) -> str:
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return errors[-1] if errors else (lines[-1] if lines else "it said nothing.")
+
+
+def _stage_failure(stage: str, said: list[str]) -> Exception:
+    """Return the exception that tells why `dvc repro` failed, from what it and the stage said."""
+    if stopping():
+        return Interrupted()
+    reason = _dvc_reason(said)
+    status = _EXIT_STATUS.search(reason)
+    if status is None:
+        return StageFailed(stage, explain(reason.removeprefix(f"failed to reproduce '{stage}': ")))
+    code = int(status[1])
+    signal = -code if code < 0 else code - 128
+    if signal > 0:
+        return StageFailed(
+            stage,
+            f"its process was killed (signal {signal}). If the machine ran out of memory, give it more, or lower "
+            "flow.workers or the stage's batch and sample sizes in params.yaml.",
+            can_be_retried=True,
+        )
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    told = errors[-1] if errors else _last_stage_line(said) or f"it ended with status {code}."
+    return StageFailed(stage, explain(told), can_be_retried=code == EXIT_TRY_AGAIN)
+
+
+def _last_stage_line(said: list[str]) -> str:
+    """Return the last line that came from the stage's own process."""
+    last = ""
+    running = False
+    for line in said:
+        if _STAGE_STARTS.match(line):
+            running = True
+        elif _STAGE_IS_OVER.match(line):
+            running = False
+        elif running:
+            last = line.strip()
+    return last
