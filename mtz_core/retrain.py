@@ -114,7 +114,7 @@ def retrain(
         for task in tasks:
             index = next(draws[task])
             loss = distillation_loss(zipped(training[task][index], task), targets[task][index], config.temperature)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             sums[task] += loss.item()
         optimiser.step()
         schedule.step()

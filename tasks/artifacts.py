@@ -1,0 +1,250 @@
+"""Values and files: where a stage's files lie, and how they are written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtz_core.errors import MtzError
+from mtz_core.matching import GroupMatch, Pairing
+from mtz_core.moments import Moments
+
+
+class InvalidArtifact(MtzError):
+    """A file that a stage should read is missing, damaged, or not what its name says."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder in which one group's pipeline runs, and the places of its files."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    def activations(self, model: str) -> Path:
+        return self.root / "activations" / model
+
+    def hessians(self, model: str) -> Path:
+        return self.root / "hessians" / f"{model}.safetensors"
+
+    @property
+    def pairing(self) -> Path:
+        return self.root / "pairing" / "pairing.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "pairing" / "curves.csv"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def retrained(self) -> Path:
+        return self.root / "retrained"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def registration(self) -> Path:
+        return self.root / "registration.json"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, and is gone when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and is gone when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `InvalidArtifact`."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidArtifact(f"{path}: {error.strerror}. Run the stage that writes it.") from error
+    except ValueError as error:
+        raise InvalidArtifact(f"{path} is not JSON: {error}. Run the stage that writes it again.") from error
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, as DVC's plots read it."""
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+class RowsWriter:
+    """Writes rows of one layer to an Arrow IPC file as they come: one fixed-shape tensor column, uncompressed."""
+
+    def __init__(self, path: Path, layer: str, inputs: int) -> None:
+        self._type = pa.fixed_shape_tensor(pa.float32(), (inputs,))
+        schema = pa.schema([pa.field(ROWS, self._type)], metadata={"layer": layer, "inputs": str(inputs)})
+        self._schema = schema
+        self._writer = pa.ipc.new_file(path, schema)
+
+    def append(self, rows: Float[Tensor, "n inputs"]) -> None:
+        values = np.ascontiguousarray(rows.to(torch.float32).numpy())
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+        self._writer.write_batch(pa.record_batch([column], schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+ROWS = "rows"
+"""The column of an activations file."""
+
+
+def layer_file(folder: Path, layer: str) -> Path:
+    """The activations file of a layer; layer names may hold dots but no slashes."""
+    return folder / f"{layer}.arrow"
+
+
+def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]]:
+    """The rows of an activations file, memory-mapped, at most `batch_rows` at a time.
+
+    How the rows are grouped depends on `batch_rows` alone, not on the batches in the file. Raises `InvalidArtifact`.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            pending: list[Tensor] = []
+            count = 0
+            reader = pa.ipc.open_file(source)
+            for index in range(reader.num_record_batches):
+                values = reader.get_batch(index).column(0).to_numpy_ndarray()
+                for part in torch.split(torch.from_numpy(values.copy()), batch_rows):
+                    if count + len(part) > batch_rows:
+                        yield torch.cat(pending)
+                        pending, count = [], 0
+                    pending.append(part)
+                    count += len(part)
+            if pending:
+                yield torch.cat(pending)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InvalidArtifact(f"{path} cannot be read: {error}. Run collect again.") from error
+
+
+def write_moments(path: Path, moments: Mapping[str, Moments]) -> None:
+    """Second moments of one model: per layer the mean outer product, or the rows while they are fewer than inputs."""
+    tensors: dict[str, Tensor] = {}
+    for layer, layer_moments in moments.items():
+        if layer_moments.gram is None:
+            tensors[f"{layer}/rows"] = layer_moments.rows
+        else:
+            tensors[f"{layer}/moment"] = (layer_moments.gram / layer_moments.count).to(torch.float32)
+            tensors[f"{layer}/count"] = torch.tensor(layer_moments.count)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_moments(path: Path) -> dict[str, Moments]:
+    """Raises `InvalidArtifact`."""
+    moments: dict[str, Moments] = {}
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        layer, kind = name.rsplit("/", 1)
+        if kind == "rows":
+            moments[layer] = Moments.from_rows(tensor)
+        elif kind == "moment":
+            count = int(tensors[f"{layer}/count"])
+            moments[layer] = Moments.from_gram(tensor.to(torch.float64) * count, count)
+    return moments
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises `InvalidArtifact`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise InvalidArtifact(f"{path}: {error.strerror or error}. Make or fetch the file first.") from error
+    except SafetensorError as error:
+        raise InvalidArtifact(f"{path} is not a readable safetensors file: {error}. Make or fetch it again.") from error
+
+
+def write_matches(workspace: Workspace, tasks: Sequence[str], matches: Sequence[GroupMatch]) -> None:
+    """The pairing of every neuron group, and what sharing fewer or more neurons would cost."""
+    write_json(
+        workspace.pairing,
+        {
+            "tasks": list(tasks),
+            "groups": {
+                match.group: {
+                    "shared": match.pairing.shared,
+                    "cost": match.cost,
+                    "members": match.pairing.members.tolist(),
+                }
+                for match in matches
+            },
+        },
+    )
+    rows = ((match.group, count, cost) for match in matches for count, cost in enumerate((0.0, *match.curve)))
+    write_table(workspace.curves, ("layer", "shared", "cost"), rows)
+
+
+def read_pairings(workspace: Workspace) -> dict[str, Pairing]:
+    """Raises `InvalidArtifact`."""
+    content = read_json(workspace.pairing)
+    return {
+        name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
+        for name, group in content["groups"].items()
+    }

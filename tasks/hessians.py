@@ -1,0 +1,21 @@
+"""Stage `hessians`: fold one network's sampled layer inputs into layer-wise second moments."""
+
+from __future__ import annotations
+
+from mtz_core.moments import Moments
+from tasks.artifacts import InvalidArtifact, Workspace, read_rows, write_moments
+from tasks.params import Params
+from tasks.progress import say
+
+
+def run(params: Params, workspace: Workspace, model: str) -> None:
+    """Stream every activations file of a model once and write its second moments. Raises `MtzError`."""
+    files = sorted(workspace.activations(model).glob("*.arrow"))
+    if not files:
+        raise InvalidArtifact(f"{workspace.activations(model)} has no activations. Run collect {model} first.")
+    moments: dict[str, Moments] = {}
+    for file in files:
+        for rows in read_rows(file, params.hessians.batch_rows):
+            moments.setdefault(file.stem, Moments(rows.shape[1])).add(rows)
+        say(f"{file.stem}: {moments[file.stem].count} rows of {moments[file.stem].inputs} inputs")
+    write_moments(workspace.hessians(model), moments)

@@ -1,0 +1,22 @@
+"""Stage `match`: pair the neurons of a group's networks, layer by layer."""
+
+from __future__ import annotations
+
+from mtz_core import matching
+from tasks.artifacts import Workspace, read_moments, write_matches
+from tasks.models import load_traced
+from tasks.params import Params
+from tasks.progress import say
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Write the pairing of every neuron group and its cost curves. Raises `MtzError`."""
+    networks = {model: load_traced(params, workspace, model) for model in params.models}
+    matching.check_compatible(networks)
+    moments = {model: read_moments(workspace.hessians(model)) for model in params.models}
+    matches = []
+    for match in matching.match(networks, moments, params.zip_config()):
+        widths = " and ".join(str(networks[model].weights[match.group].shape[0]) for model in networks)
+        say(f"{match.group}: {match.pairing.shared} pairs of {widths} neurons, cost {match.cost:.4g}")
+        matches.append(match)
+    write_matches(workspace, list(networks), matches)

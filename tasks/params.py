@@ -1,0 +1,274 @@
+"""`params.yaml`: every setting of one group's pipeline, validated before any work.
+
+One block per stage, plus the group's models, the runtime, and where things are kept. The blocks below compose the
+core's own settings; a value that the core finds impossible is refused here, with the key's path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from mtz_core.errors import MtzError
+from mtz_core.retrain import RetrainConfig
+from mtz_core.settings import ZipConfig
+
+
+class InvalidParams(MtzError):
+    """A parameter file is unreadable, or has an unknown key, a wrong type or an impossible value."""
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Names of groups and tasks: letters, digits, '_' and '-'."""
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _as_value_error(build: Callable[[], object]) -> None:
+    try:
+        build()
+    except MtzError as error:
+        raise ValueError(str(error)) from error
+
+
+def _below(folder: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] != folder:
+            raise ValueError(f"{value!r} is not a path below {folder}/, where DVC versions it; link or copy it there")
+        return value
+
+    return check
+
+
+def _importable_name(value: str) -> str:
+    module, _, attribute = value.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise ValueError("name a factory as 'package.module:function'")
+    return value
+
+
+class ModelParams(_Block):
+    """One pre-trained network: the factory that builds it, the file of its weights, and the folder of its data.
+
+    `weights` lie under `networks/` and `data` under `data/`, where DVC versions them.
+    """
+
+    network: Annotated[str, AfterValidator(_importable_name)]
+    arguments: dict[str, Any] = {}
+    weights: Annotated[str, AfterValidator(_below("networks"))]
+    data: Annotated[str, AfterValidator(_below("data"))]
+
+
+class RuntimeParams(_Block):
+    """`threads` of each stage's process; results depend on it in their last bits, so it is a versioned parameter."""
+
+    threads: int = Field(default=1, ge=1)
+
+
+class PretrainParams(_Block):
+    """Training of one of the models: Adam with a one-cycle schedule on the training split of `data`."""
+
+    data: Annotated[str, AfterValidator(_below("data"))]
+    epochs: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
+class CollectParams(_Block):
+    """Calibration data: `images` of the training split; `patches` rows that each gives to a convolution."""
+
+    images: int = Field(default=2000, ge=1)
+    patches: int = Field(default=8, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class HessiansParams(_Block):
+    """`batch_rows` rows are folded at once."""
+
+    batch_rows: int = Field(default=8192, ge=1)
+
+
+class MatchParams(_Block):
+    """What is shared, and by which method; see `mtz_core.ZipConfig`."""
+
+    method: Literal["refit", "paper"] = "refit"
+    share: float | dict[str, int] = 1.0
+    damping: float = 1e-3
+    balance: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> MatchParams:
+        _as_value_error(lambda: ZipConfig(**self.model_dump()))
+        return self
+
+
+class MergeParams(_Block):
+    """`patches`: rows that each calibration image gives to a convolution's refit."""
+
+    patches: int = Field(default=64, ge=1)
+
+
+class RetrainParams(_Block):
+    """Light retraining on `images` of each training split, no labels; see `mtz_core.retrain.RetrainConfig`."""
+
+    images: int = Field(default=8000, ge=1)
+    iterations: int = 200
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    temperature: float = 2.0
+    validate_every: int = 20
+    patience: int = 5
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> RetrainParams:
+        _as_value_error(self.config)
+        return self
+
+    def config(self) -> RetrainConfig:
+        """The same for the core."""
+        return RetrainConfig(**self.model_dump(exclude={"images"}))
+
+
+class EvaluateParams(_Block):
+    """`batch_size` images go through a network at once."""
+
+    batch_size: int = Field(default=500, ge=1)
+
+
+class RegisterParams(_Block):
+    """`name` of the registered model."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class StorageParams(_Block):
+    """The S3 storage: `embedded`, `aws`, or the URL of an endpoint. Credentials come from the environment."""
+
+    endpoint: Annotated[str, Field(pattern=r"^(embedded|aws|https?://[^\s]+)$")] = "embedded"
+    bucket: str = Field(default="mtz", min_length=3, max_length=63)
+    prefix: str = ""
+    region: str = "us-east-1"
+
+
+class TrackingParams(_Block):
+    """The MLflow registry: `embedded` (SQLite) or any tracking URI."""
+
+    uri: str = Field(default="embedded", min_length=1)
+    experiment: str = Field(default="mtz", min_length=1)
+
+
+class FlowParams(_Block):
+    """How the flow runs: groups at a time, and tries of what may be tried again."""
+
+    workers: int = Field(default=2, ge=1)
+    retries: int = Field(default=2, ge=0)
+    retry_delay_seconds: float = Field(default=5, ge=0)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Params:
+    """All settings of one group's pipeline. (A dataclass, because `register` is taken on pydantic's models.)"""
+
+    group: Name
+    models: Annotated[dict[Name, ModelParams], Field(min_length=2)]
+    register: RegisterParams
+    runtime: RuntimeParams = RuntimeParams()
+    pretrain: dict[Name, PretrainParams] = field(default_factory=dict)
+    collect: CollectParams = CollectParams()
+    hessians: HessiansParams = HessiansParams()
+    match: MatchParams = MatchParams()
+    merge: MergeParams = MergeParams()
+    retrain: RetrainParams = RetrainParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    storage: StorageParams = StorageParams()
+    tracking: TrackingParams = TrackingParams()
+    flow: FlowParams = FlowParams()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        for name in self.pretrain:
+            if name not in self.models:
+                raise ValueError(f"pretrain.{name}: there is no such model; models: {', '.join(self.models)}")
+            if self.models[name].weights != f"networks/{name}.safetensors":
+                raise ValueError(f"models.{name}.weights: pretrain writes them to networks/{name}.safetensors; say so")
+        if self.match.balance is not None and set(self.match.balance) != set(self.models):
+            raise ValueError(f"match.balance: names {sorted(self.match.balance)}, but models are {sorted(self.models)}")
+        return self
+
+    def zip_config(self) -> ZipConfig:
+        """Match and merge for the core."""
+        return ZipConfig(patches=self.merge.patches, seed=self.collect.seed, **self.match.model_dump())
+
+    def model_dump(self) -> dict[str, Any]:
+        """All settings as plain values, as they would stand in the file."""
+        dumped: dict[str, Any] = _PARAMS.dump_python(self, mode="json")
+        return dumped
+
+    def collect_config(self) -> ZipConfig:
+        """Sampling of activations for the core."""
+        return ZipConfig(patches=self.collect.patches, seed=self.collect.seed)
+
+
+_PARAMS = TypeAdapter(Params)
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate a parameter file. Raises `InvalidParams` with each wrong key's path and what is allowed."""
+    return validate(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises `InvalidParams`."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidParams(f"{path}: {error.strerror}. Name the file to read, or restore it.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidParams(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise InvalidParams(f"{path} should hold a mapping of blocks, not {type(content).__name__}.")
+    return content
+
+
+def validate(content: Mapping[str, Any], name: str) -> Params:
+    """Settings from a mapping; `name` says in errors where it came from. Raises `InvalidParams`."""
+    try:
+        return _PARAMS.validate_python(content)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
+        raise InvalidParams(f"{name}: {problems}") from error
+
+
+def _describe(problem: Any) -> str:
+    """One line of `pydantic`'s findings: the key's path, what is wrong with it, what is allowed."""
+    parts = [str(part) for part in problem["loc"] if str(part) != "float" and "[" not in str(part)]
+    path, message = ".".join(parts), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = ", ".join(_known_keys(parts[:-1]))
+        return f"{path}: unknown key; allowed here: {known}"
+    if problem["type"] == "value_error":  # the check of a whole block names the key in it
+        return (
+            message if not path else f"{path}.{message}" if isinstance(problem["input"], dict) else f"{path}: {message}"
+        )
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{path}: is missing"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """The keys of the block at a path; the second part of a longer path is a model's name."""
+    if not path:
+        return list(Params.__dataclass_fields__)
+    blocks = {name: hint for name, hint in get_type_hints(Params).items() if name not in ("models", "pretrain")}
+    return list((blocks | {"models": ModelParams, "pretrain": PretrainParams})[path[0]].model_fields)
