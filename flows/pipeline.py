@@ -6,7 +6,7 @@ DVC runs as a process of its own each time, through its command line. It alone d
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,13 +157,6 @@ class Pipeline:
                 if not (self.cache / "files" / "md5" / head / tail).exists():
                     return True
         return False
-
-    def run(self, arguments: list[str]) -> Iterator[str]:
-        """Run `dvc` with these arguments and yield its lines. Raises `DvcFailed` when it fails."""
-        child = self._start("dvc", *arguments)
-        yield from child.lines()
-        if (status := child.wait()) != 0:
-            raise DvcFailed(f"dvc {' '.join(arguments)} ended with status {status}; the reason is above.")
 
     def _json(self, *arguments: str) -> Any:
         printed = [line for line in self._output(*arguments) if line.startswith(("{", "["))]

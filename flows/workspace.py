@@ -38,6 +38,8 @@ LINKED_FROM_BYTES = 1 << 20
 _COPIED_FILES = ("dvc.yaml", ".dvcignore")
 _NEVER_COPIED = ("__pycache__", ".git", ".DS_Store")
 _PARAMS = "params.yaml"
+_REMOTE = "storage"
+_SECTION = f"'remote \"{_REMOTE}\"'"
 _BROUGHT = Path(".dvc", "brought.json")
 
 
@@ -108,7 +110,7 @@ def prepare(
         DvcFailed: DVC does not understand the pipeline.
     """
     cache = project / ".dvc" / "cache"
-    _configure(folder, cache, remote)
+    configure(folder, cache, remote)
     for name in _COPIED_FILES:
         if (project / name).exists():
             _bring(project / name, folder / name)
@@ -126,20 +128,26 @@ def prepare(
     return pipeline, stages
 
 
-def _configure(folder: Path, cache: Path, remote: Remote) -> None:
-    """Write DVC's configuration. Credentials are not part of it: they come from the environment."""
-    config = {
-        "core": {"no_scm": "true", "analytics": "false", "check_update": "false", "remote": "storage"},
-        "cache": {"dir": os.path.relpath(cache, folder / ".dvc")},
-        # DVC compares fetched files with their digests only on request.
-        "'remote \"storage\"'": {"url": remote.url, "verify": "true"},
-    }
-    local = {"endpointurl": remote.endpoint, "region": remote.region}
-    _write(folder / ".dvc" / "config", _ini(config))
-    _write(
-        folder / ".dvc" / "config.local",
-        _ini({"'remote \"storage\"'": {key: value for key, value in local.items() if value}}),
-    )
+def configure(folder: Path, cache: Path, remote: Remote) -> None:
+    """Write the DVC configuration of a workspace. Credentials are no part of it: they come from the environment."""
+    core = {"no_scm": "true", "analytics": "false", "check_update": "false", "remote": _REMOTE}
+    # DVC compares fetched files with their digests only on request.
+    shared = {"url": remote.url, "verify": "true"}
+    local = {key: value for key, value in (("endpointurl", remote.endpoint), ("region", remote.region)) if value}
+    cache_dir = os.path.relpath(cache, folder / ".dvc")
+    _write(folder / ".dvc" / "config", _ini({"core": core, "cache": {"dir": cache_dir}, _SECTION: shared}))
+    _write(folder / ".dvc" / "config.local", _ini({_SECTION: local} if local else {}))
+
+
+def configure_by_hand(folder: Path, remote: Remote) -> dict[str, str]:
+    """Write, into `folder`, a configuration in which the remote is the default one; return how DVC finds it.
+
+    It has the lowest rank of all, so whatever the project's and the user's own configurations say comes first.
+    """
+    options = {"url": remote.url, "verify": "true", "endpointurl": remote.endpoint, "region": remote.region}
+    section = {key: value for key, value in options.items() if value}
+    _write(folder / "config", _ini({"core": {"remote": _REMOTE}, _SECTION: section}))
+    return {"DVC_SYSTEM_CONFIG_DIR": str(folder)}
 
 
 def _ini(sections: Mapping[str, Mapping[str, str]]) -> str:
@@ -167,7 +175,8 @@ def _sources(project: Path, stages: Iterable[Stage]) -> set[str]:
                     f"{stage.name}: its dependency {dependency} lies outside of the project. "
                     "Give its absolute path, or move it in."
                 )
-            if not (project / name).exists():
+            made_later = any(_is_within(output, {name}) for output in outputs)
+            if not (project / name).exists() and not made_later:
                 raise MissingSource(
                     f"{stage.name}: {dependency} does not exist in {project}. "
                     "Put it there, or correct the path in params.yaml or dvc.yaml."

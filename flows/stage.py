@@ -1,0 +1,73 @@
+"""One DVC stage as a Prefect task: shown, logged, and tried again where that can help."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from flows import progress
+from flows.pipeline import Pipeline, StageFailed, StageResult
+
+
+def log_file(home: Path, group: str, stage: str) -> Path:
+    """Return the file that holds what the stage printed when it ran last."""
+    return home / "logs" / group / f"{stage}.log"
+
+
+def _can_be_retried(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    try:
+        state.result(raise_on_failure=True)
+    except StageFailed as error:
+        return error.can_be_retried
+    except Exception:
+        return False
+    return False
+
+
+# DVC alone decides what is up to date, so Prefect must not keep results.
+@task(
+    name="stage",
+    task_run_name="{group} · {stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=_can_be_retried,
+)
+def reproduce_stage(
+    group: str, stage: str, pipeline: Pipeline, home: Path, force: bool = False, pull: bool = False
+) -> dict[str, Any]:
+    """Bring one stage up to date; return its `StageResult` as a mapping. Raises `StageFailed`."""
+    logger = get_run_logger()
+    shown = progress.current.get()
+    shown.busy(group, stage)
+    log = log_file(home, group, stage)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    partial = log.with_name(f"{log.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+
+            def on_line(line: str) -> None:
+                print(line, file=lines, flush=True)
+                if line.strip():
+                    logger.info(line)
+                    shown.said(group, line)
+
+            result = pipeline.reproduce(stage, force=force, pull=pull, on_line=on_line)
+    except Exception:
+        partial.replace(log)
+        raise
+    if result.outcome == "executed":
+        partial.replace(log)
+    else:
+        partial.unlink()
+    logger.info("%s in %.1f s", result.outcome, result.seconds)
+    shown.finished(group, result)
+    return asdict(result)
+
+
+def as_result(values: dict[str, Any]) -> StageResult:
+    """Return the `StageResult` that `reproduce_stage` returned as a mapping."""
+    return StageResult(**values)
