@@ -11,7 +11,7 @@ Everything lives in one folder:
     users.lock         held (shared) by every user: whoever can take it alone is the last one
     guard.lock         held while joining and leaving, so that two processes never start or stop at once
 
-The kernel lets go of a lock when its process dies, however it dies, so no file can claim that a dead one is alive.
+Locks, not files, say who is alive: a process that is killed lets go of its locks.
 """
 
 import fcntl
@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mtz_core.errors import MtzError
+from tasks.locks import exclusive, open_lock, try_exclusive
 
 _START_SECONDS = 45.0
 _STOP_SECONDS = 20.0
@@ -81,15 +82,15 @@ def joined(folder: Path, writable: Callable[[Server], bool]) -> Iterator[Server]
     Raises `EmbeddedServerError`.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    users = _opened(folder / "users.lock")
+    users = open_lock(folder / "users.lock")
     try:
-        with _guarded(folder):
+        with exclusive(folder / "guard.lock"):
             fcntl.flock(users, fcntl.LOCK_SH)
             server = _running(folder, writable)
         yield server
     finally:
-        with _guarded(folder):
-            if _lock(users):
+        with exclusive(folder / "guard.lock"):
+            if try_exclusive(users):
                 _stop(folder)
         os.close(users)
 
@@ -98,9 +99,9 @@ def is_alive(folder: Path) -> bool:
     """Whether a server process of `folder` exists."""
     if not (folder / "server.lock").exists():
         return False
-    descriptor = _opened(folder / "server.lock")
+    descriptor = open_lock(folder / "server.lock")
     try:
-        return not _lock(descriptor)
+        return not try_exclusive(descriptor)
     finally:
         os.close(descriptor)
 
@@ -137,7 +138,7 @@ def _start(folder: Path, keys: dict[str, str]) -> None:
     command = [_binary(), "-logtostderr=true", "mini", *_OPTIONS]
     for name, port in ports.items():
         command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + _GRPC_OFFSET}"]
-    lock = _opened(folder / "server.lock")
+    lock = open_lock(folder / "server.lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with log.open("wb") as output:
@@ -254,28 +255,6 @@ def _write_private(file: Path, content: Mapping[str, object]) -> None:
         output.flush()
         os.fsync(output.fileno())
     partial.replace(file)
-
-
-@contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
-    descriptor = _opened(folder / "guard.lock")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _opened(file: Path) -> int:
-    return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _becomes(condition: Callable[[], bool], seconds: float) -> bool:

@@ -104,10 +104,10 @@ class Storage:
 
     def read(self, key: str) -> bytes:
         """The content of the small object `key`, checked. Raises `StorageError`."""
-        with self._explained():
+        with self.explained():
             answer = self.client.get_object(Bucket=self.bucket, Key=self.key(key))
             content: bytes = answer["Body"].read()
-        self._check(key, answer["Metadata"].get(_DIGEST), hashlib.sha256(content).hexdigest())
+        self._check(key, answer["Metadata"].get(_DIGEST), content_digest(content))
         return content
 
     def put_files(self, folder: str, files: Mapping[str, Path | bytes], last: str | None = None) -> int:
@@ -127,7 +127,7 @@ class Storage:
     def names(self, folder: str) -> list[str]:
         """The names of all objects below `folder`, relative to it."""
         root = self.key(folder) + "/"
-        with self._explained():
+        with self.explained():
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root)
             return sorted(item["Key"].removeprefix(root) for page in pages for item in page.get("Contents", []))
 
@@ -145,12 +145,12 @@ class Storage:
     def check_writable(self) -> None:
         """Store and delete an empty object. Raises `StorageError`."""
         probe = {"Bucket": self.bucket, "Key": self.key(f".writable-{os.getpid()}")}
-        with self._explained():
+        with self.explained():
             self.client.put_object(**probe, Body=b"")
             self.client.delete_object(**probe)
 
     def _head(self, key: str) -> Any:
-        with self._explained():
+        with self.explained():
             try:
                 return self.client.head_object(Bucket=self.bucket, Key=self.key(key))
             except ClientError as error:
@@ -159,14 +159,14 @@ class Storage:
                 raise
 
     def _put(self, key: str, source: Path | bytes) -> bool:
-        digest = hashlib.sha256(source) if isinstance(source, bytes) else _file_digest(source)
-        if self.digest(key) == digest.hexdigest():
+        digest = content_digest(source)
+        if self.digest(key) == digest:
             return False
-        metadata = {_DIGEST: digest.hexdigest()}
+        metadata = {_DIGEST: digest}
         where = {"Bucket": self.bucket, "Key": self.key(key)}
-        with self._explained():
+        with self.explained():
             if isinstance(source, bytes):
-                checksum = base64.b64encode(digest.digest()).decode()
+                checksum = base64.b64encode(bytes.fromhex(digest)).decode()
                 self.client.put_object(**where, Body=source, ChecksumSHA256=checksum, Metadata=metadata)
             else:
                 extra = {"ChecksumAlgorithm": "SHA256", "Metadata": metadata}
@@ -178,9 +178,9 @@ class Storage:
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             expected = self.digest(key)
-            with self._explained():
+            with self.explained():
                 self.client.download_file(self.bucket, self.key(key), str(partial))
-            self._check(key, expected, _file_digest(partial).hexdigest())
+            self._check(key, expected, content_digest(partial))
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -193,7 +193,8 @@ class Storage:
             )
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
+        """Turns errors of boto3 inside the block, whoever calls it, into `StorageError`."""
         try:
             yield
         except S3UploadFailedError as error:
@@ -269,6 +270,9 @@ def _serves(storage: Storage) -> bool:
     return True
 
 
-def _file_digest(file: Path) -> "hashlib._Hash":
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256")
+def content_digest(content: Path | bytes) -> str:
+    """SHA-256 (hexadecimal) of a file or of bytes."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

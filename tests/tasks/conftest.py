@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from tasks import storage
+import mtz_core
+from tasks import storage, tracking
 from tasks.storage import Storage
 
 
@@ -54,3 +57,34 @@ def store(place: Place, home: Path) -> Iterator[Storage]:
     """That storage, open."""
     with storage.connect(place, home) as opened:
         yield opened
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Where an MLflow registry is, as `params.tracking` says it."""
+
+    uri: str = tracking.EMBEDDED
+    experiment: str = "tests"
+
+
+@pytest.fixture(scope="session")
+def registry(home: Path) -> Registry:
+    """The session's registry, ready."""
+    tracking.prepare(Registry(), home)
+    return Registry()
+
+
+@pytest.fixture(scope="session")
+def networks() -> dict[str, nn.Module]:
+    """Two small networks for two tasks."""
+    torch.manual_seed(0)
+    return {task: nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)) for task in ("a", "b")}
+
+
+@pytest.fixture(scope="session")
+def zipped(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of those two, zipped."""
+    folder = tmp_path_factory.mktemp("zipped") / "retrained"
+    images = torch.rand(64, 1, 4, 4)
+    mtz_core.zip_networks(networks, calibration={"a": images, "b": images}).save(folder)
+    return folder

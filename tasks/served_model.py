@@ -1,0 +1,36 @@
+"""The zipped network as an MLflow model; MLflow runs this file when the model is loaded (nothing is unpickled).
+
+model = mlflow.pyfunc.load_model("models:/NAME/VERSION")
+logits = model.predict(x, params={"task": "fashion"})
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+import mtz_core
+
+
+class ServedNetwork(PythonModel):
+    """Runs one task of a zipped network."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the network that was logged with the model."""
+        self._network = mtz_core.load(context.artifacts["network"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
+        """Logits `[batch, classes]` of `params["task"]` for inputs `[batch, *input_shape]`, float32.
+
+        Raises `mtz_core.MtzError` for a task that the network does not have.
+        """
+        task = (params or {}).get("task", self._network.tasks[0])
+        with torch.inference_mode():
+            return self._network(torch.tensor(model_input), task=task).numpy()
+
+
+set_model(ServedNetwork())
