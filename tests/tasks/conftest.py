@@ -1,5 +1,6 @@
 """Real services for the tests of the stages: one embedded S3 server for the whole session."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def session_store(home: Path) -> Iterator[Storage]:
 @pytest.fixture
 def place(session_store: Storage, request: pytest.FixtureRequest) -> Place:
     """A storage of this test's own: a prefix on the session's server."""
-    return Place(prefix=f"tests/{request.node.name.replace('[', '-').replace(']', '')}")
+    return Place(prefix="tests/" + re.sub(r"\W", "-", request.node.name))
 
 
 @pytest.fixture
