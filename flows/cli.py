@@ -1,5 +1,6 @@
 """The command `mtz`. Everything heavy is imported where it is needed, so that `--help` is quick."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and Pref
 
 PARAMS = Path("params.yaml")
 FLEET = Path("fleet.yaml")
+_GARBAGE_THRESHOLD = 100_000
 
 
 @app.command()
@@ -148,7 +150,13 @@ def _told(debug: bool = False) -> Iterator[None]:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    # Hundreds of thousands of objects come with the imports; looking for garbage among them again and again, and once
+    # more at the end, takes seconds.
+    gc.set_threshold(_GARBAGE_THRESHOLD)
+    try:
+        app()
+    finally:
+        gc.freeze()
 
 
 if __name__ == "__main__":

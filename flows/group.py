@@ -81,8 +81,9 @@ def zip_group(group: str, project: Path, home: Path, settings: dict[str, Any]) -
         report = GroupReport(group, folder=str(folder), stages=run.bring_up_to_date(), model=params.register.name)
         if any(stage.name == REGISTER for stage in stages):
             run.release(store, report)
-        shown.busy(group, "storing data in S3")
-        run.push()
+        if not run.is_stored(store, report.stages):
+            shown.busy(group, "storing data in S3")
+            run.push()
         if (metrics := folder / "metrics.json").exists():
             report.metrics = read_json(metrics)
     report.seconds = round(time.monotonic() - start, 3)
@@ -141,6 +142,12 @@ class _GroupRun:
             report.version = self._version(store)
         registration = read_json(Workspace(self.pipeline.folder).registration)
         report.release = store.url(registration["release"])
+
+    def is_stored(self, store: storage.Storage, results: Iterable[StageResult]) -> bool:
+        """Tell whether nothing changed and the remote holds all outputs; DVC stores a folder's list after its files."""
+        return all(result.outcome == "unchanged" for result in results) and all(
+            store.exists(f"dvc/{name}") for name in self.pipeline.output_objects()
+        )
 
     def push(self) -> None:
         flow_settings = self.params.flow

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from flows.processes import Child, Interrupted, python_environment, stopping
 from mtz_core.errors import MtzError
 
@@ -141,6 +143,12 @@ class Pipeline:
     def fetch(self) -> None:
         """Fetch from the remote the records of earlier runs, and data that this pipeline has recorded but lost."""
         self._output("dvc", "--wait-for-lock", "fetch", "--run-cache")
+
+    def output_objects(self) -> frozenset[str]:
+        """Return the names that the recorded outputs have below the remote's URL."""
+        lock = yaml.safe_load((self.folder / "dvc.lock").read_text(encoding="utf-8"))
+        outputs = (output for stage in lock["stages"].values() for output in stage.get("outs", ()))
+        return frozenset(f"files/md5/{output['md5'][:2]}/{output['md5'][2:]}" for output in outputs)
 
     def push(self) -> None:
         """Send all data of this pipeline and the records of all runs to the remote."""

@@ -12,6 +12,9 @@ from flows import services
 from flows.checks import check_project
 from tasks.home import find_home
 
+_WIDTH_WITHOUT_TERMINAL = 120
+_FLUSH_SECONDS = 5.0
+
 
 def run_fleet(
     project: Path, params: Path, fleet: Path, groups: Sequence[str], settings: Sequence[str], debug: bool = False
@@ -23,6 +26,8 @@ def run_fleet(
     """
     start = time.monotonic()
     console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH_WITHOUT_TERMINAL
     home = find_home(project)
     plans = check_project(project, params, fleet, groups, settings)
     names = ", ".join(plan.name for plan in plans)
@@ -54,4 +59,15 @@ def run_fleet(
         except FleetFailed as failure:
             print_summary(console, failure.reports, home, time.monotonic() - start)
             raise
+        finally:
+            _flush()
     print_summary(console, reports, home, time.monotonic() - start)
+
+
+def _flush() -> None:
+    """Hand over what Prefect still has to say to its server, which stops before this process ends."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=_FLUSH_SECONDS)
