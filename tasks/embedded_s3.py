@@ -183,6 +183,14 @@ def _stop(folder: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, how)
         _becomes(lambda: not is_alive(folder), _STOP_SECONDS)
+        _remove_sockets(folder)
+
+
+def _remove_sockets(folder: Path) -> None:
+    """The server does not always remove the sockets that it makes in /tmp, whose place cannot be set."""
+    for name, port in _ports(folder).items():
+        with suppress(OSError):
+            Path(f"/tmp/seaweedfs-{name}-grpc-{port + _GRPC_OFFSET}.sock").unlink(missing_ok=True)
 
 
 def _pid(folder: Path) -> int | None:

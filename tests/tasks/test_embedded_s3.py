@@ -158,43 +158,40 @@ def test_a_taken_port_is_left_to_its_owner(own: Path) -> None:
         assert store.endpoint != url
 
 
-def test_everything_listens_on_loopback_only(own: Path) -> None:
-    with connected(own):
-        (server,) = servers(own)
-        listening = [c.laddr.ip for c in server.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+def test_everything_listens_on_loopback_only(store: storage.Storage, home: Path) -> None:
+    (server,) = servers(home)
+    listening = [c.laddr.ip for c in server.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert set(listening) == {"127.0.0.1"}
 
 
-def test_the_ports_behind_s3_are_closed_to_strangers(own: Path) -> None:
-    with connected(own) as store:
-        store.put_files("private", {"a": b"1"})
-        port = json.loads((own / "s3" / "server.json").read_text())["ports"]["filer"]
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(
-                f"http://127.0.0.1:{port}/buckets/{store.bucket}/{store.key('private/a')}", timeout=5
-            )
+def test_the_ports_behind_s3_are_closed_to_strangers(store: storage.Storage, home: Path) -> None:
+    store.put_files("private", {"a": b"1"})
+    port = json.loads((home / "s3" / "server.json").read_text())["ports"]["filer"]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/buckets/{store.bucket}/{store.key('private/a')}", timeout=5)
 
 
-def test_the_secret_is_in_its_file_only(own: Path) -> None:
-    with connected(own) as store:
-        store.put_files("a", {"b": b"1"})
-        credentials = own / "s3" / "credentials.json"
-        keys = [key for name, key in json.loads(credentials.read_text()).items() if name != "access_key"]
-        commands = " ".join(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
-        assert not any(key in commands for key in keys)
-        assert not any(key in repr(store) for key in keys)
+def test_the_secret_is_in_its_file_only(store: storage.Storage, home: Path) -> None:
+    store.put_files("a", {"b": b"1"})
+    credentials = home / "s3" / "credentials.json"
+    keys = [key for name, key in json.loads(credentials.read_text()).items() if name != "access_key"]
+    commands = " ".join(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    assert not any(key in commands for key in keys)
+    assert not any(key in repr(store) for key in keys)
     assert stat.S_IMODE(credentials.stat().st_mode) == 0o600
     assert stat.S_IMODE(credentials.parent.stat().st_mode) == 0o700
-    for file in (own / "s3").rglob("*"):
+    for file in home.rglob("*"):
         if file.is_file() and file != credentials:
             content = file.read_bytes()
             assert not any(key.encode() in content for key in keys), file
 
 
-def test_an_idle_server_takes_little_disk(own: Path) -> None:
+def test_an_idle_server_takes_little_disk_and_leaves_no_sockets(own: Path) -> None:
     with connected(own):
-        pass
+        ports = json.loads((own / "s3" / "server.json").read_text())["ports"].values()
     assert sum(file.stat().st_size for file in own.rglob("*") if file.is_file()) < 1 << 20
+    left = [file.name for file in Path("/tmp").glob("seaweedfs-*.sock")]
+    assert not [name for name in left for port in ports if str(port) in name or str(port + 10_000) in name]
 
 
 def test_a_server_that_cannot_start_says_where_its_log_is(own: Path) -> None:
