@@ -10,6 +10,7 @@ To teach zipping a new weighted layer, add one entry to `LAYERS`; a new operatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -147,10 +148,21 @@ class Operation:
     """An operation without weights, and what it does to neurons.
 
     `neurons`: `kept` acts on each channel alone; `flattened` lays the values of each channel side by side;
-    `mixed` lets channels see each other, which is allowed only behind the last layer.
+    `mixed` lets channels see each other, which is allowed only behind the last layer. Inputs below `floor` all give
+    the same output.
     """
 
     neurons: Literal["kept", "flattened", "mixed"] = "kept"
+    floor: float = -math.inf
+
+    @property
+    def clips(self) -> bool:
+        """Whether different inputs can give the same output."""
+        return self.floor > -math.inf
+
+    def nearest_target(self, y: Tensor, y_hat: Tensor) -> Tensor:
+        """Of all values from which the operation makes the same as of `y`, the one nearest to `y_hat`."""
+        return torch.where(y > self.floor, y, y_hat.clamp(max=self.floor))
 
     def run(self, kind: str, settings: Settings, x: Tensor, training: bool) -> Tensor:
         if kind == "flatten":
@@ -164,12 +176,13 @@ class Operation:
 OPERATIONS: Mapping[str, Operation] = {
     **dict.fromkeys(
         (
-            *("relu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus"),
+            *("leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus"),
             *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "log_sigmoid", "relu6"),
             *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "dropout", "feature_dropout", "alpha_dropout"),
         ),
         Operation("kept"),
     ),
+    "relu": Operation("kept", floor=0.0),
     "flatten": Operation("flattened"),
     "softmax": Operation("mixed"),
     "log_softmax": Operation("mixed"),

@@ -141,6 +141,17 @@ def functional_difference(
     return (0.5 * (norms[:a, None] + norms[None, a:]) - inner).clamp_(min=0)
 
 
+def relative_balance(
+    balance: Sequence[float], matrices: Sequence[Float[Tensor, "out in"]], hessians: Sequence[Hessian]
+) -> list[float]:
+    """``α_t / E‖y_t‖²``: costs relative to the energy of each task's own outputs ``y = W x``.
+
+    Networks differ in the scale of their activations; without this the loudest would decide for all.
+    """
+    energies = [float((w.T * h.product(w.T)).sum()) for w, h in zip(matrices, hessians, strict=True)]
+    return [alpha / energy if energy > 0 else alpha for alpha, energy in zip(balance, energies, strict=True)]
+
+
 def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:
     """`count` disjoint pairs of least total cost.
 
@@ -236,22 +247,27 @@ def match(
     counts = config.counts(
         {group.name: [network.width(group) for network in networks.values()] for group in graph.hidden_groups}
     )
-    balance = config.balance_of(tasks)
+    refit = config.method == "refit"
     input_channels = networks[tasks[0]].input_shape[0]
     pairings = {graph.groups[0].name: identity_pairing(tasks, input_channels)}
     for group in graph.hidden_groups:
         widths = [network.width(group) for network in networks.values()]
         total = torch.zeros(widths[0], widths[1], dtype=torch.float64)
         for layer in (node for node in graph.layers if node.name in group.writers):
-            weights, curvatures = [], []
+            balance = config.balance_of(tasks)
+            matrices, splits, hessians = [], [], []
             for task, network in networks.items():
                 pairing = pairings[graph.read_by(layer.name).name]
                 split = split_inputs(pairing, task, network.columns_per_neuron(layer), layer.bias)
-                hessian = moments[task][layer.name].hessian(config.damping).select(split.columns)
-                curvatures.append(shared_curvature(hessian, split, compensate=config.method == "refit"))
-                weights.append(network.weights[layer.name][:, split.columns[split.shared]].to(torch.float64))
+                splits.append(split)
+                matrices.append(network.weights[layer.name][:, split.columns].to(torch.float64))
+                hessians.append(moments[task][layer.name].hessian(config.damping).select(split.columns))
+            if refit:
+                balance = relative_balance(balance, matrices, hessians)
+            shared = [matrix[:, split.shared] for matrix, split in zip(matrices, splits, strict=True)]
+            curvatures = [shared_curvature(h, split, refit) for h, split in zip(hessians, splits, strict=True)]
             total += functional_difference(
-                (weights[0], weights[1]), (curvatures[0], curvatures[1]), (balance[0], balance[1])
+                (shared[0], shared[1]), (curvatures[0], curvatures[1]), (balance[0], balance[1])
             )
         found = _match_group(group, total.numpy(), counts[group.name], tasks, config)
         pairings[group.name] = found.pairing

@@ -16,34 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.errors import InvalidCalibration
+from mtz_core.settings import RetrainConfig
 from mtz_core.zipped import ZippedNetwork
-
-
-@dataclass(frozen=True)
-class RetrainConfig:
-    """How to retrain lightly.
-
-    `iterations` of Adam with a cosine schedule from `learning_rate` to 0, each on `batch_size` examples of every task.
-    `temperature` softens the originals' outputs. Every `validate_every` iterations the network is judged;
-    after `patience` judgements without improvement training stops early.
-    """
-
-    iterations: int = 200
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    temperature: float = 2.0
-    validate_every: int = 20
-    patience: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = ("batch_size", "validate_every", "patience", "learning_rate", "temperature")
-        for name in positive:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InvalidConfig(f"{name}: {getattr(self, name)} is impossible. Allowed: a positive number.")
-        if self.iterations < 0:
-            raise InvalidConfig(f"iterations: {self.iterations} is impossible. Allowed: 0 or more.")
 
 
 @dataclass(frozen=True)

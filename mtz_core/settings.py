@@ -1,4 +1,4 @@
-"""What a user decides about zipping."""
+"""What a user decides about zipping and light retraining."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ class ZipConfig:
     `share`: the fraction of each hidden layer's neurons to share, of the narrower network's width, or a count per
     layer. `damping`: λ of every Hessian, relative to the mean of its diagonal. `balance`: weight of each task
     in the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
-    sampled from its positions with `seed`.
+    sampled from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its
+    targets then relaxed to what the following activation can tell apart.
     """
 
     method: Method = "refit"
     share: float | Mapping[str, int] = 1.0
-    damping: float = 1e-3
+    damping: float = 1e-2
     balance: Mapping[str, float] | None = None
     patches: int = 64
+    sweeps: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,9 +38,11 @@ class ZipConfig:
         if isinstance(self.share, (int, float)) and not 0 <= self.share <= 1:
             raise InvalidConfig(f"share: {self.share} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
         if not 0 < self.damping < float("inf"):
-            raise InvalidConfig(f"damping: {self.damping} is impossible. Allowed: a positive number, such as 0.001.")
+            raise InvalidConfig(f"damping: {self.damping} is impossible. Allowed: a positive number, such as 0.01.")
         if self.patches < 1:
             raise InvalidConfig(f"patches: {self.patches} is impossible. Allowed: 1 or more.")
+        if self.sweeps < 0:
+            raise InvalidConfig(f"sweeps: {self.sweeps} is impossible. Allowed: 0 or more.")
         if self.balance is not None and any(not 0 < value < float("inf") for value in self.balance.values()):
             raise InvalidConfig("balance: every task's weight must be a positive number.")
 
@@ -66,3 +70,29 @@ class ZipConfig:
             raise InvalidConfig(f"balance: names {sorted(self.balance)}, but the tasks are {sorted(tasks)}.")
         total = sum(self.balance.values())
         return [self.balance[task] / total for task in tasks]
+
+
+@dataclass(frozen=True)
+class RetrainConfig:
+    """How to retrain lightly.
+
+    `iterations` of Adam with a cosine schedule from `learning_rate` to 0, each on `batch_size` examples of every task.
+    `temperature` softens the originals' outputs. Every `validate_every` iterations the network is judged;
+    after `patience` judgements without improvement training stops early.
+    """
+
+    iterations: int = 200
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    temperature: float = 2.0
+    validate_every: int = 20
+    patience: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "validate_every", "patience", "learning_rate", "temperature")
+        for name in positive:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidConfig(f"{name}: {getattr(self, name)} is impossible. Allowed: a positive number.")
+        if self.iterations < 0:
+            raise InvalidConfig(f"iterations: {self.iterations} is impossible. Allowed: 0 or more.")

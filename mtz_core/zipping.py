@@ -3,6 +3,11 @@
 For every layer in topological order: refit the layer to the originals' outputs on the inputs that the zipped network
 really feeds it, merge the paired neurons, let own weights compensate, store the blocks, and move the calibration
 data one step on, in the originals and in the zipped network. (`method="paper"` skips refit and compensation.)
+
+A layer's targets are exact only as far as the next activation can tell: behind a ReLU, any negative value is as good as
+any other. So a layer is fitted in sweeps. The first takes the originals' outputs; each later one replaces every target
+that the activation would clip by the nearest value that it clips alike, and solves again. Both halves of a sweep can
+only lower the same squared error, and the Hessians, the expensive part, stay.
 """
 
 from __future__ import annotations
@@ -18,14 +23,14 @@ from torch import Tensor, nn
 from mtz_core.activations import as_batches, layer_rows, original_moments, sample_positions
 from mtz_core.errors import InvalidConfig
 from mtz_core.graph import INPUT, Network, Node, run_node, trace
-from mtz_core.layers import from_matrix
+from mtz_core.layers import OPERATIONS, Operation, from_matrix
 from mtz_core.linalg import Hessian, weighted_sum
 from mtz_core.matching import (
-    InputSplit,
     Pairing,
     check_compatible,
     identity_pairing,
     match,
+    relative_balance,
     separate_pairing,
     shared_curvature,
     split_inputs,
@@ -119,8 +124,9 @@ def merge(
             continue
         rows_group, columns_group = graph.written_by(node.name).name, graph.read_by(node.name).name
         rows, columns = all_pairings[rows_group], all_pairings[columns_group]
-        parts = [_fit(node, t, networks[t], rows, columns, streams[t], config) for t in tasks]
-        cost = _share(parts, balance, rows.shared, compensate=config.method == "refit")
+        parts = [_Part(node, networks[t], rows, columns, t, streams[t], config) for t in tasks]
+        following = OPERATIONS.get(next((n.kind for n in graph.nodes if n.source == node.name), ""), Operation())
+        cost = _fit(parts, balance, rows.shared, following, config)
         cut: dict[str, Tensor] = {}
         for task, part in zip(tasks, parts, strict=True):
             original = networks[task].weights[node.name]
@@ -160,41 +166,82 @@ def merge(
     yield ZippedNetwork(structure, {name: blocks[name] for name in structure.block_shapes()}).eval()
 
 
-@dataclass
 class _Part:
-    """One task's side of a layer, in the zipped network's order and in float64.
+    """One task's side of a layer: its matrix in the zipped network's order (float64), and the rows it will be fed.
 
-    `hessian` belongs to the rows that the matrix will be fed; None where nothing has to be solved.
+    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it.
     """
 
-    matrix: Float[Tensor, "out in"]
-    split: InputSplit
-    hessian: Hessian | None
+    def __init__(
+        self,
+        node: Node,
+        network: Network,
+        rows: Pairing,
+        columns: Pairing,
+        task: str,
+        stream: _Stream,
+        config: ZipConfig,
+    ) -> None:
+        self.node, self.stream = node, stream
+        self.paper = config.method == "paper"
+        self.split = split_inputs(columns, task, network.columns_per_neuron(node), node.bias)
+        neurons = torch.from_numpy(rows.neurons(task))
+        self.original = network.weights[node.name][neurons]
+        self.prior = self.original.to(torch.float64)[:, self.split.columns]
+        self.matrix = self.prior.clone()
+        self.hessian: Hessian | None = None
+        if rows.shared or not (self.paper or stream.intact):
+            self.positions = sample_positions(node, stream.original[0], config)
+            moments = Moments(self.prior.shape[1])
+            self.targets: list[Float[Tensor, "n out"]] = []
+            for x, x_hat in zip(stream.original, stream.zipped, strict=True):
+                rows_of_original = layer_rows(node, x, self.positions)
+                fed = rows_of_original[:, self.split.columns] if self.paper else self._fed(x_hat)
+                moments.add(fed)
+                if not self.paper:
+                    self.targets.append(rows_of_original @ self.original.T)
+            self.count = moments.count
+            self.damping = moments.damping(config.damping)
+            self.hessian = moments.hessian(config.damping)
+
+    def _fed(self, x_hat: Tensor) -> Float[Tensor, "n in"]:
+        return layer_rows(self.node, x_hat, self.positions)
+
+    def refit(self, following: Operation | None) -> None:
+        """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
+
+        ``min E‖y − W x̂‖² + λ‖W − W₀‖²`` by one Newton step from the present matrix, which is exact:
+        ``W + (E[(y − W x̂) x̂ᵀ] − λ (W − W₀))(Ĥ + λ I)⁻¹``. Given the operation that follows, ``y`` is first relaxed to
+        the targets nearest to the present outputs.
+        """
+        if self.hessian is None or (following is None and self.stream.intact):
+            return  # an intact layer is its own best fit
+        correlation = torch.zeros_like(self.prior)
+        present = self.matrix.to(self.original.dtype)
+        for target, x_hat in zip(self.targets, self.stream.zipped, strict=True):
+            fed = self._fed(x_hat)
+            output = fed @ present.T
+            if following is not None:
+                target = following.nearest_target(target, output)
+            correlation += ((target - output).T @ fed).to(torch.float64)
+        gradient = correlation / self.count - self.damping * (self.matrix - self.prior)
+        self.matrix = self.matrix + self.hessian.solve(gradient.T).T
 
 
 def _fit(
-    node: Node, task: str, network: Network, rows: Pairing, columns: Pairing, stream: _Stream, config: ZipConfig
-) -> _Part:
-    """The task's best matrix on its present inputs: refitted where these are not the original ones any more."""
-    split = split_inputs(columns, task, network.columns_per_neuron(node), node.bias)
-    original = network.weights[node.name]
-    matrix = original.to(torch.float64)[:, split.columns]
-    neurons = torch.from_numpy(rows.neurons(task))
-    refit = config.method == "refit" and not stream.intact
-    if rows.shared == 0 and not refit:
-        return _Part(matrix[neurons], split, None)
-    moments = Moments(matrix.shape[1], matrix.shape[0] if refit else 0)
-    positions = sample_positions(node, stream.original[0], config)
-    for x, x_hat in zip(stream.original, stream.zipped, strict=True):
-        fed = layer_rows(node, x_hat if refit else x, positions)
-        moments.add(
-            fed if refit else fed[:, split.columns],
-            layer_rows(node, x, positions) @ original.T if refit else None,
-        )
-    hessian = moments.hessian(config.damping)
-    if refit:
-        matrix = moments.refit(hessian, matrix)
-    return _Part(matrix[neurons], split, hessian)
+    parts: Sequence[_Part], balance: Sequence[float], shared: int, following: Operation, config: ZipConfig
+) -> float:
+    """Find the matrices of all tasks, their first `shared` neurons in common; returns the cost of sharing."""
+    if config.method == "paper":
+        return _share(parts, balance, shared, compensate=False)
+    for part in parts:
+        part.refit(None)
+    cost = _share(parts, balance, shared, compensate=True)
+    for _ in range(config.sweeps if following.clips else 0):
+        for part in parts:
+            part.refit(following)
+        cost = _share(parts, balance, shared, compensate=True)
+    return cost
 
 
 def _share(parts: Sequence[_Part], balance: Sequence[float], count: int, compensate: bool) -> float:
@@ -205,15 +252,13 @@ def _share(parts: Sequence[_Part], balance: Sequence[float], count: int, compens
     if count == 0:
         return 0.0
     hessians = [part.hessian for part in parts if part.hessian is not None]
+    if compensate:
+        balance = relative_balance(balance, [part.matrix for part in parts], hessians)
     shared = [part.matrix[:count, part.split.shared] for part in parts]
-    curvatures = [
-        shared_curvature(hessian, part.split, compensate) for hessian, part in zip(hessians, parts, strict=True)
-    ]
+    curvatures = [shared_curvature(h, part.split, compensate) for h, part in zip(hessians, parts, strict=True)]
     mean = torch.stack(shared).mean(dim=0)  # solving for the distance from the mean keeps equal neurons exactly equal
-    pull = torch.stack([a * m.product((s - mean).T) for a, m, s in zip(balance, curvatures, shared, strict=True)]).sum(
-        dim=0
-    )
-    merged = mean + weighted_sum(curvatures, balance).solve(pull).T
+    pull = torch.stack([a * m.product((s - mean).T) for a, m, s in zip(balance, curvatures, shared, strict=True)])
+    merged = mean + weighted_sum(curvatures, balance).solve(pull.sum(dim=0)).T
     cost = 0.0
     for part, hessian, curvature, own, alpha in zip(parts, hessians, curvatures, shared, balance, strict=True):
         change = (merged - own).T

@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
-from mtz_core.retrain import RetrainConfig
-from mtz_core.settings import ZipConfig
+from mtz_core.settings import RetrainConfig, ZipConfig
 
 
 class InvalidParams(MtzError):
@@ -103,7 +102,7 @@ class MatchParams(_Block):
 
     method: Literal["refit", "paper"] = "refit"
     share: float | dict[str, int] = 1.0
-    damping: float = 1e-3
+    damping: float = 1e-2
     balance: dict[str, float] | None = None
 
     @model_validator(mode="after")
@@ -113,13 +112,14 @@ class MatchParams(_Block):
 
 
 class MergeParams(_Block):
-    """`patches`: rows that each calibration image gives to a convolution's refit."""
+    """`patches`: rows that each calibration image gives to a convolution's refit; `sweeps`: refits after the first."""
 
     patches: int = Field(default=64, ge=1)
+    sweeps: int = Field(default=4, ge=0)
 
 
 class RetrainParams(_Block):
-    """Light retraining on `images` of each training split, no labels; see `mtz_core.retrain.RetrainConfig`."""
+    """Light retraining on `images` of each training split, no labels; see `mtz_core.settings.RetrainConfig`."""
 
     images: int = Field(default=8000, ge=1)
     iterations: int = 200
@@ -208,7 +208,7 @@ class Params:
 
     def zip_config(self) -> ZipConfig:
         """Match and merge for the core."""
-        return ZipConfig(patches=self.merge.patches, seed=self.collect.seed, **self.match.model_dump())
+        return ZipConfig(**self.match.model_dump(), **self.merge.model_dump(), seed=self.collect.seed)
 
     def model_dump(self) -> dict[str, Any]:
         """All settings as plain values, as they would stand in the file."""
