@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +154,8 @@ def main() -> None:
     # Hundreds of thousands of objects come with the imports; looking for garbage among them again and again, and once
     # more at the end, takes seconds.
     gc.set_threshold(_GARBAGE_THRESHOLD)
+    # Being terminated must stop the servers and stages too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     finally:

@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows import progress, workspace
-from flows.pipeline import Pipeline, Stage, StageResult
+from flows.pipeline import Outcome, Pipeline, Stage, StageResult
 from flows.stage import as_result, reproduce_stage
 from tasks import register, storage
 from tasks.artifacts import Workspace, read_json
@@ -106,28 +106,28 @@ class _GroupRun:
     stages: tuple[Stage, ...]
 
     def bring_up_to_date(self) -> list[StageResult]:
-        """Run what DVC finds changed, and what reads the results of a stage that was not unchanged."""
+        """Restore what was run before, here or elsewhere; run what else changed, and what reads the results of that."""
         changed = self.pipeline.changed()
         if not changed:
             get_run_logger().info("nothing to do: all %d stages are unchanged", len(self.stages))
-            return [self._unchanged(stage) for stage in self.stages]
-        progress.current.get().busy(self.group, "asking S3 for earlier results")
-        self.pipeline.fetch()
-        pull = self.pipeline.has_remote_results()
+            return [self._done(stage, "unchanged") for stage in self.stages]
+        progress.current.get().busy(self.group, "looking for earlier results")
+        restored = self.pipeline.restore()
         results: dict[str, StageResult] = {}
         for stage in self.stages:
             touched = any(results[name].outcome != "unchanged" for name in stage.needs)
-            results[stage.name] = (
-                self.run_stage(stage.name, pull=pull) if touched or stage.name in changed else self._unchanged(stage)
-            )
+            if stage.name in restored:
+                results[stage.name] = self._done(stage, "restored")
+            elif touched or stage.name in changed:
+                results[stage.name] = self.run_stage(stage.name)
+            else:
+                results[stage.name] = self._done(stage, "unchanged")
         return list(results.values())
 
-    def run_stage(self, stage: str, force: bool = False, pull: bool = False) -> StageResult:
-        flow_settings = self.params.flow
-        with_retries = reproduce_stage.with_options(
-            retries=flow_settings.retries, retry_delay_seconds=flow_settings.retry_delay_seconds
-        )
-        return as_result(with_retries(self.group, stage, self.pipeline, self.home, force, pull))
+    def run_stage(self, stage: str, force: bool = False) -> StageResult:
+        """Run one stage as a task of this flow."""
+        with_retries = reproduce_stage.with_options(**self._retries())
+        return as_result(with_retries(self.group, stage, self.pipeline, self.home, force))
 
     def release(self, store: storage.Storage, report: GroupReport) -> None:
         """Make sure that this registry and this storage hold the release that the register stage has recorded.
@@ -150,17 +150,18 @@ class _GroupRun:
         )
 
     def push(self) -> None:
-        flow_settings = self.params.flow
-        push_data.with_options(
-            retries=flow_settings.retries,
-            retry_delay_seconds=flow_settings.retry_delay_seconds,
-        )(self.group, self.pipeline)
+        """Send the data to the remote as a task of this flow."""
+        push_data.with_options(**self._retries())(self.group, self.pipeline)
+
+    def _retries(self) -> dict[str, Any]:
+        settings = self.params.flow
+        return {"retries": settings.retries, "retry_delay_seconds": settings.retry_delay_seconds}
 
     def _version(self, store: storage.Storage) -> int | None:
         return register.verify(self.params, Workspace(self.pipeline.folder), self.home, store)
 
-    def _unchanged(self, stage: Stage) -> StageResult:
-        result = StageResult(stage.name, "unchanged", 0.0)
+    def _done(self, stage: Stage, outcome: Outcome) -> StageResult:
+        result = StageResult(stage.name, outcome)
         progress.current.get().finished(self.group, result)
         return result
 

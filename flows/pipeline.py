@@ -5,6 +5,7 @@ DVC runs as a process of its own each time, through its command line. It alone d
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ EXIT_TRY_AGAIN = 75
 _STAGE_STARTS = re.compile(r"> ")
 _STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
-_OUTPUT_DIGEST = re.compile(r"md5: ([0-9a-f]{2})([0-9a-f]{30}(?:\.dir)?)$", re.MULTILINE)
+_RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs$|Pulling data for stage: '(.+)'$")
 _INDEX_SCRIPT = Path(__file__).with_name("dvc_index.py")
 
 
@@ -62,8 +63,8 @@ class StageResult:
 
     stage: str
     outcome: Outcome
-    seconds: float
-    """Wall time with DVC's part."""
+    seconds: float = 0.0
+    """Wall time with DVC's part, 0 where the stage needed no process of its own."""
     command_seconds: float = 0.0
     """Wall time of the stage's own process."""
     last_line: str = ""
@@ -78,8 +79,6 @@ class Pipeline:
     """
 
     folder: Path
-    cache: Path
-    """DVC's cache folder, for looking only."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def stages(self) -> tuple[Stage, ...]:
@@ -100,19 +99,18 @@ class Pipeline:
         return frozenset(self._json("dvc", "--wait-for-lock", "status", "--json"))
 
     def reproduce(
-        self, stage: str, *, force: bool = False, pull: bool = False, on_line: Callable[[str], None] = lambda line: None
+        self, stage: str, *, force: bool = False, on_line: Callable[[str], None] = lambda line: None
     ) -> StageResult:
         """Bring one stage up to date: run it, or restore what an earlier run of it made, or leave it.
 
         Args:
             force: run it in any case.
-            pull: restore from the remote too, not only from the local cache.
             on_line: receives each line of DVC and of the stage.
 
         Raises:
             StageFailed: with the stage's own `error:` line as the reason.
         """
-        options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
+        options = ["--force"] if force else []
         start = time.monotonic()
         command_start = command_end = start
         running = False
@@ -126,7 +124,7 @@ class Pipeline:
             elif _STAGE_IS_OVER.match(line):
                 command_end = time.monotonic() if running else command_end
                 running = False
-            elif line.endswith("is cached - skipping run, checking out outputs") or line.startswith("Pulling data for"):
+            elif _RESTORED.match(line):
                 outcome = "restored"
             if line.strip():
                 said.append(line)
@@ -140,9 +138,20 @@ class Pipeline:
             last_line=_last_stage_line(said) if outcome == "executed" else "",
         )
 
-    def fetch(self) -> None:
-        """Fetch from the remote the records of earlier runs, and data that this pipeline has recorded but lost."""
-        self._output("dvc", "--wait-for-lock", "fetch", "--run-cache")
+    def restore(self) -> frozenset[str]:
+        """Restore the outputs of all stages that this or any other clone has run with the same inputs; run none.
+
+        Returns:
+            The stages restored from DVC's records of runs, local or on the remote.
+        """
+        # DVC has no option for this. It starts commands through $SHELL: with one that always fails, a stage that cannot
+        # be restored fails, and DVC goes on with those that do not need it.
+        nothing_runs = {"SHELL": shutil.which("false") or "/usr/bin/false"}
+        child = self._start("dvc", "--wait-for-lock", "repro", "--pull", "--keep-going", **nothing_runs)
+        lines = [line for line in child.lines() if line.strip()]
+        if child.wait() != 0 and not (reason := _dvc_reason(lines)).startswith("failed to reproduce"):
+            raise self._failure(reason)
+        return frozenset(match[1] or match[2] for line in lines if (match := _RESTORED.match(line)))
 
     def output_objects(self) -> frozenset[str]:
         """Return the names that the recorded outputs have below the remote's URL."""
@@ -154,18 +163,6 @@ class Pipeline:
         """Send all data of this pipeline and the records of all runs to the remote."""
         self._output("dvc", "--wait-for-lock", "push", "--run-cache")
 
-    def has_remote_results(self) -> bool:
-        """Tell whether earlier runs are on record whose data is not in the local cache.
-
-        Only then is `pull` worth its time: with it DVC fetches the records of all runs again for every stage.
-        """
-        for record in self.cache.glob("runs/*/*/*"):
-            outputs = record.read_text(encoding="utf-8").partition("\nouts:\n")[2]
-            for head, tail in _OUTPUT_DIGEST.findall(outputs):
-                if not (self.cache / "files" / "md5" / head / tail).exists():
-                    return True
-        return False
-
     def _json(self, *arguments: str) -> Any:
         printed = [line for line in self._output(*arguments) if line.startswith(("{", "["))]
         return json.loads(printed[-1])
@@ -174,13 +171,15 @@ class Pipeline:
         child = self._start(*arguments)
         lines = [line for line in child.lines() if line.strip()]
         if child.wait() != 0:
-            if stopping():
-                raise Interrupted
-            raise DvcFailed(f"DVC failed in {self.folder}: {explain(_dvc_reason(lines))}")
+            raise self._failure(_dvc_reason(lines))
         return lines
 
-    def _start(self, *arguments: str) -> Child:
-        return Child(arguments, self.folder, python_environment(DVC_NO_ANALYTICS="1", **self.environment))
+    def _failure(self, reason: str) -> Exception:
+        return Interrupted() if stopping() else DvcFailed(f"DVC failed in {self.folder}: {explain(reason)}")
+
+    def _start(self, *arguments: str, **variables: str) -> Child:
+        environment = {**self.environment, "DVC_NO_ANALYTICS": "1", **variables}
+        return Child(arguments, self.folder, python_environment(**environment))
 
 
 def explain(reason: str) -> str:

@@ -61,7 +61,8 @@ class Lines(Silent):
 
     def finished(self, group: str, result: StageResult) -> None:
         if result.outcome != "unchanged":
-            self._print(group, f"{result.stage}: {result.outcome} ({result.seconds:.1f} s)")
+            seconds = f" ({result.seconds:.1f} s)" if result.seconds else ""
+            self._print(group, f"{result.stage}: {result.outcome}{seconds}")
 
     def ended(self, group: str, error: str | None = None) -> None:
         self._print(group, f"failed: {error}" if error else "done")

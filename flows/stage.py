@@ -36,9 +36,7 @@ def _can_be_retried(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
     persist_result=False,
     retry_condition_fn=_can_be_retried,
 )
-def reproduce_stage(
-    group: str, stage: str, pipeline: Pipeline, home: Path, force: bool = False, pull: bool = False
-) -> dict[str, Any]:
+def reproduce_stage(group: str, stage: str, pipeline: Pipeline, home: Path, force: bool = False) -> dict[str, Any]:
     """Bring one stage up to date; return its `StageResult` as a mapping. Raises `StageFailed`."""
     logger = get_run_logger()
     shown = progress.current.get()
@@ -55,7 +53,7 @@ def reproduce_stage(
                     logger.info(line)
                     shown.said(group, line)
 
-            result = pipeline.reproduce(stage, force=force, pull=pull, on_line=on_line)
+            result = pipeline.reproduce(stage, force=force, on_line=on_line)
     except Exception:
         partial.replace(log)
         raise

@@ -115,7 +115,7 @@ def prepare(
         if (project / name).exists():
             _bring(project / name, folder / name)
     _write(folder / _PARAMS, yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True))
-    pipeline = Pipeline(folder, cache, environment)
+    pipeline = Pipeline(folder, environment)
     stages = pipeline.stages()
     sources = {*_code(project, code), *_sources(project, stages)}
     known = _recorded(folder)

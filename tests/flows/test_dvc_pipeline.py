@@ -50,12 +50,19 @@ def test_a_second_clone_restores_from_the_remote(group: Group, tmp_path: Path) -
     shutil.copytree(group.root, clone, ignore=shutil.ignore_patterns(".mtz", ".dvc"))
     second = Group(clone, group.remote)
     pipeline, stages = second.prepare()
-    assert not pipeline.has_remote_results()
-    pipeline.fetch()
-    assert pipeline.has_remote_results()
-    assert [pipeline.reproduce(stage.name, pull=True).outcome for stage in stages] == ["restored"] * 4
-    assert not pipeline.has_remote_results()
+    assert pipeline.restore() == set(STAGES)
+    assert [pipeline.reproduce(stage.name).outcome for stage in stages] == ["unchanged"] * 4
     assert (pipeline.folder / "metrics.txt").read_text() == (group.prepare()[0].folder / "metrics.txt").read_text()
+
+
+def test_restoring_runs_nothing(group: Group) -> None:
+    pipeline, _ = group.prepare()
+    assert pipeline.restore() == frozenset()
+    assert group.run() == ["executed"] * 4
+    assert group.run(match={"value": 2}, evaluate={"value": 2})[2:] == ["executed", "executed"]
+    pipeline, _ = group.prepare(match={"value": 1}, evaluate={"value": 3})
+    assert pipeline.restore() == {"match"}
+    assert pipeline.changed() == {"evaluate"}
 
 
 def test_a_refusal_is_told_and_not_retried(group: Group) -> None:
@@ -91,7 +98,7 @@ def test_a_stage_dies_with_its_flow(group: Group) -> None:
     program = (
         "import sys, pathlib; from flows.pipeline import Pipeline\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "Pipeline(folder, folder).reproduce('collect@digits', on_line=lambda line: print(line, flush=True))"
+        "Pipeline(folder).reproduce('collect@digits', on_line=lambda line: print(line, flush=True))"
     )
     flow = subprocess.Popen(
         [sys.executable, "-c", program, str(pipeline.folder)],
