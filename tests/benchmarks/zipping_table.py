@@ -65,8 +65,8 @@ class Row:
     shared: str
     stored: float
     originals: tuple[float, float]
-    rises: Mapping[str, list[tuple[float, float]]]
-    seconds: Mapping[str, float]
+    rises: Mapping[Method, list[tuple[float, float]]]
+    seconds: Mapping[Method, float]
 
 
 def read_split(source: Path, task: str, split: str) -> Split:
