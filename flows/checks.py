@@ -89,8 +89,9 @@ def _check_files(project: Path, plan: GroupPlan) -> None:
 
 def _check_networks(project: Path, params: Params) -> None:
     """Build each network, and load the weights that are there already; a pretrain stage makes the others."""
-    from tasks.artifacts import Workspace
-    from tasks.models import build_network, load_network
+    from tasks.factories import build_network
+    from tasks.models import load_network
+    from tasks.workspace import Workspace
 
     for name in params.models:
         if name in params.pretrain:

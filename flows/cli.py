@@ -131,9 +131,6 @@ def _told(debug: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from flows.processes import stop_all
-
-        stop_all()
         typer.echo("\nstopped; finished stages are kept, `mtz run` goes on from there", err=True)
         raise typer.Exit(130) from None
     except typer.Exit:

@@ -14,8 +14,9 @@ from flows import progress, workspace
 from flows.pipeline import Outcome, Pipeline, Stage, StageResult
 from flows.stage import as_result, reproduce_stage
 from tasks import register, storage
-from tasks.artifacts import Workspace, read_json
+from tasks.files import read_json
 from tasks.params import Params, validate
+from tasks.workspace import Workspace
 
 REGISTER = "register"
 

@@ -30,10 +30,16 @@ class Child:
         folder: the working folder.
         environment: all of its environment variables.
         output: where standard output and error go; by default to a pipe, read with `lines()`.
+        server: it is stopped by whoever started it, not by `stop_all`, so that flows being stopped can still say so.
     """
 
     def __init__(
-        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: IO[bytes] | None = None
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        output: IO[bytes] | None = None,
+        server: bool = False,
     ) -> None:
         with _guard:
             if _stopping.is_set():
@@ -47,7 +53,8 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            _running.add(self)
+            if not server:
+                _running.add(self)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of output as they come, until the child has closed it."""
@@ -87,7 +94,7 @@ class Child:
 
 
 def stop_all() -> None:
-    """Stop every child, and let no new one start."""
+    """Stop every child but servers, and let no new one start."""
     _stopping.set()
     with _guard:
         children = list(_running)

@@ -108,7 +108,7 @@ def _serving(
     log.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         output = stack.enter_context(log.open("wb"))
-        child = Child(command, home, python_environment(**environment), output)
+        child = Child(command, home, python_environment(**environment), output, server=True)
         stack.callback(child.stop)
         yield Server(name, f"http://{_HOST}:{port}", health, log, child)
 

@@ -26,6 +26,11 @@ STEP = """
             mark.touch()
             print("error: storage does not answer", file=sys.stderr)
             sys.exit(75)
+    inputs = "".join(pathlib.Path(source).read_text() for source in sources)
+    if "please refuse" in inputs:
+        sys.exit("error: the data asks to be refused. Give other data.")
+    if "please wait" in inputs:
+        time.sleep(60)
     text = f"{name} {settings.get('value')}\\n" + "".join(pathlib.Path(source).read_text() for source in sources)
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(out).write_text(text)

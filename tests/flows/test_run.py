@@ -1,0 +1,146 @@
+"""`mtz run` on the small project: real Prefect, DVC and S3 servers, groups that succeed and fail."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.flows.small_project import is_alive, make_project
+
+ROOT = Path(__file__).parents[2]
+
+PARAMS = """
+    group: small
+    models:
+      digits: {network: "tasks.networks:lenet5", weights: networks/any, data: data/digits.txt}
+      fashion: {network: "tasks.networks:lenet5", weights: networks/any, data: data/fashion}
+    collect: {images: 1}
+    match: {share: 1.0}
+    evaluate: {batch_size: 1}
+    register: {name: small}
+    flow: {workers: 2, retries: 1, retry_delay_seconds: 0}
+"""
+
+FLEET = """
+    groups:
+      good: {}
+      bad: {models: {digits: {data: data/refuse}}}
+      slow: {models: {digits: {data: data/wait}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fleet") / "project"
+    make_project(root)
+    (root / "params.yaml").write_text(textwrap.dedent(PARAMS))
+    (root / "fleet.yaml").write_text(textwrap.dedent(FLEET))
+    (root / "networks").mkdir()
+    (root / "networks" / "any").touch()
+    (root / "data" / "refuse").write_text("please refuse\n")
+    (root / "data" / "wait").write_text("please wait\n")
+    return root
+
+
+def start(project: Path, *arguments: str) -> "subprocess.Popen[str]":
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MTZ_", "PREFECT_", "AWS_"))
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=project,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def mtz(project: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run the command; return its status and what it printed."""
+    process = start(project, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_a_failing_group_stops_no_other_and_a_second_run_does_nothing(project: Path) -> None:
+    status, out, err = mtz(project, "run", "--group", "good", "--group", "bad")
+    assert status == 1
+    assert "error: group 'bad': collect@digits: the data asks to be refused. Give other data." in err
+    assert "Traceback" not in out + err
+    assert "[good] done" in out
+    assert "[good] evaluate: executed" in out
+    assert (project / ".mtz" / "workspaces" / "good" / "metrics.txt").exists()
+    assert "asks to be refused" in (project / ".mtz" / "logs" / "bad" / "collect@digits.log").read_text()
+
+    status, out, err = mtz(project, "run", "--group", "good")
+    assert status == 0, err
+    assert "Nothing to do: all 4 stages unchanged." in out
+
+
+def test_interrupting_stops_everything(project: Path) -> None:
+    process = start(project, "run", "--group", "slow", "--debug")
+    log = project / ".mtz" / "logs" / "slow" / "collect@digits.log.partial"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "reading" in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    members = children_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished stages are kept" in err
+    assert len(members) >= 4, "server, dvc, shell or stage"
+    assert not [pid for pid in members if is_alive(pid)]
+
+
+def children_of(parent: int) -> list[int]:
+    """All processes that descend from this one."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(pid): int(ppid) for pid, ppid in map(str.split, listing.splitlines())}
+    found = [parent]
+    for pid in found:
+        found.extend(child for child, its_parent in parents.items() if its_parent == pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group", "god"], "there is no group 'god'; did you mean 'good'?"),
+        (["--set", "retrain.iteration=3"], "retrain.iteration: unknown key"),
+        (["--set", "retrain"], "--set retrain: write it as key.path=value"),
+        (["--params", "none.yaml"], "none.yaml: No such file"),
+        (["--set", "models.digits.data=data/none"], "models.digits.data: there is no data/none"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(project: Path, arguments: list[str], message: str) -> None:
+    status, _, err = mtz(project, "run", *arguments)
+    assert status == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_help_teaches_and_is_quick(project: Path) -> None:
+    for command in ("run", "check", "ui", "s3", "dvc"):
+        status, out, _ = mtz(project, command, "--help")
+        assert status == 0
+        assert "Example: mtz " in out
+    program = "import sys, flows.cli; print({'torch', 'prefect', 'mlflow', 'boto3'} & sys.modules.keys())"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert loaded.strip() == "set()"
+
+
+def test_dvc_by_hand_reaches_the_storage(project: Path) -> None:
+    status, out, err = mtz(project, "dvc", "--group", "good", "--", "status", "--cloud")
+    assert status == 0, err
+    assert "are in sync" in out + err
