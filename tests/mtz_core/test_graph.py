@@ -71,11 +71,10 @@ def test_a_plain_module_is_built_again(case: Case, training: bool) -> None:
     assert {p.data_ptr() for p in again.parameters()}.isdisjoint({p.data_ptr() for p in module.parameters()})
 
 
-@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_number_of_examples_makes_no_difference(case: Case, count: int) -> None:
+def test_the_number_of_examples_makes_no_difference(case: Case) -> None:
     module = case.network(1)
-    assert trace(module, case.examples(count)).graph == trace(module, case.examples(3)).graph
+    assert trace(module, case.examples(1)).graph == trace(module, case.examples(3)).graph
 
 
 def test_tracing_changes_nothing() -> None:

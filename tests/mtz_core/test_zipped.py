@@ -1,6 +1,7 @@
 """The zipped network as a module: per task, in both modes, alone, and on disk and back."""
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,13 @@ on_all_networks = pytest.mark.parametrize("case", CASES, ids=lambda case: case.n
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12))
 
 
-def zipped_pair(case: Case, share: float = 0.5) -> ZippedNetwork:
-    return zip_networks(case.pair(), case.calibration(20), ZipConfig(share=share, patches=8))
+@cache
+def zipped_once(case: Case) -> ZippedNetwork:
+    return zip_networks(case.pair(), case.calibration(20), ZipConfig(share=0.5, patches=8))
+
+
+def zipped_pair(case: Case) -> ZippedNetwork:
+    return copy.deepcopy(zipped_once(case))
 
 
 @on_all_networks

@@ -95,15 +95,14 @@ def test_what_is_shared_is_stored_once(case: Case, method: Method) -> None:
         assert bool(torch.isfinite(zipped(case.examples(5), task)).all())
 
 
-@with_both_methods
 @on_all_networks
-def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case, method: Method) -> None:
+def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case) -> None:
     networks, calibration = case.pair(), case.calibration(12)
     networks[TASKS[0]].train()
     states = {task: copy.deepcopy(network.state_dict()) for task, network in networks.items()}
     modes = {task: [part.training for part in network.modules()] for task, network in networks.items()}
     data = {task: x.clone() for task, x in calibration.items()}
-    config = ZipConfig(method=method, share=0.6, patches=3)
+    config = ZipConfig(share=0.6, patches=3)
     first, second = (zip_networks(networks, calibration, config) for _ in range(2))
     assert first.report == second.report
     assert first.blocks().keys() == second.blocks().keys()
@@ -527,12 +526,11 @@ BAD_INPUT: dict[str, tuple[dict[str, nn.Module], dict[str, Any], dict[str, Any],
 }
 
 
-@with_both_methods
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_refused_by_name(name: str, method: Method) -> None:
+def test_bad_input_is_refused_by_name(name: str) -> None:
     networks, calibration, settings, error, message = BAD_INPUT[name]
     with pytest.raises(error, match=message):
-        zip_networks(networks, calibration, ZipConfig(method=method, **settings))
+        zip_networks(networks, calibration, ZipConfig(**settings))
 
 
 @pytest.mark.xfail(reason="something that is no nn.Module escapes as AttributeError")
