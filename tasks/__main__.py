@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(stage: str, model: str | None) -> None:
     import torch
 
-    from tasks.artifacts import Workspace
     from tasks.params import InvalidParams, load_params
+    from tasks.workspace import Workspace
 
     workspace = Workspace(Path())
     params = load_params(workspace.params)

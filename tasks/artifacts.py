@@ -1,17 +1,9 @@
-"""Values and files: where a stage's files lie, and how they are written whole or not at all."""
+"""Values of the core and their files: activations, moments, pairings, tensors."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,115 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtz_core.errors import MtzError
 from mtz_core.matching import GroupMatch, Pairing
 from mtz_core.moments import Moments
-
-
-class InvalidArtifact(MtzError):
-    """A file that a stage should read is missing, damaged, or not what its name says."""
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """The folder in which one group's pipeline runs, and the places of its files."""
-
-    root: Path
-
-    @property
-    def params(self) -> Path:
-        return self.root / "params.yaml"
-
-    def activations(self, model: str) -> Path:
-        return self.root / "activations" / model
-
-    def hessians(self, model: str) -> Path:
-        return self.root / "hessians" / f"{model}.safetensors"
-
-    @property
-    def pairing(self) -> Path:
-        return self.root / "pairing" / "pairing.json"
-
-    @property
-    def curves(self) -> Path:
-        return self.root / "pairing" / "curves.csv"
-
-    @property
-    def merged(self) -> Path:
-        return self.root / "merged"
-
-    @property
-    def retrained(self) -> Path:
-        return self.root / "retrained"
-
-    @property
-    def plots(self) -> Path:
-        return self.root / "plots"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.json"
-
-    @property
-    def registration(self) -> Path:
-        return self.root / "registration.json"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Raises `InvalidArtifact`."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InvalidArtifact(f"{path}: {error.strerror}. Run the stage that writes it.") from error
-    except ValueError as error:
-        raise InvalidArtifact(f"{path} is not JSON: {error}. Run the stage that writes it again.") from error
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file, as DVC's plots read it."""
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+from tasks.files import InvalidArtifact, read_json, whole_file, write_json, write_table
+from tasks.workspace import Workspace
 
 
 class RowsWriter:

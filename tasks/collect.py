@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 
 from mtz_core.activations import as_batches, stream_rows
-from tasks.artifacts import RowsWriter, Workspace, layer_file, whole_folder
+from tasks.artifacts import RowsWriter, layer_file
+from tasks.files import whole_folder
 from tasks.models import calibration, load_traced
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:

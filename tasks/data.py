@@ -44,6 +44,10 @@ def read_examples(folder: Path, split: str) -> tuple[Float[Tensor, "n channels h
 
 def _read(folder: Path, split: str, columns: list[str]) -> pa.Table:
     path = folder / f"{split}.parquet"
+    if not path.is_file():
+        raise InvalidData(
+            f"{path}: there is no such file. Put the data set there, or name its folder in models.NAME.data."
+        )
     try:
         file = pq.ParquetFile(path)
         missing = [column for column in columns if column not in file.schema_arrow.names]
@@ -51,8 +55,7 @@ def _read(folder: Path, split: str, columns: list[str]) -> pa.Table:
             raise InvalidData(f"{path} has no column {missing[0]!r}. {LAYOUT}")
         table = file.read(columns)
     except (OSError, pa.ArrowException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InvalidData(f"{path} cannot be read: {reason}. {LAYOUT}") from error
+        raise InvalidData(f"{path} cannot be read: {error}. {LAYOUT}") from error
     if not table.num_rows:
         raise InvalidData(f"{path} is empty. Give at least one example.")
     return table

@@ -9,11 +9,12 @@ import torch
 import mtz_core
 from mtz_core.evaluate import agreement, error_rate, predict
 from mtz_core.format import WEIGHTS
-from tasks.artifacts import Workspace, write_json, write_table
 from tasks.data import read_examples
+from tasks.files import write_json, write_table
 from tasks.models import load_network
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from mtz_core.moments import Moments
-from tasks.artifacts import InvalidArtifact, Workspace, read_rows, write_moments
+from tasks.artifacts import read_rows, write_moments
+from tasks.files import InvalidArtifact
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mtz_core import matching
-from tasks.artifacts import Workspace, read_moments, write_matches
+from tasks.artifacts import read_moments, write_matches
 from tasks.models import load_traced
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace) -> None:

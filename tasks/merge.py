@@ -7,10 +7,12 @@ import time
 from mtz_core import zipping
 from mtz_core.activations import as_batches
 from mtz_core.zipped import ZippedNetwork
-from tasks.artifacts import Workspace, read_pairings, whole_folder, write_table
+from tasks.artifacts import read_pairings
+from tasks.files import whole_folder, write_table
 from tasks.models import calibration, load_traced
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace) -> None:

@@ -1,41 +1,17 @@
-"""Where networks come from: an importable factory and a file of weights."""
+"""Where pre-trained networks and their calibration images come from."""
 
 from __future__ import annotations
-
-import importlib
 
 import torch
 from torch import nn
 
 from mtz_core.errors import InvalidWeights, MtzError
 from mtz_core.graph import Network, trace
-from tasks.artifacts import Workspace, read_tensors
+from tasks.artifacts import read_tensors
 from tasks.data import read_images
+from tasks.factories import build_network
 from tasks.params import Params
-
-
-class InvalidFactory(MtzError):
-    """A network's factory cannot be imported, or does not return a network."""
-
-
-def build_network(params: Params, model: str) -> nn.Module:
-    """The untrained network of a model. Raises `InvalidFactory`."""
-    settings = params.models[model]
-    where = f"models.{model}.network"
-    module_name, _, attribute = settings.network.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InvalidFactory(f"{where}: {settings.network} cannot be imported: {error}.") from error
-    try:
-        network = factory(**settings.arguments)
-    except Exception as error:  # a user's factory may raise anything
-        raise InvalidFactory(
-            f"{where}: {settings.network} failed with arguments {settings.arguments}: {error!r}."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise InvalidFactory(f"{where}: {settings.network} returned {type(network).__name__}, not a torch.nn.Module.")
-    return network
+from tasks.workspace import Workspace
 
 
 def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:

@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.evaluate import error_rate, predict
-from tasks.artifacts import Workspace, whole_file
 from tasks.data import read_examples
-from tasks.models import build_network
+from tasks.factories import build_network
+from tasks.files import whole_file
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:

@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 
 from tasks import storage, tracking
-from tasks.artifacts import Workspace, read_json, write_json
+from tasks.files import read_json, write_json
 from tasks.home import find_home
 from tasks.params import Params
 from tasks.progress import say
 from tasks.release import Release, gather
 from tasks.storage import Storage, content_digest
+from tasks.workspace import Workspace
 
 _MANIFEST = "release.json"
 

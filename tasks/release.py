@@ -18,8 +18,9 @@ import yaml
 
 from mtz_core.structure import ZipReport
 from mtz_core.zipped import load
-from tasks.artifacts import InvalidArtifact, Workspace, read_json, sha256
+from tasks.files import InvalidArtifact, read_json, sha256
 from tasks.params import Params
+from tasks.workspace import Workspace
 
 DIGEST_TAG = "mtz.content_digest"
 """The tag by which a registered version is found again."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mtz_core
 from mtz_core.retrain import retrain
-from tasks.artifacts import Workspace, whole_folder, write_table
 from tasks.data import read_images
+from tasks.files import whole_folder, write_table
 from tasks.models import load_network
 from tasks.params import Params
 from tasks.progress import say
+from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace) -> None:

@@ -18,10 +18,11 @@ from safetensors.torch import save_model
 from torch import nn
 
 from tasks import register, tracking
-from tasks.artifacts import InvalidArtifact, Workspace, write_json, write_table
+from tasks.files import InvalidArtifact, write_json, write_table
 from tasks.params import Params, load_params
 from tasks.release import gather
 from tasks.storage import Storage
+from tasks.workspace import Workspace
 from tests.tasks.conftest import Place, Registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +181,7 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from tasks import register
-from tasks.artifacts import Workspace
+from tasks.workspace import Workspace
 from tasks.params import load_params
 from tasks.storage import Storage
 

@@ -1,0 +1,34 @@
+"""How networks are built: importable factories."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from mtz_core.errors import MtzError
+from tasks.params import Params
+
+
+class InvalidFactory(MtzError):
+    """A network's factory cannot be imported, or does not return a network."""
+
+
+def build_network(params: Params, model: str) -> nn.Module:
+    """The untrained network of a model. Raises `InvalidFactory`."""
+    settings = params.models[model]
+    where = f"models.{model}.network"
+    module_name, _, attribute = settings.network.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidFactory(f"{where}: {settings.network} cannot be imported: {error}.") from error
+    try:
+        network = factory(**settings.arguments)
+    except Exception as error:  # a user's factory may raise anything
+        raise InvalidFactory(
+            f"{where}: {settings.network} failed with arguments {settings.arguments}: {error!r}."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise InvalidFactory(f"{where}: {settings.network} returned {type(network).__name__}, not a torch.nn.Module.")
+    return network

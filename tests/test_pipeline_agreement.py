@@ -1,0 +1,58 @@
+"""The pipeline's three descriptions agree: a file in `tasks/`, a stage in `dvc.yaml`, a block in `params.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+import yaml
+
+from tasks.__main__ import GROUP_STAGES, MODEL_STAGES
+
+STAGES = (*MODEL_STAGES, *GROUP_STAGES)
+
+WIRING = {"mtz_core.errors", "mtz_core.settings", "tasks.params", "tasks.progress", "tasks.home"}
+"""Modules that say what to do and tell what is done, but compute nothing; settings are versioned as parameters."""
+
+SERVICES = {"tasks.locks", "tasks.embedded_s3", "tasks.s3_errors"}
+"""Modules that start and reach services; what they move is versioned."""
+
+BUILDS_NETWORKS = {"pretrain", "collect", "match", "merge", "retrain", "evaluate"}
+"""Stages that import the networks' factories by the names in params.yaml."""
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    return stages
+
+
+def test_same_stages_everywhere(pipeline: dict[str, Any]) -> None:
+    assert tuple(pipeline) == STAGES
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    for stage in STAGES:
+        assert stage in params
+        assert Path("tasks", f"{stage}.py").is_file()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_command_and_parameters(pipeline: dict[str, Any], stage: str) -> None:
+    entry = pipeline[stage]
+    body = entry.get("do", entry)
+    assert ("foreach" in entry) == (stage in MODEL_STAGES)
+    assert body["cmd"] == f"python -m tasks {stage}" + (" ${key}" if stage in MODEL_STAGES else "")
+    assert any(name.partition(".")[0] == stage for name in body["params"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_that_a_stage_uses_is_its_dependency(pipeline: dict[str, Any], stage: str) -> None:
+    used = grimp.build_graph("mtz_core", "tasks").find_upstream_modules(f"tasks.{stage}") - WIRING - SERVICES
+    used |= {f"tasks.{stage}"} | ({"tasks.networks"} if stage in BUILDS_NETWORKS else set())
+    used |= {"tasks.served_model"} if stage == "register" else set()
+    body = pipeline[stage].get("do", pipeline[stage])
+    named = {path.removesuffix(".py").replace("/", ".") for path in body["deps"] if path.startswith(("tasks", "mtz"))}
+    if "mtz_core" in named:
+        used = {name if name.startswith("tasks") else "mtz_core" for name in used}
+    assert named == used
