@@ -25,7 +25,7 @@ import mtz_core
 from data.build import read_idx
 from mtz_core.evaluate import error_rate, predict
 from mtz_core.settings import Method
-from tasks.artifacts import whole_file
+from tasks.files import whole_file
 from tasks.networks import lenet5, lenet_300_100
 
 EPOCHS = 6
