@@ -214,6 +214,7 @@ def metrics_table(report: GroupReport) -> list[dict[str, Any]]:
             "error after retraining": errors["error_retrained"],
             "stored %": round(100 * stored["fraction"], 1),
             "bytes": stored["bytes"],
+            "bytes before": stored["original_bytes"],
             "version": report.version,
         }
         for name, errors in report.metrics["tasks"].items()

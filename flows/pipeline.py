@@ -16,11 +16,9 @@ import yaml
 
 from flows.processes import Child, Interrupted, python_environment, stopping
 from mtz_core.errors import MtzError
+from tasks.faults import EXIT_TRY_AGAIN
 
 Outcome = Literal["executed", "restored", "unchanged"]
-
-EXIT_TRY_AGAIN = 75
-"""Exit status of a stage that failed for a passing reason (`EX_TEMPFAIL`), such as a storage that did not answer."""
 
 _STAGE_STARTS = re.compile(r"> ")
 _STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")

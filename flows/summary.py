@@ -37,7 +37,7 @@ def _errors(reports: Sequence[GroupReport]) -> Table:
     table = Table(title="Test error, %", title_justify="left", title_style="bold")
     for column in ("group", "task"):
         table.add_column(column)
-    for column in ("before", "zipped", "after light\nretraining", "stored %", "bytes"):
+    for column in ("before", "zipped", "after light\nretraining", "stored %", "bytes", "of"):
         table.add_column(column, justify="right")
     for report in reports:
         for number, row in enumerate(metrics_table(report) if report.metrics else []):
@@ -46,7 +46,7 @@ def _errors(reports: Sequence[GroupReport]) -> Table:
                 row["task"],
                 *(f"{row[name]:.2f}" for name in ("error before", "error zipped", "error after retraining")),
                 f"{row['stored %']:.1f}" if number == 0 else "",
-                f"{row['bytes']:,}" if number == 0 else "",
+                *(f"{row[name]:,}" if number == 0 else "" for name in ("bytes", "bytes before")),
             )
         table.add_section()
     return table

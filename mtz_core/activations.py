@@ -20,15 +20,26 @@ BATCH = 100
 
 def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
     """Calibration data as a list of batches. Raises `InvalidCalibration` if empty, not floating point or not finite."""
-    batches = list(torch.split(data, BATCH)) if isinstance(data, Tensor) else list(data)
+    if isinstance(data, Tensor) and data.ndim:
+        batches = list(torch.split(data, BATCH))
+    elif isinstance(data, Iterable) and not isinstance(data, Tensor):
+        batches = list(data)
+    else:
+        raise InvalidCalibration(f"the calibration data of {task!r} are neither a tensor of examples nor batches.")
+    for batch in batches:
+        if not isinstance(batch, Tensor) or not batch.ndim:
+            raise InvalidCalibration(
+                f"the calibration data of {task!r} have a batch of type {type(batch).__name__}. Give tensors of "
+                "examples, without labels."
+            )
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         raise InvalidCalibration(f"the calibration data of {task!r} are empty. Give at least one example.")
     for batch in batches:
-        if not batch.is_floating_point():
+        if not batch.is_floating_point() or batch.dtype != batches[0].dtype:
             raise InvalidCalibration(
-                f"the calibration data of {task!r} have dtype {batch.dtype}. Give the floating-point values that the "
-                "network is meant to read."
+                f"the calibration data of {task!r} have dtype {batch.dtype}. Give floating-point values of one dtype, "
+                "as the network is meant to read them."
             )
         if batch.shape[1:] != batches[0].shape[1:]:
             raise InvalidCalibration(

@@ -53,20 +53,30 @@ def save(structure: ZippedStructure, blocks: Mapping[str, Tensor], folder: Path)
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "report": dataclasses.asdict(structure.report),
     }
-    _write(folder / WEIGHTS, weights)
-    _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    manifest["manifest_sha256"] = _digest(manifest)
+    _write(folder, {WEIGHTS: weights, MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()})
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest in canonical form, without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files under temporary names, then give them their own: an old network stays until all are whole."""
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for name, content in files.items():
+            with temporary[name].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in temporary.items():
+            path.replace(folder / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
@@ -86,6 +96,8 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
         raise InvalidZippedFile(f"{folder / MANIFEST} is not JSON: {error}. Fetch or make it again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise InvalidZippedFile(f"{folder / MANIFEST} is not a zipped network of format version {VERSION}.")
+    if _digest(manifest) != manifest.get("manifest_sha256"):
+        raise InvalidZippedFile(f"{folder / MANIFEST} does not have the digest that it states. Fetch or make it again.")
     if hashlib.sha256(content).hexdigest() != manifest.get("weights_sha256"):
         raise InvalidZippedFile(
             f"{folder / WEIGHTS} does not have the digest that {MANIFEST} states: it is damaged or belongs to "
@@ -93,7 +105,7 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
         )
     try:
         structure = _read_structure(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration) as error:
         raise InvalidZippedFile(f"{folder / MANIFEST} is malformed: {error!r}.") from error
     try:
         blocks = load_tensors(content)
@@ -121,6 +133,8 @@ def _read_structure(manifest: Mapping[str, Any]) -> ZippedStructure:
     for node in nodes:
         if node.kind not in LAYERS and node.kind not in OPERATIONS:
             raise ValueError(f"unknown operation {node.kind!r}")
+        if node.kind in LAYERS and node.settings.keys() != LAYERS[node.kind].settings:
+            raise ValueError(f"settings of {node.name!r}")
         if node.source not in seen or node.name in seen:
             raise ValueError(f"node {node.name!r} is out of order")
         seen.add(node.name)

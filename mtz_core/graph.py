@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
 from mtz_core.layers import DROPOUT, LAYERS, OPERATIONS, Settings, from_matrix, to_matrix
 
-INPUT = "input"
-"""The name of the network's input, as a value and as a neuron group."""
+INPUT = ":input"
+"""The name of the network's input, as a value and as a neuron group. No path of a module holds a colon."""
 
 _REMEDY = "Supported are chains of {}. Teach a new one in mtz_core/layers.py, or leave this network out of the group."
 
@@ -108,9 +108,15 @@ def trace(module: nn.Module, example: Float[Tensor, "batch ..."]) -> Network:
     Raises `UnsupportedModule` for what cannot be zipped, `InvalidWeights` for weights that are not finite,
     `InvalidCalibration` if the module does not accept the example.
     """
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModule(f"{module!r} is not a torch.nn.Module.")
+    if example.ndim < 2:
+        raise InvalidCalibration(
+            f"an example of shape {list(example.shape[1:])} has no features for a network to read."
+        )
     _check_weights(module)
     pair = torch.cat([example[:1], example[:1]])
-    with _evaluation_mode(module):
+    with evaluation_mode(module):
         try:
             module(pair)
         except Exception as error:  # whatever a user's forward raises means the same: this input does not fit it
@@ -146,7 +152,7 @@ def _check_weights(module: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, every submodule's own mode put back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -226,6 +232,8 @@ class _Reader:
         """The node of our graph for one exported operation; None for one that changes nothing."""
         target: Any = node.target
         kind = target._schema.name.removeprefix("aten::").removesuffix("_")
+        if not isinstance(node.meta["val"], Tensor):
+            raise self._unsupported(node, "it has several outputs")
         before, after = (self._shape(n) for n in (node.all_input_nodes[0], node))
         if kind in LAYERS:
             return self._layer(node, kind, source)
@@ -236,14 +244,19 @@ class _Reader:
                 return None
             if after != (before[0], int(torch.Size(before[1:]).numel())):
                 raise self._unsupported(node, f"it reshapes {list(before)} to {list(after)}")
-            return Node(f"flatten_{len(self.nodes)}", "flatten", source)
+            return Node(f"flatten:{len(self.nodes)}", "flatten", source)
         if kind not in OPERATIONS:
             raise self._unsupported(node, "zipping does not know this operation")
+        if OPERATIONS[kind].spatial and len(before) != 4:
+            raise self._unsupported(node, f"its input has shape {list(before)}, not [batch, channels, height, width]")
         settings = self._arguments(node)
-        settings.pop("train", None)
-        if settings.get("dtype", None) is not None:
+        if settings.pop("train", False):
+            raise self._unsupported(node, "it stays on in evaluation mode (pass training=self.training)")
+        if settings.get("dtype") is not None:
             raise self._unsupported(node, "it changes the dtype")
-        return Node(f"{kind}_{len(self.nodes)}", kind, source, settings)
+        if settings.get("stride") == settings.get("kernel_size"):
+            settings.pop("stride", None)  # a pooling's default, which some ways of writing it spell out
+        return Node(f"{kind}:{len(self.nodes)}", kind, source, settings)
 
     def _layer(self, node: fx.Node, kind: str, source: str) -> Node:
         arguments = self._arguments(node, with_tensors=True)
@@ -257,7 +270,13 @@ class _Reader:
         shape = self._shape(node.all_input_nodes[0])
         if kind == "linear" and len(shape) != 2:
             raise self._unsupported(node, f"its input has shape {list(shape)}, not [batch, features]")
+        if any(hasattr(fx.GraphModule, part) for part in name.split(".")):
+            raise self._unsupported(node, f"{name!r} is a name that modules of torch use themselves; rename the layer")
         if kind == "conv2d":
+            if len(shape) != 4:
+                raise self._unsupported(
+                    node, f"its input has shape {list(shape)}, not [batch, channels, height, width]"
+                )
             settings = self._convolution(node, arguments)
         self.weights[name] = to_matrix(
             self.state[key].detach().cpu(),
@@ -296,10 +315,11 @@ class _Reader:
         arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         if with_tensors:
             return arguments
+        defaults = {argument.name: argument.default_value for argument in target._schema.arguments}
         return {
             key: list(value) if isinstance(value, (list, tuple)) else value
             for key, value in arguments.items()
-            if not isinstance(value, fx.Node)
+            if not isinstance(value, fx.Node) and value != defaults[key]
         }
 
     @staticmethod
@@ -348,7 +368,10 @@ def run_node(
 
 
 def build_module(graph: LayerGraph, weights: Mapping[str, Float[Tensor, "out in"]]) -> fx.GraphModule:
-    """A plain torch module for a graph and dense weights; its parameters are named as in the traced module."""
+    """A plain torch module for a graph and dense weights.
+
+    Its parameters are named as in the traced module, as far as they are the `weight` and `bias` of a submodule there.
+    """
     root = nn.Module()
     drawing = fx.Graph()
     values = {INPUT: drawing.placeholder("x")}

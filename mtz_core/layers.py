@@ -27,6 +27,9 @@ Settings = Mapping[str, Any]
 class Layer(Protocol):
     """One type of layer with weights."""
 
+    settings: frozenset[str]
+    """What configures a layer of this type."""
+
     def run(self, settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output for `weight` in the shape torch gives it."""
         ...
@@ -55,6 +58,8 @@ class Layer(Protocol):
 class LinearLayer:
     """``torch.nn.Linear`` on inputs of shape ``[batch, features]``."""
 
+    settings: frozenset[str] = frozenset()
+
     def run(
         self, settings: Settings, x: Float[Tensor, "batch in"], weight: Tensor, bias: Tensor | None
     ) -> Float[Tensor, "batch out"]:
@@ -81,6 +86,8 @@ class LinearLayer:
 
 class Conv2dLayer:
     """``torch.nn.Conv2d`` with stride, padding and dilation on ``[batch, channels, height, width]``."""
+
+    settings: frozenset[str] = frozenset({"kernel_size", "stride", "padding", "dilation"})
 
     def run(
         self, settings: Settings, x: Float[Tensor, "batch c h w"], weight: Tensor, bias: Tensor | None
@@ -149,11 +156,12 @@ class Operation:
 
     `neurons`: `kept` acts on each channel alone; `flattened` lays the values of each channel side by side;
     `mixed` lets channels see each other, which is allowed only behind the last layer. Inputs below `floor` all give
-    the same output.
+    the same output. `spatial` operations take ``[batch, channels, height, width]``.
     """
 
     neurons: Literal["kept", "flattened", "mixed"] = "kept"
     floor: float = -math.inf
+    spatial: bool = False
 
     @property
     def clips(self) -> bool:
@@ -178,11 +186,12 @@ OPERATIONS: Mapping[str, Operation] = {
         (
             *("leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus"),
             *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "log_sigmoid", "relu6"),
-            *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "dropout", "feature_dropout", "alpha_dropout"),
+            *("dropout", "feature_dropout", "alpha_dropout"),
         ),
         Operation("kept"),
     ),
     "relu": Operation("kept", floor=0.0),
+    **dict.fromkeys(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"), Operation("kept", spatial=True)),
     "flatten": Operation("flattened"),
     "softmax": Operation("mixed"),
     "log_softmax": Operation("mixed"),
@@ -197,19 +206,19 @@ DROPOUT: Mapping[str, type[nn.Module]] = {
 """Operations that act in training mode only, and their modules."""
 
 
-def to_matrix(weight: Float[Tensor, "out ..."], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "out in"]:
+def to_matrix(weight: Float[Tensor, "out ..."], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "out columns"]:
     """A layer's weights as one matrix, the bias (if any) as its last column."""
     matrix = weight.flatten(1)
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
 
 
 def from_matrix(
-    matrix: Float[Tensor, "out in"], bias: bool
-) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
+    matrix: Float[Tensor, "out columns"], bias: bool
+) -> tuple[Float[Tensor, "out inputs"], Float[Tensor, " out"] | None]:
     """Weights and bias of a matrix; the inverse of `to_matrix` but for the weights' shape."""
     return (matrix[:, :-1].contiguous(), matrix[:, -1].contiguous()) if bias else (matrix, None)
 
 
-def with_ones(rows: Float[Tensor, "n in"], bias: bool) -> Float[Tensor, "n in+1"]:
+def with_ones(rows: Float[Tensor, "n inputs"], bias: bool) -> Float[Tensor, "n columns"]:
     """Rows with the trailing 1 that a bias meets."""
     return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1) if bias else rows

@@ -142,7 +142,7 @@ def functional_difference(
 
 
 def relative_balance(
-    balance: Sequence[float], matrices: Sequence[Float[Tensor, "out in"]], hessians: Sequence[Hessian]
+    balance: Sequence[float], matrices: Sequence[Float[Tensor, "_ _"]], hessians: Sequence[Hessian]
 ) -> list[float]:
     """``α_t / E‖y_t‖²``: costs relative to the energy of each task's own outputs ``y = W x``.
 
@@ -216,9 +216,19 @@ def check_compatible(networks: Mapping[str, Network]) -> LayerGraph:
     return a.graph
 
 
+def shared_counts(networks: Mapping[str, Network], config: ZipConfig) -> dict[str, int]:
+    """Neurons to share in every hidden group. Raises `InvalidConfig` for settings that do not fit the networks."""
+    first = next(iter(networks.values()))
+    config.balance_of(tuple(networks))
+    return config.counts(
+        {group.name: [network.width(group) for network in networks.values()] for group in first.graph.hidden_groups}
+    )
+
+
 def _describe(node: Node) -> str:
     settings = ", ".join(f"{key}={value}" for key, value in node.settings.items())
-    return f"{node.kind} {node.name!r}" + (f" ({settings})" if settings else "")
+    bias = " without bias" if node.is_layer and not node.bias else ""
+    return f"{node.kind} {node.name!r}{bias}" + (f" ({settings})" if settings else "")
 
 
 def identity_pairing(tasks: tuple[str, ...], width: int) -> Pairing:
@@ -244,9 +254,7 @@ def match(
     """
     graph = check_compatible(networks)
     tasks = tuple(networks)
-    counts = config.counts(
-        {group.name: [network.width(group) for network in networks.values()] for group in graph.hidden_groups}
-    )
+    counts = shared_counts(networks, config)
     refit = config.method == "refit"
     input_channels = networks[tasks[0]].input_shape[0]
     pairings = {graph.groups[0].name: identity_pairing(tasks, input_channels)}

@@ -36,7 +36,7 @@ class Moments:
     @classmethod
     def from_gram(cls, gram: Float[Tensor, "inputs inputs"], count: int) -> Moments:
         moments = cls(gram.shape[0])
-        moments.gram, moments.count = gram.to(torch.float64), count
+        moments.gram, moments.count = gram.to(torch.float64, copy=True), count
         return moments
 
     @property

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration
+from mtz_core.graph import evaluation_mode
 from mtz_core.settings import RetrainConfig
 from mtz_core.zipped import ZippedNetwork
 
@@ -49,8 +50,8 @@ def distillation_loss(
 def retrain(
     zipped: ZippedNetwork,
     originals: Mapping[str, nn.Module],
-    training: Mapping[str, Float[Tensor, "examples ..."]],
-    validation: Mapping[str, Float[Tensor, "examples ..."]],
+    training: Mapping[str, Float[Tensor, "_ ..."]],
+    validation: Mapping[str, Float[Tensor, "_ ..."]],
     config: RetrainConfig,
 ) -> Iterator[RetrainStep]:
     """Retrain a zipped network in place, yielding each judgement; when exhausted, `zipped` is the best network seen.
@@ -59,13 +60,15 @@ def retrain(
     """
     tasks = zipped.tasks
     for task in tasks:
-        if not len(training[task]) or not len(validation[task]):
-            raise InvalidCalibration(f"light retraining has no training or no validation examples for {task!r}.")
-    targets = {task: _outputs(originals[task].eval(), training[task]) for task in tasks}
-    judge = {task: _outputs(originals[task].eval(), validation[task]) for task in tasks}
+        _check(task, originals, training, validation)
+    targets, judge = {}, {}
+    for task in tasks:
+        with evaluation_mode(originals[task]):
+            targets[task] = _outputs(originals[task], training[task])
+            judge[task] = _outputs(originals[task], validation[task])
+    zipped.eval()  # dropout stays off: the targets are the originals' outputs without it
 
     def validate() -> dict[str, float]:
-        zipped.eval()
         return {
             task: float(
                 distillation_loss(
@@ -84,7 +87,6 @@ def retrain(
     sums = dict.fromkeys(tasks, 0.0)
     since = 0
     for iteration in range(1, config.iterations + 1):
-        zipped.train()
         optimiser.zero_grad(set_to_none=True)
         for task in tasks:
             index = next(draws[task])
@@ -111,7 +113,18 @@ def retrain(
         if waited >= config.patience:
             break
     zipped.load_state_dict(best_state)
-    zipped.eval()
+
+
+def _check(
+    task: str, originals: Mapping[str, nn.Module], training: Mapping[str, Tensor], validation: Mapping[str, Tensor]
+) -> None:
+    if task not in originals:
+        raise InvalidCalibration(f"light retraining has no original network for {task!r}.")
+    for name, examples in (("training", training), ("validation", validation)):
+        if task not in examples or not len(examples[task]):
+            raise InvalidCalibration(f"light retraining has no {name} examples for {task!r}.")
+        if not bool(torch.isfinite(examples[task]).all()):
+            raise InvalidCalibration(f"the {name} examples for {task!r} have NaN or infinite values.")
 
 
 @torch.no_grad()

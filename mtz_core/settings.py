@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from mtz_core.errors import InvalidConfig
 
 Method = Literal["refit", "paper"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -35,16 +44,23 @@ class ZipConfig:
     def __post_init__(self) -> None:
         if self.method not in ("refit", "paper"):
             raise InvalidConfig(f"method: {self.method!r} is not a method. Allowed: 'refit', 'paper'.")
-        if isinstance(self.share, (int, float)) and not 0 <= self.share <= 1:
-            raise InvalidConfig(f"share: {self.share} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
-        if not 0 < self.damping < float("inf"):
-            raise InvalidConfig(f"damping: {self.damping} is impossible. Allowed: a positive number, such as 0.01.")
-        if self.patches < 1:
-            raise InvalidConfig(f"patches: {self.patches} is impossible. Allowed: 1 or more.")
-        if self.sweeps < 0:
-            raise InvalidConfig(f"sweeps: {self.sweeps} is impossible. Allowed: 0 or more.")
-        if self.balance is not None and any(not 0 < value < float("inf") for value in self.balance.values()):
-            raise InvalidConfig("balance: every task's weight must be a positive number.")
+        if isinstance(self.share, Mapping):
+            for layer, count in self.share.items():
+                if not _is_whole(count) or count < 0:
+                    raise InvalidConfig(f"share.{layer}: {count!r} is not a count. Allowed: 0 or more, whole.")
+        elif not _is_number(self.share) or not 0 <= self.share <= 1:
+            raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
+        if not _is_number(self.damping) or not 0 < self.damping < float("inf"):
+            raise InvalidConfig(f"damping: {self.damping!r} is impossible. Allowed: a positive number, such as 0.01.")
+        if not _is_whole(self.patches) or self.patches < 1:
+            raise InvalidConfig(f"patches: {self.patches!r} is impossible. Allowed: 1 or more, whole.")
+        if not _is_whole(self.sweeps) or self.sweeps < 0:
+            raise InvalidConfig(f"sweeps: {self.sweeps!r} is impossible. Allowed: 0 or more, whole.")
+        if self.balance is not None and not (
+            isinstance(self.balance, Mapping)
+            and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())
+        ):
+            raise InvalidConfig(f"balance: {self.balance!r} is impossible. Allowed: {{task: positive number}}.")
 
     def counts(self, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Neurons to share in each hidden group, given the group's width in every network.
@@ -52,13 +68,13 @@ class ZipConfig:
         Raises `InvalidConfig` for layers that do not exist and counts that are too large.
         """
         narrowest = {group: min(values) for group, values in widths.items()}
-        if isinstance(self.share, (int, float)):
+        if not isinstance(self.share, Mapping):
             return {group: round(self.share * width) for group, width in narrowest.items()}
         for layer, count in self.share.items():
             if layer not in narrowest:
                 known = ", ".join(narrowest) or "none"
                 raise InvalidConfig(f"share.{layer}: there is no such hidden layer. Hidden layers: {known}.")
-            if not 0 <= count <= narrowest[layer]:
+            if count > narrowest[layer]:
                 raise InvalidConfig(f"share.{layer}: {count} is impossible. Allowed: 0 to {narrowest[layer]}.")
         return {group: int(self.share.get(group, 0)) for group in narrowest}
 

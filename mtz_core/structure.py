@@ -8,10 +8,14 @@ what several tasks use is one tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mtz_core.graph import LayerGraph, Node
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What may name a task: names of blocks are made of it."""
 
 Owners = tuple[str, ...]
 """The tasks that a neuron, a column or a block of weights belongs to, in the order of the zipped network's tasks."""

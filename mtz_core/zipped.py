@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mtz_core import format
-from mtz_core.errors import InvalidConfig
+from mtz_core.errors import InvalidConfig, InvalidZippedFile
 from mtz_core.graph import INPUT, Node, build_module, run_node
 from mtz_core.layers import DROPOUT, to_matrix
 from mtz_core.structure import ZippedStructure, ZipReport, bias_name, block_name
@@ -52,7 +52,8 @@ class ZippedNetwork(nn.Module):
         return values[self.structure.graph.nodes[-1].name]
 
     def network(self, task: str) -> nn.Module:
-        """One task alone, as a plain module of torch with dense weights, its parameters named as in the original.
+        """One task alone, as a plain module of torch with dense weights, its parameters named as in the original
+        (see `mtz_core.graph.build_module`).
 
         Its hidden neurons are in the zipped network's order. Raises `InvalidConfig` for an unknown task.
         """
@@ -82,8 +83,21 @@ class ZippedNetwork(nn.Module):
 
 
 def load(folder: str | Path) -> ZippedNetwork:
-    """Read a zipped network, in evaluation mode. Raises `InvalidZippedFile`, see `mtz_core.format`."""
-    return ZippedNetwork(*format.load(Path(folder))).eval()
+    """Read a zipped network, in evaluation mode. Raises `InvalidZippedFile`, see `mtz_core.format`.
+
+    Before it is returned, every task is run on shapes alone, so that settings that do not fit are found here.
+    """
+    structure, blocks = format.load(Path(folder))
+    shapes = ZippedNetwork(structure, {name: block.to("meta") for name, block in blocks.items()}).eval()
+    dtype = next(iter(blocks.values())).dtype
+    try:
+        for task in structure.tasks:
+            shapes(torch.empty(2, *structure.input_shape, dtype=dtype, device="meta"), task)
+    except Exception as error:  # torch raises many kinds for settings that make no sense
+        raise InvalidZippedFile(
+            f"{Path(folder) / format.MANIFEST} is malformed: the network cannot run: {str(error).splitlines()[0]}"
+        ) from error
+    return ZippedNetwork(structure, blocks).eval()
 
 
 def _attribute(name: str) -> str:

@@ -6,8 +6,9 @@ data one step on, in the originals and in the zipped network. (`method="paper"` 
 
 A layer's targets are exact only as far as the next activation can tell: behind a ReLU, any negative value is as good as
 any other. So a layer is fitted in sweeps. The first takes the originals' outputs; each later one replaces every target
-that the activation would clip by the nearest value that it clips alike, and solves again. Both halves of a sweep can
-only lower the same squared error, and the Hessians, the expensive part, stay.
+that the activation would clip by the nearest value that it clips alike, and solves again. Both halves of a sweep lower
+the same squared error (each task's taken relative to the energy of its own fit), and the Hessians, the expensive part,
+stay.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mtz_core.activations import as_batches, layer_rows, original_moments, sample_positions
-from mtz_core.errors import InvalidConfig
+from mtz_core.errors import InvalidConfig, MtzError
 from mtz_core.graph import INPUT, Network, Node, run_node, trace
 from mtz_core.layers import OPERATIONS, Operation, from_matrix
 from mtz_core.linalg import Hessian, weighted_sum
@@ -32,12 +33,13 @@ from mtz_core.matching import (
     match,
     relative_balance,
     separate_pairing,
+    shared_counts,
     shared_curvature,
     split_inputs,
 )
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
-from mtz_core.structure import LayerReport, Layout, ZippedStructure, ZipReport, bias_name, block_name
+from mtz_core.structure import TASK_NAME, LayerReport, Layout, ZippedStructure, ZipReport, bias_name, block_name
 from mtz_core.zipped import ZippedNetwork
 
 
@@ -53,15 +55,26 @@ def zip_networks(
     not finite or do not fit, impossible settings; all before any work where they can be known.
     """
     config = config or ZipConfig()
+    for task in networks:
+        if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
+            raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
     if set(networks) != set(calibration):
         raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
     batches = {task: as_batches(data, task) for task, data in calibration.items()}
-    traced = {task: trace(module, batches[task][0]) for task, module in networks.items()}
+    traced = {task: _trace(task, module, batches[task][0]) for task, module in networks.items()}
     check_compatible(traced)
+    shared_counts(traced, config)
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
     pairings = {found.group: found.pairing for found in match(traced, moments, config)}
     del moments
     return finish(merge(traced, pairings, batches, config))
+
+
+def _trace(task: str, module: nn.Module, example: Tensor) -> Network:
+    try:
+        return trace(module, example)
+    except MtzError as error:
+        raise type(error)(f"the network of {task!r}: {error}") from error
 
 
 def finish(steps: Iterator[LayerReport | ZippedNetwork]) -> ZippedNetwork:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mtz_core.errors import MtzError
+from tasks.faults import EXIT_TRY_AGAIN, ServiceFault
 
 MODEL_STAGES = ("pretrain", "collect", "hessians")
 """Stages that run once for each model."""
@@ -19,7 +20,10 @@ GROUP_STAGES = ("match", "merge", "retrain", "evaluate", "register")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a stage; 0 if it went well, 1 after an error that is told in one line."""
+    """Run a stage and tell an error in one line.
+
+    Returns 0 if it went well, `EXIT_TRY_AGAIN` after a fault that may pass by itself, 1 after any other error.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tasks",
         description="Run one stage of a group's pipeline, reading params.yaml and the files of earlier stages.",
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug or os.environ.get("MTZ_DEBUG"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr, flush=True)
-        return 1
+        return EXIT_TRY_AGAIN if isinstance(error, ServiceFault) else 1
     return 0
 
 

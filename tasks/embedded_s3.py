@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from mtz_core.errors import MtzError
+from tasks.faults import ServiceFault
 from tasks.locks import exclusive, open_lock, try_exclusive
 
 _START_SECONDS = 45.0
@@ -61,7 +61,7 @@ _OPTIONS = (
 )
 
 
-class EmbeddedServerError(MtzError):
+class EmbeddedServerError(ServiceFault):
     """The embedded S3 server cannot be started."""
 
 

@@ -23,8 +23,8 @@ from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
-from mtz_core.errors import MtzError
 from tasks import embedded_s3, s3_errors
+from tasks.faults import ServiceFault
 
 EMBEDDED = "embedded"
 AWS = "aws"
@@ -40,7 +40,7 @@ _STARTING = {"connect_timeout": 1, "read_timeout": 4, "retries": {"total_max_att
 _PATIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
 
 
-class StorageError(MtzError):
+class StorageError(ServiceFault):
     """The S3 storage cannot be reached, does not let us in, or does not hold what was asked for."""
 
 

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import numpy as np
 
 import mtz_core
-from mtz_core.errors import MtzError
+from tasks.faults import ServiceFault
 from tasks.locks import exclusive
 from tasks.release import DIGEST_TAG, Release
 from tasks.storage import Storage
@@ -47,7 +47,7 @@ _VARIABLES = {
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
-class TrackingError(MtzError):
+class TrackingError(ServiceFault):
     """The MLflow registry cannot be reached, or refuses."""
 
 

@@ -13,7 +13,7 @@ from tasks.__main__ import GROUP_STAGES, MODEL_STAGES
 
 STAGES = (*MODEL_STAGES, *GROUP_STAGES)
 
-WIRING = {"mtz_core.errors", "mtz_core.settings", "tasks.params", "tasks.progress", "tasks.home"}
+WIRING = {"mtz_core.errors", "mtz_core.settings", "tasks.params", "tasks.progress", "tasks.home", "tasks.faults"}
 """Modules that say what to do and tell what is done, but compute nothing; settings are versioned as parameters."""
 
 SERVICES = {"tasks.locks", "tasks.embedded_s3", "tasks.s3_errors"}

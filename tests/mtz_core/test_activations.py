@@ -47,9 +47,6 @@ def test_data_that_cannot_calibrate_are_refused(data: Tensor | list[Tensor], mes
         as_batches(data, "digits")
 
 
-@pytest.mark.xfail(
-    reason="what a DataLoader with labels or numpy yields escapes as AttributeError, a scalar as RuntimeError"
-)
 @pytest.mark.parametrize(
     "data",
     [
@@ -66,7 +63,6 @@ def test_data_that_are_not_tensors_are_refused(data: list[Tensor]) -> None:
         as_batches(data, "digits")
 
 
-@pytest.mark.xfail(reason="batches of two dtypes pass here and escape later as RuntimeError")
 def test_data_of_two_dtypes_are_refused() -> None:
     with pytest.raises(InvalidCalibration, match=r"'digits'.*float"):
         as_batches([torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.float64)], "digits")

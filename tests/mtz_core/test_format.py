@@ -40,7 +40,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest, and leave everything else in order."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    (folder / MANIFEST).write_text(json.dumps(content | {"manifest_sha256": hashlib.sha256(canonical).hexdigest()}))
 
 
 def replace_weights(folder: Path, content: bytes) -> None:
@@ -211,18 +213,12 @@ NONSENSE: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.xfail(
-    reason="settings of layers and operations are not validated: they fail when the network runs, or later"
-)
 @pytest.mark.parametrize("name", NONSENSE)
 def test_settings_that_make_no_sense_are_refused(folder: Path, name: str) -> None:
     rewrite(folder, NONSENSE[name])
     assert_refused(folder, MANIFEST)
 
 
-@pytest.mark.xfail(
-    reason="the manifest has no digest of its own: a changed stride or task name loads, with other outputs"
-)
 @pytest.mark.parametrize(
     ("before", "after"),
     [('"stride": [\n     2,', '"stride": [\n     1,'), ('"version": 1,', '"version": 1, "note": 1,')],
@@ -236,7 +232,6 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, before: str, aft
     assert_refused(tmp_path, "manifest")
 
 
-@pytest.mark.xfail(reason="JSON's Infinity as a count escapes as OverflowError")
 def test_a_count_without_end_is_refused(folder: Path) -> None:
     rewrite(folder, lambda manifest: manifest["columns_per_neuron"].update({"3": float("inf")}))
     assert_refused(folder, "malformed")
@@ -297,7 +292,6 @@ def test_a_failed_save_leaves_the_old_network(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.xfail(reason="the weights are in place before the manifest is written: a failure between leaves a mixture")
 def test_a_save_that_fails_at_the_manifest_leaves_the_old_network(
     zipped: ZippedNetwork, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -533,13 +533,11 @@ def test_bad_input_is_refused_by_name(name: str) -> None:
         zip_networks(networks, calibration, ZipConfig(**settings))
 
 
-@pytest.mark.xfail(reason="something that is no nn.Module escapes as AttributeError")
 def test_networks_are_modules() -> None:
     with pytest.raises(MtzError, match="digits"):
         zip_networks(good() | {"digits": torch.relu}, data())  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(reason="weights or inputs that are refused do not say of which task")
 @pytest.mark.parametrize("name", ["NaN weights", "wrong shape", "unsupported"])
 def test_refusals_name_the_task(name: str) -> None:
     networks, calibration, *_ = BAD_INPUT[name]
@@ -547,7 +545,6 @@ def test_refusals_name_the_task(name: str) -> None:
         zip_networks(networks, calibration)
 
 
-@pytest.mark.xfail(reason="settings that do not fit the networks are found after all Hessians are computed")
 @pytest.mark.parametrize("settings", [{"share": {"nope": 1}}, {"balance": {"digits": 1, "cats": 1}}])
 def test_settings_are_refused_before_any_work(settings: dict[str, Any]) -> None:
     networks = good()

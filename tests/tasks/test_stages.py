@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import mtz_core
 from tasks import files
 from tasks.__main__ import main
+from tasks.faults import EXIT_TRY_AGAIN
 from tasks.networks import lenet_300_100
 
 STAGES: list[tuple[str, ...]] = [("collect", "a"), ("collect", "b"), ("hessians", "a"), ("hessians", "b")]
@@ -270,3 +271,15 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert stopped.value.code == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_service_out_of_reach_may_be_tried_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in STAGES:
+        assert main(list(stage)) == 0
+    (project / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    change(project, "storage", endpoint="http://127.0.0.1:9")
+    capsys.readouterr()
+    assert main(["register"]) == EXIT_TRY_AGAIN
+    message = capsys.readouterr().err
+    assert message.startswith("error: S3 bucket 'mtz' at http://127.0.0.1:9") and "Traceback" not in message
+    assert not Path("registration.json").exists()
