@@ -95,7 +95,7 @@ def zip_group(group: str, project: Path, home: Path, settings: dict[str, Any]) -
 
 def as_report(values: dict[str, Any]) -> GroupReport:
     """Return the `GroupReport` that `zip_group` returned as a mapping."""
-    return GroupReport(**{**values, "stages": [StageResult(**stage) for stage in values["stages"]]})
+    return GroupReport(**{**values, "stages": [as_result(stage) for stage in values["stages"]]})
 
 
 @dataclass(frozen=True)

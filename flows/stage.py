@@ -14,7 +14,7 @@ from flows.pipeline import Pipeline, StageFailed, StageResult
 
 
 def log_file(home: Path, group: str, stage: str) -> Path:
-    """Return the file that holds what the stage printed when it ran last."""
+    """Return the file that holds what DVC and the stage printed when the stage ran last."""
     return home / "logs" / group / f"{stage}.log"
 
 

@@ -18,6 +18,9 @@ from mtz_core.moments import Moments
 from tasks.files import InvalidArtifact, read_json, whole_file, write_json, write_table
 from tasks.workspace import Workspace
 
+ROWS = "rows"
+"""The column of an activations file."""
+
 
 class RowsWriter:
     """Writes rows of one layer to an Arrow IPC file as they come: one fixed-shape tensor column, uncompressed."""
@@ -29,16 +32,14 @@ class RowsWriter:
         self._writer = pa.ipc.new_file(path, schema)
 
     def append(self, rows: Float[Tensor, "n inputs"]) -> None:
+        """Write a batch of rows."""
         values = np.ascontiguousarray(rows.to(torch.float32).numpy())
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
         self._writer.write_batch(pa.record_batch([column], schema=self._schema))
 
     def close(self) -> None:
+        """Write the footer, without which the file cannot be read."""
         self._writer.close()
-
-
-ROWS = "rows"
-"""The column of an activations file."""
 
 
 def layer_file(folder: Path, layer: str) -> Path:
@@ -84,7 +85,7 @@ def write_moments(path: Path, moments: Mapping[str, Moments]) -> None:
 
 
 def read_moments(path: Path) -> dict[str, Moments]:
-    """Raises `InvalidArtifact`."""
+    """The moments that `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
     moments: dict[str, Moments] = {}
     tensors = read_tensors(path)
     for name, tensor in tensors.items():
@@ -129,7 +130,7 @@ def write_matches(workspace: Workspace, tasks: Sequence[str], matches: Sequence[
 
 
 def read_pairings(workspace: Workspace) -> dict[str, Pairing]:
-    """Raises `InvalidArtifact`."""
+    """The pairing of every neuron group, as `write_matches` wrote it. Raises `InvalidArtifact`."""
     content = read_json(workspace.pairing)
     return {
         name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))

@@ -258,9 +258,7 @@ def _describe(problem: Any) -> str:
         known = ", ".join(_known_keys(parts[:-1]))
         return f"{path}: unknown key; allowed here: {known}"
     if problem["type"] == "value_error":  # the check of a whole block names the key in it
-        return (
-            message if not path else f"{path}.{message}" if isinstance(problem["input"], dict) else f"{path}: {message}"
-        )
+        return f"{path}{'.' if isinstance(problem['input'], dict) else ': '}{message}" if path else message
     if problem["type"] in ("missing", "missing_argument"):
         return f"{path}: is missing"
     return f"{path}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"

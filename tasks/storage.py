@@ -4,7 +4,8 @@
     <prefix>/mlflow/     MLflow's artifacts
     <prefix>/releases/   one bundle per released network
 
-Every object carries the SHA-256 of its content: the server checks it on arrival, we check it on the way back.
+Every object that is stored here carries the SHA-256 of its content: the server checks it on arrival, we check it on
+the way back. (DVC and MLflow move theirs by themselves.)
 """
 
 import base64
@@ -25,6 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
 from tasks import embedded_s3, s3_errors
 from tasks.faults import ServiceFault
+from tasks.files import sha256
 
 EMBEDDED = "embedded"
 AWS = "aws"
@@ -118,11 +120,6 @@ class Storage:
         """
         names = sorted(files, key=lambda name: (name == last, name))
         return sum(self._put(f"{folder.rstrip('/')}/{name}", files[name]) for name in names)
-
-    def put_folder(self, folder: str, source: Path, last: str | None = None) -> int:
-        """Store every file below `source`, as `put_files` does."""
-        files = {file.relative_to(source).as_posix(): file for file in source.rglob("*") if file.is_file()}
-        return self.put_files(folder, files, last)
 
     def names(self, folder: str) -> list[str]:
         """The names of all objects below `folder`, relative to it."""
@@ -274,5 +271,4 @@ def content_digest(content: Path | bytes) -> str:
     """SHA-256 (hexadecimal) of a file or of bytes."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(content)

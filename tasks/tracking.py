@@ -65,11 +65,6 @@ def tracking_uri(settings: Settings, home: Path) -> str:
     return f"sqlite:///{_database(home)}" if settings.uri == EMBEDDED else settings.uri
 
 
-def environment(settings: Settings, home: Path) -> dict[str, str]:
-    """The environment variables with which another process (a page, a script) finds the registry."""
-    return {"MLFLOW_TRACKING_URI": tracking_uri(settings, home), **_VARIABLES}
-
-
 def prepare(settings: Settings, home: Path) -> None:
     """Make the registry ready: create or migrate the embedded one, or see that another one answers.
 
@@ -311,7 +306,7 @@ def _migrate(partial: Path, file: Path) -> None:
 
 
 def _client(settings: Settings, home: Path) -> Any:
-    """MLflow's client, which takes seconds to import: only `_explained` and what runs inside it do so."""
+    """MLflow's client. MLflow takes seconds to import, so nothing here does before `_explained` is entered."""
     from mlflow import MlflowClient
 
     uri = tracking_uri(settings, home)

@@ -102,7 +102,9 @@ def test_the_registered_model_gives_the_logits_of_the_file(
     folder = home.parent / "elsewhere"
     folder.mkdir()
     np.save(folder / "x.npy", x)
-    variables = {**os.environ, **store.environment(), **tracking.environment(registry, home)}
+    strict = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    where = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(registry, home)}
+    variables = {**os.environ, **store.environment(), **strict, **where}
     command = [
         sys.executable,
         "-W",
