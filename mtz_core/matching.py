@@ -144,12 +144,13 @@ def functional_difference(
 def relative_balance(
     balance: Sequence[float], matrices: Sequence[Float[Tensor, "_ _"]], hessians: Sequence[Hessian]
 ) -> list[float]:
-    """``α_t / E‖y_t‖²``: costs relative to the energy of each task's own outputs ``y = W x``.
+    """``α_t / √(E‖y_t‖²)``: squared errors relative to the amplitude of each task's own outputs ``y = W x``.
 
-    Networks differ in the scale of their activations; without this the loudest would decide for all.
+    Networks differ in the scale of their activations: without this the loudest would decide for all. Dividing by the
+    energy itself would be scale-free, but then tasks whose inputs are bright pay for it (docs/method.md).
     """
     energies = [float((w.T * h.product(w.T)).sum()) for w, h in zip(matrices, hessians, strict=True)]
-    return [alpha / energy if energy > 0 else alpha for alpha, energy in zip(balance, energies, strict=True)]
+    return [alpha / energy**0.5 if energy > 0 else alpha for alpha, energy in zip(balance, energies, strict=True)]
 
 
 def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:

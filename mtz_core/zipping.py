@@ -7,8 +7,8 @@ data one step on, in the originals and in the zipped network. (`method="paper"` 
 A layer's targets are exact only as far as the next activation can tell: behind a ReLU, any negative value is as good as
 any other. So a layer is fitted in sweeps. The first takes the originals' outputs; each later one replaces every target
 that the activation would clip by the nearest value that it clips alike, and solves again. Both halves of a sweep lower
-the same squared error (each task's taken relative to the energy of its own fit), and the Hessians, the expensive part,
-stay.
+the same squared error (each task's taken relative to the amplitude of its own fit), and the Hessians, the expensive
+part, stay.
 """
 
 from __future__ import annotations

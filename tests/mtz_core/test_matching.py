@@ -79,13 +79,13 @@ def test_functional_difference_of_equal_neurons_is_zero_and_never_negative() -> 
     torch.testing.assert_close(found.diagonal(), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_relative_balance_divides_by_the_energy_of_the_outputs() -> None:
+def test_relative_balance_divides_by_the_amplitude_of_the_outputs() -> None:
     rows = torch.randn(30, 4, dtype=torch.float64)
     hessian = DenseHessian(rows.T @ rows / 30)
     matrix = torch.randn(3, 4, dtype=torch.float64)
-    energy = float((rows @ matrix.T).square().sum() / 30)
+    amplitude = float((rows @ matrix.T).square().sum() / 30) ** 0.5
     found = relative_balance([0.25, 0.75], [matrix, 10 * matrix], [hessian, hessian])
-    assert found == pytest.approx([0.25 / energy, 0.75 / (100 * energy)])
+    assert found == pytest.approx([0.25 / amplitude, 0.75 / (10 * amplitude)])
     assert relative_balance([0.5], [torch.zeros_like(matrix)], [hessian]) == [0.5]
 
 
@@ -267,7 +267,7 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
         hessians.append(hessian)
         energies.append(float(torch.einsum("oi,ij,oj->", matrix, hessian, matrix)))
     inverse = torch.linalg.inv
-    parallel = inverse(sum(inverse(h) * e / 0.5 for h, e in zip(hessians, energies, strict=True)))
+    parallel = inverse(sum(inverse(h) * e**0.5 / 0.5 for h, e in zip(hessians, energies, strict=True)))
     difference = matrices[0][:, None] - matrices[1][None]
     cost = 0.5 * torch.einsum("abi,ij,abj->ab", difference, parallel, difference).numpy()
     found, *_ = run_match(networks, calibration, ZipConfig(damping=damping, share=0.5))

@@ -26,6 +26,7 @@ from tasks.networks import lenet_300_100
 
 STAGES: list[tuple[str, ...]] = [("collect", "a"), ("collect", "b"), ("hessians", "a"), ("hessians", "b")]
 STAGES += [("match",), ("merge",), ("retrain",), ("evaluate",)]
+ROOT = Path(__file__).parents[2]
 SIZES = {"train": 60, "validation": 30, "test": 40}
 
 
@@ -277,6 +278,8 @@ def test_a_service_out_of_reach_may_be_tried_again(project: Path, capsys: pytest
     for stage in STAGES:
         assert main(list(stage)) == 0
     (project / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    for package in ("mtz_core", "tasks"):
+        shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     change(project, "storage", endpoint="http://127.0.0.1:9")
     capsys.readouterr()
     assert main(["register"]) == EXIT_TRY_AGAIN
