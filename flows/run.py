@@ -37,7 +37,9 @@ def run_fleet(
     with ExitStack() as stack:
         os.environ.update(services.prefect_environment(home, debug))
         server = None
-        if not services.uses_own_prefect_server():
+        if services.uses_own_prefect_server():
+            services.check_own_prefect_server()
+        else:
             server = stack.enter_context(services.prefect_server(home))
             os.environ["PREFECT_API_URL"] = f"{server.url}/api"
         # Everything slow below goes on while the server starts.

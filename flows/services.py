@@ -68,6 +68,16 @@ def uses_own_prefect_server() -> bool:
     return bool(os.environ.get("PREFECT_API_URL"))
 
 
+def check_own_prefect_server() -> None:
+    """Ask the server that PREFECT_API_URL names whether it is there. Raises `ServiceFailed`."""
+    url = os.environ["PREFECT_API_URL"].rstrip("/")
+    if not _answers(f"{url}/health", urllib.request.build_opener()):
+        raise ServiceFailed(
+            f"no Prefect server answers at PREFECT_API_URL ({url}). Start it, correct the address, or unset the "
+            "variable: then a server is started for the run."
+        )
+
+
 @contextmanager
 def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
     """Start Prefect's server with its database in the home; yield at once, stop it at the end."""
@@ -126,9 +136,12 @@ def free_port(preferred: int = 0) -> int:
     raise ServiceFailed("No port is free on loopback. Close some programs and try again.")
 
 
-def _answers(url: str) -> bool:
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _answers(url: str, opener: urllib.request.OpenerDirector = _DIRECT) -> bool:
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as answer:
+        with opener.open(url, timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

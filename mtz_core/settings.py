@@ -35,7 +35,7 @@ class ZipConfig:
 
     method: Method = "refit"
     share: float | Mapping[str, int] = 1.0
-    damping: float = 1e-2
+    damping: float = 5e-3
     balance: Mapping[str, float] | None = None
     patches: int = 64
     sweeps: int = 4
@@ -51,7 +51,7 @@ class ZipConfig:
         elif not _is_number(self.share) or not 0 <= self.share <= 1:
             raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
         if not _is_number(self.damping) or not 0 < self.damping < float("inf"):
-            raise InvalidConfig(f"damping: {self.damping!r} is impossible. Allowed: a positive number, such as 0.01.")
+            raise InvalidConfig(f"damping: {self.damping!r} is impossible. Allowed: a positive number, such as 0.005.")
         if not _is_whole(self.patches) or self.patches < 1:
             raise InvalidConfig(f"patches: {self.patches!r} is impossible. Allowed: 1 or more, whole.")
         if not _is_whole(self.sweeps) or self.sweeps < 0:

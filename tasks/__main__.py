@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from mtz_core.errors import MtzError
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         _run(options.stage, options.model)
     except (MtzError, OSError) as error:
         if options.debug or os.environ.get("MTZ_DEBUG"):
-            raise
+            traceback.print_exc()
         print(f"error: {_message(error)}", file=sys.stderr, flush=True)
         return EXIT_TRY_AGAIN if isinstance(error, ServiceFault) else 1
     return 0

@@ -88,6 +88,8 @@ def read_moments(path: Path) -> dict[str, Moments]:
     """The moments that `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
     moments: dict[str, Moments] = {}
     tensors = read_tensors(path)
+    if any(name.endswith("/moment") and f"{name.removesuffix('moment')}count" not in tensors for name in tensors):
+        raise InvalidArtifact(f"{path} does not hold moments of layers. Run hessians again.")
     for name, tensor in tensors.items():
         layer, kind = name.rsplit("/", 1)
         if kind == "rows":
@@ -132,7 +134,10 @@ def write_matches(workspace: Workspace, tasks: Sequence[str], matches: Sequence[
 def read_pairings(workspace: Workspace) -> dict[str, Pairing]:
     """The pairing of every neuron group, as `write_matches` wrote it. Raises `InvalidArtifact`."""
     content = read_json(workspace.pairing)
-    return {
-        name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
-        for name, group in content["groups"].items()
-    }
+    try:
+        return {
+            name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
+            for name, group in content["groups"].items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArtifact(f"{workspace.pairing} does not hold a pairing: {error!r}. Run match again.") from error

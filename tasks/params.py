@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -46,6 +47,15 @@ def _below(folder: str) -> Callable[[str], str]:
         return value
 
     return check
+
+
+def _without_password(value: str) -> str:
+    if urlsplit(value).password:
+        raise ValueError(
+            "holds a password, which would be kept with every result; give secrets by the environment "
+            "(AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD, PGPASSWORD)"
+        )
+    return value
 
 
 def _importable_name(value: str) -> str:
@@ -102,7 +112,7 @@ class MatchParams(_Block):
 
     method: Literal["refit", "paper"] = "refit"
     share: float | dict[str, int] = 1.0
-    damping: float = 1e-2
+    damping: float = 5e-3
     balance: dict[str, float] | None = None
 
     @model_validator(mode="after")
@@ -155,7 +165,9 @@ class RegisterParams(_Block):
 class StorageParams(_Block):
     """The S3 storage: `embedded`, `aws`, or the URL of an endpoint. Credentials come from the environment."""
 
-    endpoint: Annotated[str, Field(pattern=r"^(embedded|aws|https?://[^\s]+)$")] = "embedded"
+    endpoint: Annotated[str, Field(pattern=r"^(embedded|aws|https?://[^\s]+)$"), AfterValidator(_without_password)] = (
+        "embedded"
+    )
     bucket: str = Field(default="mtz", min_length=3, max_length=63)
     prefix: str = ""
     region: str = "us-east-1"
@@ -164,7 +176,7 @@ class StorageParams(_Block):
 class TrackingParams(_Block):
     """The MLflow registry: `embedded` (SQLite) or any tracking URI."""
 
-    uri: str = Field(default="embedded", min_length=1)
+    uri: Annotated[str, AfterValidator(_without_password)] = Field(default="embedded", min_length=1)
     experiment: str = Field(default="mtz", min_length=1)
 
 

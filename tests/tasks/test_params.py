@@ -73,6 +73,8 @@ def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
         ("runtime.threads", "two", "runtime.threads: input should be a valid integer"),
         ("collect.images", 0, "collect.images: input should be greater than or equal to 1"),
         ("storage.endpoint", "somewhere", "storage.endpoint"),
+        ("tracking.uri", "https://me:secret@mlflow.example.org", "tracking.uri: holds a password"),
+        ("storage.endpoint", "https://me:secret@s3.example.org", "storage.endpoint: holds a password"),
         ("group", "a b", "group: string should match pattern"),
         ("register.name", "", "register.name"),
     ],
@@ -82,6 +84,7 @@ def test_what_is_wrong_is_named(content: dict[str, Any], path: str, value: objec
         validate(changed(content, path, value), "params.yaml")
     assert str(caught.value).startswith("params.yaml: ")
     assert says in str(caught.value)
+    assert "me:secret" not in str(caught.value)
 
 
 def test_missing_keys_are_named(content: dict[str, Any]) -> None:

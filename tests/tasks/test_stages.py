@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mtz_core
-from tasks import files
 from tasks.__main__ import main
 from tasks.faults import EXIT_TRY_AGAIN
 from tasks.networks import lenet_300_100
@@ -260,10 +259,25 @@ def test_full_disk(project: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert not Path("merged").exists() and not list(Path().glob(".merged*"))
 
 
-def test_stack_trace_only_when_asked_for(project: Path) -> None:
+def test_stack_trace_only_when_asked_for(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("networks/a.safetensors").unlink()
-    with pytest.raises(files.InvalidArtifact):
-        main(["collect", "a", "--debug"])
+    assert main(["collect", "a", "--debug"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and told.splitlines()[-1].startswith("error: models.a: networks/a.safetensors")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"tasks": ["a", "b"], "groups": {"1": {}}}', "[]"])
+def test_pairing_of_another_layout(project: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    Path("pairing").mkdir()
+    Path("pairing/pairing.json").write_text(content)
+    assert "pairing/pairing.json" in refused(capsys, "merge")
+
+
+def test_moments_of_another_layout(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("hessians").mkdir()
+    for name in "ab":
+        save_file({"1/moment": torch.eye(3)}, f"hessians/{name}.safetensors")
+    assert "hessians/a.safetensors" in refused(capsys, "match")
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
