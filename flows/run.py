@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flows import services
 from flows.checks import check_project
+from flows.memory import PeakMemory
 from tasks.home import find_home
 
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -35,6 +36,7 @@ def run_fleet(
         f"Zipping {len(plans)} groups: {names}" if len(plans) > 1 else f"Zipping group {names}", highlight=False
     )
     with ExitStack() as stack:
+        memory = stack.enter_context(PeakMemory())
         os.environ.update(services.prefect_environment(home, debug))
         server = None
         if services.uses_own_prefect_server():
@@ -59,11 +61,11 @@ def run_fleet(
             with shown(console, quiet=debug):
                 reports = [as_report(values) for values in zip_fleet(project, params, fleet, groups, settings)]
         except FleetFailed as failure:
-            print_summary(console, failure.reports, home, time.monotonic() - start)
+            print_summary(console, failure.reports, home, time.monotonic() - start, memory.bytes)
             raise
         finally:
             _flush()
-    print_summary(console, reports, home, time.monotonic() - start)
+    print_summary(console, reports, home, time.monotonic() - start, memory.bytes)
 
 
 def _flush() -> None:

@@ -12,7 +12,9 @@ from rich.text import Text
 from flows.group import GroupReport, metrics_table
 
 
-def print_summary(console: Console, reports: Sequence[GroupReport], home: Path, wall_seconds: float) -> None:
+def print_summary(
+    console: Console, reports: Sequence[GroupReport], home: Path, wall_seconds: float, peak_bytes: int
+) -> None:
     """Print the whole summary."""
     done = [report for report in reports if not report.error]
     if any(report.metrics for report in done):
@@ -20,7 +22,9 @@ def print_summary(console: Console, reports: Sequence[GroupReport], home: Path, 
         console.print(_errors(done))
     if any(report.stages for report in done):
         console.print(_times(done))
-        console.print(f"Wall time {wall_seconds:.0f} s. {_what_was_done(done)}")
+        console.print(
+            f"Wall time {wall_seconds:.0f} s, peak memory {peak_bytes / 2**30:.1f} GiB. {_what_was_done(done)}"
+        )
     for report in done:
         if report.version is not None:
             name = f"{report.model} version {report.version}"

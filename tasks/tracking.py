@@ -182,7 +182,7 @@ def _log_model(mlflow: Any, release: Release) -> Any:
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1))]),
         params=ParamSchema([ParamSpec("task", "string", network.tasks[0])]),
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_bytecode():
         code = Path(folder) / "mtz_core"
         shutil.copytree(Path(mtz_core.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
         return mlflow.pyfunc.log_model(
@@ -194,6 +194,16 @@ def _log_model(mlflow: Any, release: Release) -> Any:
             signature=signature,
             input_example=(_example(shape), {"task": network.tasks[0]}),
         )
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow imports the model's code where it is about to be stored from; bytecode would be stored with it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:

@@ -154,7 +154,9 @@ def test_the_registered_model_gives_the_logits_of_the_file(
     for name, value in storage.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    mlflow.set_tracking_uri(f"sqlite:///{project / '.mtz/mlflow.db'}")
+    registry = f"sqlite:///{project / '.mtz/mlflow.db'}"
+    mlflow.set_tracking_uri(registry)
+    mlflow.set_registry_uri(registry)  # other tests of this process may have named theirs
     loaded = mlflow.pyfunc.load_model(f"models:/{MODEL}/1")
     on_disk = mtz_core.load(workspace / "retrained")
     for task, folder in (("digits", "mnist"), ("fashion", "fashion-mnist")):

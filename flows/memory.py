@@ -1,0 +1,46 @@
+"""The most memory that a run and all its processes took at once."""
+
+import threading
+from types import TracebackType
+
+import psutil  # type: ignore[import-untyped]
+
+_SAMPLE_SECONDS = 1.0
+
+
+class PeakMemory:
+    """Samples the memory of this process and all below it, once a second, while its block runs.
+
+    `bytes` is the largest sum seen. Memory that processes share counts once (proportional set size) where the system
+    tells, several times elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, sum(_memory(process) for process in [own, *own.children(recursive=True)]))
+            if self._done.wait(_SAMPLE_SECONDS):
+                return
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        info = process.memory_full_info()
+        return int(getattr(info, "pss", info.rss))
+    except psutil.Error:  # it has ended, or is not ours
+        return 0
