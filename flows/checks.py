@@ -88,13 +88,20 @@ def _check_files(project: Path, plan: GroupPlan) -> None:
 
 
 def _check_networks(project: Path, params: Params) -> None:
-    """Build each network, and load the weights that are there already; a pretrain stage makes the others."""
+    """Trace each network, with the weights that are there already, and see that they can be zipped as asked.
+
+    Networks that a pretrain stage makes are traced untrained.
+    """
+    from mtz_core.matching import check_compatible, shared_counts
     from tasks.factories import build_network
-    from tasks.models import load_network
+    from tasks.models import load_network, trace_on_own_image
     from tasks.workspace import Workspace
 
+    workspace = Workspace(project)
+    traced = {}
     for name in params.models:
-        if name in params.pretrain:
-            build_network(params, name)
-        else:
-            load_network(params, Workspace(project), name)
+        pretrained = name not in params.pretrain
+        network = load_network(params, workspace, name) if pretrained else build_network(params, name)
+        traced[name] = trace_on_own_image(params, workspace, name, network)
+    check_compatible(traced)
+    shared_counts(traced, params.zip_config())

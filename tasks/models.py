@@ -32,11 +32,15 @@ def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:
 
 
 def load_traced(params: Params, workspace: Workspace, model: str) -> Network:
-    """A model's network as the core sees it, traced on one of its own images."""
-    settings = params.models[model]
-    example = read_images(workspace.root / settings.data, "train", count=1)
+    """A model's network as the core sees it, traced on one of its own images. Raises `MtzError` in its kinds."""
+    return trace_on_own_image(params, workspace, model, load_network(params, workspace, model))
+
+
+def trace_on_own_image(params: Params, workspace: Workspace, model: str, network: nn.Module) -> Network:
+    """Any network of a model's kind, trained or not, as the core sees it. Raises `MtzError` in its kinds."""
+    example = read_images(workspace.root / params.models[model].data, "train", count=1)
     try:
-        return trace(load_network(params, workspace, model), example)
+        return trace(network, example)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
 
