@@ -263,7 +263,7 @@ def test_stack_trace_only_when_asked_for(project: Path, capsys: pytest.CaptureFi
     Path("networks/a.safetensors").unlink()
     assert main(["collect", "a", "--debug"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("Traceback") and told.splitlines()[-1].startswith("error: models.a: networks/a.safetensors")
+    assert told.startswith("Traceback") and told.splitlines()[-1].startswith("error: networks/a.safetensors")
 
 
 @pytest.mark.parametrize("content", ["{}", '{"tasks": ["a", "b"], "groups": {"1": {}}}', "[]"])
