@@ -164,7 +164,8 @@ def as_markdown(rows: list[Row], seeds: int) -> str:
         "task for LeNet-300-100, 2,000 for LeNet-5. No labels and no retraining.",
         "",
         f"Made by `make bench` with {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{platform.machine()}; seconds are of a zip with this method, side by side in one run; compare within a row only.",
+        f"{platform.machine()}; seconds are of a zip with this method, side by side in one run; "
+        "compare within a row only.",
         "",
         f"| networks | shared | stored | originals | {' | '.join(METHODS)} | seconds, same order |",
         "|---|---|---|---|" + "---|" * (len(METHODS) + 1),
