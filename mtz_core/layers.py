@@ -1,11 +1,12 @@
-"""Layers as matrices, and the operations between them. The only place that knows layer types.
+"""Layers as matrices, and the operations between them: what each type computes.
 
 Every layer with weights is seen as ``y = W x`` on *rows*: a linear layer's rows are its inputs, a convolution's
 rows are its unfolded patches (``C_in · k_h · k_w`` values, channel first). The bias, where there is one, is the
 last column of ``W`` and meets a trailing 1 in every row. So later mathematics has no cases: a *neuron* is a row of
 ``W``, and the neurons of the layer before own equally wide, contiguous blocks of its columns.
 
-To teach zipping a new weighted layer, add one entry to `LAYERS`; a new operation without weights, one to `OPERATIONS`.
+To teach zipping a new operation without weights, add one entry to `OPERATIONS`; a new weighted layer, one to `LAYERS`
+and, if it has settings, how `mtz_core.graph` reads them from an exported program.
 """
 
 from __future__ import annotations
