@@ -18,7 +18,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run ui test bench lint types imports check format lock data clean
+.PHONY: help setup run ui test bench bench-residual bench-vgg16 lint types imports check format lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,12 @@ test: setup ## run the tests
 
 bench: setup ## measure on the full data (MTZ_FULL_DATA or ../shared/data)
 	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.zipping_table
+
+bench-residual: setup ## zip networks with batch normalisation trained on the full data
+	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.residual_table
+
+bench-vgg16: setup ## zip two VGG-16 of full size: time and memory of every step
+	@$(WITH_ENV) python -m tests.benchmarks.vgg16_full_size
 
 check: lint types imports ## lint, types and imports
 

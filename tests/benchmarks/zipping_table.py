@@ -7,7 +7,6 @@ Run by `make bench`. Networks are trained once and kept in `.mtz/benchmarks/`; t
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,20 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import mtz_core
-from data.build import read_idx
-from mtz_core.evaluate import error_rate, predict
 from mtz_core.settings import ZipConfig
 from tasks.files import whole_file
 from tasks.networks import lenet5, lenet_300_100
+from tests.benchmarks.full_data import FOLDERS, data_folder, read_split, test_error
+from tests.benchmarks.training import Recipe, trained
 
-EPOCHS = 6
-BATCH = 128
-FOLDERS = {"digits": "mnist", "fashion": "fashion-mnist"}
+RECIPE = Recipe(epochs=6, peak=2e-3)
 METHODS: Mapping[str, ZipConfig] = {
     "paper": ZipConfig(method="paper"),
     "refit, one sweep": ZipConfig(sweeps=0),
@@ -56,12 +51,6 @@ PAIRS = (("digits", "fashion"), ("digits", "digits"))
 
 
 @dataclass(frozen=True)
-class Split:
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
 class Row:
     """One line of the table: test errors in percent, averaged over seeds, of both tasks."""
 
@@ -73,44 +62,7 @@ class Row:
     seconds: Mapping[str, float]
 
 
-def read_split(source: Path, task: str, split: str) -> Split:
-    """A full split from its IDX files, pixels from 0 to 1."""
-    folder = source / FOLDERS[task]
-    images = read_idx(folder / f"{split}-images-idx3-ubyte.gz", 3)
-    labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz", 1)
-    pixels = torch.from_numpy(np.array(images))[:, None].to(torch.float32).div_(255)
-    return Split(pixels, torch.from_numpy(np.array(labels)).long())
-
-
-def trained(case: Case, task: str, seed: int, training: Split, cache: Path) -> nn.Module:
-    """A network trained from scratch with Adam and a one-cycle schedule, or the same from an earlier run."""
-    path = cache / f"{case.name}-{task}-{seed}-{EPOCHS}.safetensors"
-    torch.manual_seed(seed)
-    network = case.build()
-    if path.exists():
-        network.load_state_dict(load_file(path))
-        return network.eval()
-    steps = len(training.images) // BATCH
-    optimiser = torch.optim.Adam(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=EPOCHS * steps)
-    started = time.perf_counter()
-    for _ in range(EPOCHS):
-        for index in torch.split(torch.randperm(len(training.images)), BATCH)[:steps]:
-            optimiser.zero_grad(set_to_none=True)
-            F.cross_entropy(network(training.images[index]), training.labels[index]).backward()
-            optimiser.step()
-            schedule.step()
-    print(f"trained {case.name} for {task}, seed {seed} ({time.perf_counter() - started:.0f} s)", flush=True)
-    with whole_file(path) as temporary:
-        save_file(network.state_dict(), temporary)
-    return network.eval()
-
-
-def test_error(network: Callable[[Tensor], Tensor], test: Split) -> float:
-    return error_rate(predict(network, torch.split(test.images, 500)), test.labels)
-
-
-def measure(source: Path, cache: Path, seeds: int) -> Iterator[Row]:
+def measure(source: Path, seeds: int) -> Iterator[Row]:
     training = {task: read_split(source, task, "train") for task in FOLDERS}
     test = {task: read_split(source, task, "t10k") for task in FOLDERS}
     for case in CASES:
@@ -120,7 +72,7 @@ def measure(source: Path, cache: Path, seeds: int) -> Iterator[Row]:
                 seconds = dict.fromkeys(METHODS, 0.0)
                 for seed in range(seeds):
                     networks = {
-                        side: trained(case, task, 10 * seed + i, training[task], cache)
+                        side: trained(f"{case.name}-{task}", case.build, training[task], RECIPE, 10 * seed + i)
                         for i, (side, task) in enumerate(zip("ab", pair, strict=True))
                     }
                     tasks = dict(zip("ab", pair, strict=True))
@@ -189,14 +141,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/zipping.md"))
     options = parser.parse_args()
-    source = Path(os.environ.get("MTZ_FULL_DATA", "../shared/data"))
-    if not (source / FOLDERS["digits"]).is_dir():
-        parser.error(
-            f"the full data sets are not in {source}: set MTZ_FULL_DATA to the folder of both (data/README.md)"
-        )
+    source = data_folder(parser)
     torch.set_num_threads(options.threads)
     rows = []
-    for row in measure(source, Path(".mtz/benchmarks"), options.seeds):
+    for row in measure(source, options.seeds):
         rows.append(row)
         print(as_markdown([row], options.seeds).splitlines()[-1], flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
