@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtz_core.errors import MtzError
+    from mtz_core.operations import register_operation
     from mtz_core.settings import ZipConfig
     from mtz_core.structure import LayerReport, ZipReport
+    from mtz_core.tracing import trace
     from mtz_core.zipped import ZippedNetwork, load
     from mtz_core.zipping import zip_networks
 
@@ -21,10 +23,12 @@ _HOMES = {
     "ZipReport": "structure",
     "ZippedNetwork": "zipped",
     "load": "zipped",
+    "register_operation": "operations",
+    "trace": "tracing",
     "zip_networks": "zipping",
 }
 
-__all__ = ["LayerReport", "MtzError", "ZipConfig", "ZipReport", "ZippedNetwork", "load", "zip_networks"]
+__all__ = ["LayerReport", "MtzError", "ZipConfig", "ZipReport", "ZippedNetwork", "load", "register_operation", "trace", "zip_networks"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
-from mtz_core.graph import Network, Node, run_node
-from mtz_core.layers import LAYERS, from_matrix, with_ones
+from mtz_core.graph import INPUT, Network, Node, forget, run_node
+from mtz_core.layers import with_ones
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
 
@@ -36,10 +37,11 @@ def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
     if not batches:
         raise InvalidCalibration(f"the calibration data of {task!r} are empty. Give at least one example.")
     for batch in batches:
-        if not batch.is_floating_point() or batch.dtype != batches[0].dtype:
+        known = batch.is_floating_point() or batch.dtype in (torch.int32, torch.int64)
+        if not known or batch.dtype != batches[0].dtype:
             raise InvalidCalibration(
-                f"the calibration data of {task!r} have dtype {batch.dtype}. Give floating-point values of one dtype, "
-                "as the network is meant to read them."
+                f"the calibration data of {task!r} have dtype {batch.dtype}. Give floating-point values (or whole "
+                "numbers, for tokens) of one dtype, as the network is meant to read them."
             )
         if batch.shape[1:] != batches[0].shape[1:]:
             raise InvalidCalibration(
@@ -51,48 +53,54 @@ def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
     return batches
 
 
-def sample_positions(node: Node, x: Float[Tensor, "batch ..."], config: ZipConfig) -> Int64[Tensor, " p"]:
-    """At most `config.patches` of a layer's positions, the same for every example, ascending."""
-    positions = LAYERS[node.kind].positions(node.settings, x)
+def sample_positions(
+    node: Node, weight: tuple[int, ...], x: Shaped[Tensor, "batch ..."], config: ZipConfig
+) -> Int64[Tensor, " p"]:
+    """At most `config.patches` of a layer's positions, the same for every example, ascending; `weight` is its shape."""
+    positions = node.layer.positions(x, weight, node.arguments)
     generator = torch.Generator().manual_seed(config.seed)
     return torch.randperm(positions, generator=generator)[: config.patches].sort().values
 
 
 def layer_rows(
-    node: Node, x: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]
-) -> Float[Tensor, "batch*p in"]:
-    """A layer's input as the rows that meet its matrix (with the trailing 1 if it has a bias)."""
-    return with_ones(LAYERS[node.kind].rows(node.settings, x, positions), node.bias)
+    node: Node, weight: tuple[int, ...], x: Shaped[Tensor, "batch ..."], positions: Int64[Tensor, " p"]
+) -> Float[Tensor, "n groups*in"]:
+    """A layer's input as the rows that meet its matrix, with the trailing 1 if it has a bias; groups side by side."""
+    rows = node.layer.rows(x, weight, node.arguments, positions)
+    return with_ones(rows, node.layer.groups(node.arguments), node.bias is not None)
 
 
 @torch.no_grad()
 def stream_rows(
     network: Network, batches: Iterable[Tensor], config: ZipConfig
-) -> Iterator[Mapping[str, Float[Tensor, "n in"]]]:
+) -> Iterator[Mapping[str, Float[Tensor, "n groups*in"]]]:
     """The sampled input rows of every layer of an original network, batch by batch.
 
     Raises `InvalidCalibration` for activations that are not finite, naming the layer.
     """
     for batch in batches:
         rows: dict[str, Tensor] = {}
-        x = batch
+        values: dict[str, Any] = {INPUT: batch}
         for node in network.graph.nodes:
-            if not node.is_layer:
-                x = run_node(node, x)
-                continue
-            rows[node.name] = layer_rows(node, x, sample_positions(node, x, config))
-            x = run_node(node, x, *from_matrix(network.weights[node.name], node.bias))
-            if not bool(torch.isfinite(x).all()):
+            if node.is_layer:
+                weight = network.state[node.weight]
+                x, shape = values[node.source], tuple(weight.shape)
+                rows[node.name] = layer_rows(node, shape, x, sample_positions(node, shape, x, config)).to(weight.dtype)
+            values[node.name] = run_node(node, values, network.state, len(batch))
+            if node.is_layer and not bool(torch.isfinite(values[node.name]).all()):
                 raise InvalidCalibration(
                     f"layer {node.name!r} puts out NaN or infinite values on the calibration data. "
                     "Check the network's weights and the scale of the data."
                 )
+            forget(network.graph, values, node)
         yield rows
 
 
 def original_moments(network: Network, batches: Iterable[Tensor], config: ZipConfig) -> dict[str, Moments]:
     """Second moments of every layer's input in an original network."""
-    moments = {node.name: Moments(network.weights[node.name].shape[1]) for node in network.graph.layers}
+    moments = {
+        node.name: Moments(network.columns(node), node.layer.groups(node.arguments)) for node in network.graph.layers
+    }
     for rows in stream_rows(network, batches, config):
         for layer, layer_moments in moments.items():
             layer_moments.add(rows[layer])

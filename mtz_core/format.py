@@ -1,6 +1,6 @@
 """A zipped network on disk: `manifest.json` and `weights.safetensors`, each shared value once.
 
-Loading never unpickles and never runs code from the files: the manifest names known layers and operations, and is
+Loading never unpickles and never runs code from the files: the manifest names known layers and operators, and is
 checked, with names, shapes, dtypes and digests, before a network is made of it.
 """
 
@@ -14,47 +14,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mtz_core.errors import InvalidZippedFile
-from mtz_core.graph import INPUT, LayerGraph, NeuronGroup, Node
-from mtz_core.layers import LAYERS, OPERATIONS
-from mtz_core.structure import LayerReport, Layout, ZippedStructure, ZipReport
+from mtz_core.errors import InvalidZippedFile, UnsupportedModule
+from mtz_core.graph import INPUT, Node, first_difference
+from mtz_core.neurons import analyse
+from mtz_core.structure import NOT_A_MEMBER, LayerReport, TaskStructure, ZippedStructure, ZipReport, own_name
 
 FORMAT = "mtz-zipped-network"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
 
-def save(structure: ZippedStructure, blocks: Mapping[str, Tensor], folder: Path) -> None:
+def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write a zipped network into a folder, which is made if needed. Each file appears whole or not at all.
 
     The same network gives the same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in blocks.items()})
+    weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "tasks": list(structure.tasks),
-        "input_shape": list(structure.input_shape),
-        "nodes": [dataclasses.asdict(node) for node in structure.graph.nodes],
-        "groups": [
-            dataclasses.asdict(group)
-            | {"layout": [[list(owners), count] for owners, count in structure.layouts[group.name]]}
-            for group in structure.graph.groups
-        ],
-        "columns_per_neuron": dict(structure.columns_per_neuron),
-        "dtype": str(next(iter(blocks.values())).dtype),
+        "networks": {task: _describe(network) for task, network in structure.networks.items()},
+        "members": {name: rows.tolist() for name, rows in structure.members.items()},
+        "dtypes": {name: _dtype_name(tensor.dtype) for name, tensor in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "report": dataclasses.asdict(structure.report),
     }
     manifest["manifest_sha256"] = _digest(manifest)
-    _write(folder, {WEIGHTS: weights, MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()})
+    _write(folder, {WEIGHTS: weights, MANIFEST: (json.dumps(manifest, separators=(",", ":")) + "\n").encode()})
+
+
+def _describe(network: TaskStructure) -> dict[str, Any]:
+    return {
+        "input_shape": list(network.input_shape),
+        "input_dtype": _dtype_name(network.input_dtype),
+        "nodes": [dataclasses.asdict(node) for node in network.graph.nodes],
+        "output": network.graph.output,
+        "shapes": {name: list(shape) for name, shape in network.shapes.items()},
+        "parameters": sorted(network.trainable),
+        "bytes": network.bytes,
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -104,58 +115,77 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
             "another network. Fetch or make it again."
         )
     try:
-        structure = _read_structure(manifest)
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration) as error:
-        raise InvalidZippedFile(f"{folder / MANIFEST} is malformed: {error!r}.") from error
-    try:
-        blocks = load_tensors(content)
+        tensors = load_tensors(content)
     except SafetensorError as error:
         raise InvalidZippedFile(f"{folder / WEIGHTS} is not a safetensors file: {error}.") from error
-    shapes = structure.block_shapes()
-    found = {name: tuple(tensor.shape) for name, tensor in blocks.items()}
+    try:
+        structure = _read_structure(manifest, tensors)
+        shapes = {**structure.block_shapes(), **structure.own_shapes()}
+    except UnsupportedModule as error:
+        raise InvalidZippedFile(f"{folder / MANIFEST} has a network that cannot be run here: {error}") from error
+    except _MALFORMED as error:
+        raise InvalidZippedFile(f"{folder / MANIFEST} is malformed: {error!r}.") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = manifest.get("dtypes")
     for name in sorted(shapes.keys() | found.keys()):
         if shapes.get(name) != found.get(name):
             raise InvalidZippedFile(
                 f"{folder / WEIGHTS}: tensor {name!r} should have shape {shapes.get(name)}, "
                 f"but has {found.get(name)} (None: not there)."
             )
-        if str(blocks[name].dtype) != manifest.get("dtype"):
+        if not isinstance(dtypes, dict) or _dtype_name(tensors[name].dtype) != dtypes.get(name):
             raise InvalidZippedFile(
-                f"{folder / WEIGHTS}: tensor {name!r} has dtype {blocks[name].dtype}, not {manifest.get('dtype')}."
+                f"{folder / WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}, not what {MANIFEST} states."
             )
-    return structure, {name: blocks[name] for name in shapes}
+    return structure, {name: tensors[name] for name in shapes}
 
 
-def _read_structure(manifest: Mapping[str, Any]) -> ZippedStructure:
+_MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, StopIteration, RuntimeError)
+
+
+def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedStructure:
     """The structure that a manifest states. Raises ValueError and the like for nonsense."""
-    nodes = tuple(Node(**node) for node in manifest["nodes"])
-    seen = {INPUT}
-    for node in nodes:
-        if node.kind not in LAYERS and node.kind not in OPERATIONS:
-            raise ValueError(f"unknown operation {node.kind!r}")
-        if node.kind in LAYERS and node.settings.keys() != LAYERS[node.kind].settings:
-            raise ValueError(f"settings of {node.name!r}")
-        if node.source not in seen or node.name in seen:
-            raise ValueError(f"node {node.name!r} is out of order")
-        seen.add(node.name)
-    tasks = tuple(manifest["tasks"])
-    layouts: dict[str, Layout] = {}
-    groups = []
-    for entry in manifest["groups"]:
-        layout = tuple((tuple(owners), int(count)) for owners, count in entry["layout"])
-        if any(not set(owners) <= set(tasks) or count < 0 for owners, count in layout):
-            raise ValueError(f"layout of {entry['name']!r}")
-        layouts[entry["name"]] = layout
-        groups.append(NeuronGroup(entry["name"], tuple(entry["writers"]), tuple(entry["readers"])))
+    networks = {task: _read_network(task, entry, tensors) for task, entry in manifest["networks"].items()}
+    tasks = tuple(networks)
+    if not tasks:
+        raise ValueError("no networks")
+    first = networks[tasks[0]].graph
+    for task in tasks[1:]:
+        difference = first_difference(first, networks[task].graph)
+        if difference is not None:
+            raise ValueError(f"{tasks[0]} has {difference[0]} where {task} has {difference[1]}")
+    members = {}
+    if manifest["members"].keys() != {group.name for group in first.hidden_groups}:
+        raise ValueError("members of other neuron groups")
+    for name, rows in manifest["members"].items():
+        table = np.array(rows, dtype=np.int64).reshape(-1, len(tasks))
+        for t, task in enumerate(tasks):
+            own = np.sort(table[:, t][table[:, t] != NOT_A_MEMBER])
+            if not np.array_equal(own, np.arange(networks[task].graph.widths[name])):
+                raise ValueError(f"members of {name!r} are not the neurons of {task!r}")
+        if len(table) and not bool((table >= 0).any(axis=1).all()):
+            raise ValueError(f"a member of {name!r} belongs to nobody")
+        members[name] = table
     report = manifest["report"]
     layers = tuple(LayerReport(**layer) for layer in report["layers"])
-    structure = ZippedStructure(
-        tasks=tasks,
-        graph=LayerGraph(nodes, tuple(groups)),
-        input_shape=tuple(manifest["input_shape"]),
-        layouts=layouts,
-        columns_per_neuron={name: int(value) for name, value in manifest["columns_per_neuron"].items()},
-        report=ZipReport(**{**report, "layers": layers}),
-    )
-    structure.block_shapes()  # every layer has its groups, layouts and widths
-    return structure
+    return ZippedStructure(tasks, networks, members, ZipReport(**{**report, "layers": layers}))
+
+
+def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:
+    """One task's graph, analysed anew: a file cannot state neuron groups that its operators do not have."""
+    nodes = tuple(Node(**node) for node in entry["nodes"])
+    seen = {INPUT}
+    for node in nodes:
+        if not set(node.sources) <= seen or node.name in seen:
+            raise ValueError(f"node {node.name!r} is out of order")
+        seen.add(node.name)
+    shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
+    trainable = frozenset(entry["parameters"])
+    matrices = {name for node in nodes if node.is_layer for name in (node.weight, node.bias) if name is not None}
+    state = {
+        name: torch.empty(shape, device="meta") if name in matrices else tensors[own_name(name, task)]
+        for name, shape in shapes.items()
+    }
+    shape, dtype = tuple(entry["input_shape"]), getattr(torch, entry["input_dtype"])
+    graph = analyse(nodes, entry["output"], state, trainable, shape, dtype).graph
+    return TaskStructure(graph, shapes, trainable, shape, dtype, int(entry["bytes"]))

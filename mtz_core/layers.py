@@ -1,225 +1,251 @@
-"""Layers as matrices, and the operations between them: what each type computes.
+"""Layers as matrices: what each type of layer with weights computes, and how it is read and written.
 
-Every layer with weights is seen as ``y = W x`` on *rows*: a linear layer's rows are its inputs, a convolution's
-rows are its unfolded patches (``C_in · k_h · k_w`` values, channel first). The bias, where there is one, is the
-last column of ``W`` and meets a trailing 1 in every row. So later mathematics has no cases: a *neuron* is a row of
-``W``, and the neurons of the layer before own equally wide, contiguous blocks of its columns.
+Every layer is seen as ``y = W x`` on *rows*: a linear layer's rows are its inputs at every position, a convolution's
+are its unfolded patches (channel first, then the kernel), an embedding's are one-hot tokens. The bias, where there is
+one, is the last column of ``W`` and meets a trailing 1 in every row. So later mathematics has no cases: a *neuron* owns
+rows of ``W``, and the neurons that it reads own columns.
 
-To teach zipping a new operation without weights, add one entry to `OPERATIONS`; a new weighted layer, one to `LAYERS`
-and, if it has settings, how `mtz_core.graph` reads them from an exported program.
+A grouped convolution is several such layers side by side, of equal size: `groups` of them, their matrices stacked, the
+rows of their inputs side by side. A depthwise convolution has as many groups as channels.
+
+To teach zipping a new type of layer, add one entry to `LAYERS`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from math import prod
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-Settings = Mapping[str, Any]
-"""What configures a layer or an operation beside its weights; JSON values only."""
+Arguments = Mapping[str, Any]
+"""What an operator is given beside tensors."""
 
 
 class Layer(Protocol):
-    """One type of layer with weights."""
+    """One type of layer. `input`, `weight` and `bias` are the names of the operator's arguments."""
 
-    settings: frozenset[str]
-    """What configures a layer of this type."""
+    input: str
+    weight: str
+    bias: str | None
 
-    def run(self, settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output for `weight` in the shape torch gives it."""
+    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+        """The weight as a matrix."""
         ...
 
-    def weight_shape(self, settings: Settings, inputs: int) -> tuple[int, ...]:
-        """The shape torch gives to the weights of one neuron with this many `inputs` columns."""
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+        """A matrix of any number of neurons as a weight; `like` is the shape of the traced weight."""
         ...
 
-    def positions(self, settings: Settings, x: Tensor) -> int:
+    def channel_axis(self, ndim: int) -> int:
+        """Where the neurons lie in an input or output of that many axes."""
+        ...
+
+    def groups(self, arguments: Arguments) -> int:
+        """How many layers stand side by side."""
+        ...
+
+    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
         """How many rows one example contributes."""
         ...
 
-    def rows(self, settings: Settings, x: Tensor, positions: Tensor) -> Tensor:
-        """The rows of some positions of every example."""
-        ...
-
-    def output_rows(self, y: Tensor, positions: Tensor) -> Tensor:
-        """The outputs at the same positions, as rows."""
-        ...
-
-    def module(self, settings: Settings, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """The plain torch module that does the same."""
-        ...
-
-
-class LinearLayer:
-    """``torch.nn.Linear`` on inputs of shape ``[batch, features]``."""
-
-    settings: frozenset[str] = frozenset()
-
-    def run(
-        self, settings: Settings, x: Float[Tensor, "batch in"], weight: Tensor, bias: Tensor | None
-    ) -> Float[Tensor, "batch out"]:
-        return F.linear(x, weight, bias)
-
-    def weight_shape(self, settings: Settings, inputs: int) -> tuple[int, ...]:
-        return (inputs,)
-
-    def positions(self, settings: Settings, x: Float[Tensor, "batch in"]) -> int:
-        return 1
-
     def rows(
-        self, settings: Settings, x: Float[Tensor, "batch in"], positions: Int64[Tensor, " p"]
-    ) -> Float[Tensor, "batch in"]:
-        return x
+        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
+    ) -> Float[Tensor, "n groups*inputs"]:
+        """The rows of some positions of every example; `weight` is the weight's shape."""
+        ...
 
-    def output_rows(self, y: Float[Tensor, "batch out"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "batch out"]:
-        return y
-
-    def module(self, settings: Settings, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        return _with_weights(layer, weight, bias)
-
-
-class Conv2dLayer:
-    """``torch.nn.Conv2d`` with stride, padding and dilation on ``[batch, channels, height, width]``."""
-
-    settings: frozenset[str] = frozenset({"kernel_size", "stride", "padding", "dilation"})
-
-    def run(
-        self, settings: Settings, x: Float[Tensor, "batch c h w"], weight: Tensor, bias: Tensor | None
-    ) -> Float[Tensor, "batch out h2 w2"]:
-        return F.conv2d(x, weight, bias, settings["stride"], settings["padding"], settings["dilation"])
-
-    def weight_shape(self, settings: Settings, inputs: int) -> tuple[int, ...]:
-        height, width = settings["kernel_size"]
-        return (inputs // (height * width), height, width)
-
-    def _patches(self, settings: Settings, x: Tensor) -> Float[Tensor, "batch h2 w2 c kh kw"]:
-        """All patches as a view on the padded input; nothing is copied but the padding."""
-        (kh, kw), (sh, sw) = settings["kernel_size"], settings["stride"]
-        (ph, pw), (dh, dw) = settings["padding"], settings["dilation"]
-        if ph or pw:
-            x = F.pad(x, (pw, pw, ph, ph))
-        batch, channels, height, width = x.shape
-        out_h, out_w = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
-        b, c, h, w = x.stride()
-        return x.as_strided((batch, out_h, out_w, channels, kh, kw), (b, h * sh, w * sw, c, h * dh, w * dw))
-
-    def positions(self, settings: Settings, x: Float[Tensor, "batch c h w"]) -> int:
-        _, out_h, out_w, *_ = self._patches(settings, x[:1]).shape
-        return out_h * out_w
-
-    def rows(
-        self, settings: Settings, x: Float[Tensor, "batch c h w"], positions: Int64[Tensor, " p"]
-    ) -> Float[Tensor, "batch*p in"]:
-        patches = self._patches(settings, x)
-        width = patches.shape[2]
-        return patches[:, positions // width, positions % width].flatten(0, 1).flatten(1)
-
-    def output_rows(
-        self, y: Float[Tensor, "batch out h2 w2"], positions: Int64[Tensor, " p"]
-    ) -> Float[Tensor, "batch*p out"]:
-        return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
-
-    def module(self, settings: Settings, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        layer = nn.Conv2d(
-            weight.shape[1],
-            weight.shape[0],
-            tuple(settings["kernel_size"]),
-            stride=tuple(settings["stride"]),
-            padding=tuple(settings["padding"]),
-            dilation=tuple(settings["dilation"]),
-            bias=bias is not None,
-            device="meta",
-        )
-        return _with_weights(layer, weight, bias)
-
-
-def _with_weights(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer
-
-
-LAYERS: Mapping[str, Layer] = {"linear": LinearLayer(), "conv2d": Conv2dLayer()}
-"""Layers with weights, by the name of their ATen operator."""
+    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+        """The outputs at the same positions."""
+        ...
 
 
 @dataclass(frozen=True)
-class Operation:
-    """An operation without weights, and what it does to neurons.
+class LinearLayer:
+    """``y = x Wᵀ + b`` on the last axis; `transposed` for operators that hold ``Wᵀ``."""
 
-    `neurons`: `kept` acts on each channel alone; `flattened` lays the values of each channel side by side;
-    `mixed` lets channels see each other, which is allowed only behind the last layer. Inputs below `floor` all give
-    the same output. `spatial` operations take ``[batch, channels, height, width]``.
-    """
+    input: str = "input"
+    weight: str = "weight"
+    bias: str | None = "bias"
+    transposed: bool = False
 
-    neurons: Literal["kept", "flattened", "mixed"] = "kept"
-    floor: float = -math.inf
-    spatial: bool = False
+    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+        return weight.T if self.transposed else weight
 
-    @property
-    def clips(self) -> bool:
-        """Whether different inputs can give the same output."""
-        return self.floor > -math.inf
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+        return matrix.T.contiguous() if self.transposed else matrix
 
-    def nearest_target(self, y: Tensor, y_hat: Tensor) -> Tensor:
-        """Of all values from which the operation makes the same as of `y`, the one nearest to `y_hat`."""
-        return torch.where(y > self.floor, y, y_hat.clamp(max=self.floor))
+    def channel_axis(self, ndim: int) -> int:
+        return ndim - 1
 
-    def run(self, kind: str, settings: Settings, x: Tensor, training: bool) -> Tensor:
-        if kind == "flatten":
-            return x.flatten(1)
-        if kind in DROPOUT:
-            settings = {**settings, "train": training}
-        output: Tensor = getattr(torch.ops.aten, kind)(x, **settings)
-        return output
+    def groups(self, arguments: Arguments) -> int:
+        return 1
+
+    def positions(self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments) -> int:
+        return prod(x.shape[1:-1])
+
+    def rows(
+        self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
+    ) -> Float[Tensor, "n in"]:
+        return _at(x, positions)
+
+    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
+        return _at(y, positions)
 
 
-OPERATIONS: Mapping[str, Operation] = {
-    **dict.fromkeys(
-        (
-            *("leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus"),
-            *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "log_sigmoid", "relu6"),
-            *("dropout", "feature_dropout", "alpha_dropout"),
-        ),
-        Operation("kept"),
-    ),
-    "relu": Operation("kept", floor=0.0),
-    **dict.fromkeys(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"), Operation("kept", spatial=True)),
-    "flatten": Operation("flattened"),
-    "softmax": Operation("mixed"),
-    "log_softmax": Operation("mixed"),
+def _at(x: Float[Tensor, "batch ... features"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n features"]:
+    if x.ndim == 2:
+        return x
+    flat = x.flatten(1, -2)
+    return (flat if len(positions) == flat.shape[1] else flat[:, positions]).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class EmbeddingLayer:
+    """A table of tokens: the rows are one-hot, a token's vector is a column of the matrix."""
+
+    input: str = "indices"
+    weight: str = "weight"
+    bias: str | None = None
+
+    def matrix(self, weight: Float[Tensor, "tokens out"]) -> Float[Tensor, "out tokens"]:
+        return weight.T
+
+    def from_matrix(self, matrix: Float[Tensor, "out tokens"], like: tuple[int, ...]) -> Float[Tensor, "tokens out"]:
+        return matrix.T.contiguous()
+
+    def channel_axis(self, ndim: int) -> int:
+        return ndim - 1
+
+    def groups(self, arguments: Arguments) -> int:
+        return 1
+
+    def positions(self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
+        return prod(x.shape[1:])
+
+    def rows(
+        self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
+    ) -> Float[Tensor, "n tokens"]:
+        return F.one_hot(x.reshape(len(x), -1)[:, positions].flatten(), weight[0]).to(torch.get_default_dtype())
+
+    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
+        return y.reshape(len(y), -1, y.shape[-1])[:, positions].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution over `spatial` axes; a transposed one is a convolution over its input with zeros put in between."""
+
+    spatial: int
+    transposed: bool = False
+    input: str = "input"
+    weight: str = "weight"
+    bias: str | None = "bias"
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+        return (self._turn(weight) if self.transposed else weight).flatten(1)
+
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+        weight = matrix.reshape(len(matrix), -1, *like[2:])
+        return self._turn(weight) if self.transposed else weight
+
+    def _turn(self, weight: Tensor) -> Tensor:
+        """Between ``[in, out, kernel]`` and ``[out, in, mirrored kernel]``."""
+        return weight.transpose(0, 1).flip(*range(2, weight.ndim))
+
+    def channel_axis(self, ndim: int) -> int:
+        return 1
+
+    def groups(self, arguments: Arguments) -> int:
+        return int(arguments.get("groups", 1))
+
+    def _all(self, arguments: Arguments, name: str, default: int) -> list[int]:
+        value = arguments.get(name, default)
+        value = [value] if isinstance(value, int) else list(value)
+        return value * self.spatial if len(value) == 1 else value
+
+    def _patches(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> Tensor:
+        """All patches ``[batch, *positions, channels, *kernel]`` as a view on the padded input."""
+        kernel = weight[2:]
+        stride, dilation = self._all(arguments, "stride", 1), self._all(arguments, "dilation", 1)
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = arguments.get("padding", 0)
+        if padding == "same":
+            before = [r // 2 for r in reach]
+            after = [r - b for r, b in zip(reach, before, strict=True)]
+        else:
+            before = [0] * self.spatial if padding == "valid" else self._all(arguments, "padding", 0)
+            after = before
+        if self.transposed:
+            x = _spread(x, stride)
+            before = [r - p for r, p in zip(reach, before, strict=True)]
+            extra = self._all(arguments, "output_padding", 0)
+            after = [b + e for b, e in zip(before, extra, strict=True)]
+            stride = [1] * self.spatial
+        if any(before) or any(after):
+            ends = zip(reversed(before), reversed(after), strict=True)
+            x = F.pad(x, [end for pair in ends for end in pair])
+        sizes = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+        steps = x.stride()[2:]
+        return x.as_strided(
+            (x.shape[0], *sizes, x.shape[1], *kernel),
+            (
+                x.stride(0),
+                *(step * s for step, s in zip(steps, stride, strict=True)),
+                x.stride(1),
+                *(step * d for step, d in zip(steps, dilation, strict=True)),
+            ),
+        )
+
+    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
+        return prod(self._patches(x[:1], weight, arguments).shape[1 : 1 + self.spatial])
+
+    def rows(
+        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
+    ) -> Float[Tensor, "n inputs"]:
+        patches = self._patches(x, weight, arguments)
+        index = torch.unravel_index(positions, patches.shape[1 : 1 + self.spatial])
+        return patches[(slice(None), *index)].flatten(0, 1).flatten(1)
+
+    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+        return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
+
+
+def _spread(x: Tensor, stride: list[int]) -> Tensor:
+    """The input with ``stride − 1`` zeros between neighbours."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    return spread
+
+
+LAYERS: dict[str, Layer] = {
+    "linear": LinearLayer(),
+    "addmm": LinearLayer(input="mat1", weight="mat2", bias="self", transposed=True),
+    "conv1d": Convolution(1),
+    "conv1d.padding": Convolution(1),
+    "conv2d": Convolution(2),
+    "conv2d.padding": Convolution(2),
+    "conv3d": Convolution(3),
+    "conv3d.padding": Convolution(3),
+    "conv_transpose1d": Convolution(1, transposed=True),
+    "conv_transpose2d.input": Convolution(2, transposed=True),
+    "conv_transpose3d.input": Convolution(3, transposed=True),
+    "embedding": EmbeddingLayer(),
 }
-"""Operations without weights, by the name of their ATen operator."""
-
-DROPOUT: Mapping[str, type[nn.Module]] = {
-    "dropout": nn.Dropout,
-    "feature_dropout": nn.Dropout2d,
-    "alpha_dropout": nn.AlphaDropout,
-}
-"""Operations that act in training mode only, and their modules."""
+"""Layers with weights, by their ATen operator."""
 
 
-def to_matrix(weight: Float[Tensor, "out ..."], bias: Float[Tensor, " out"] | None) -> Float[Tensor, "out columns"]:
-    """A layer's weights as one matrix, the bias (if any) as its last column."""
-    matrix = weight.flatten(1)
-    return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
-
-
-def from_matrix(
-    matrix: Float[Tensor, "out columns"], bias: bool
-) -> tuple[Float[Tensor, "out inputs"], Float[Tensor, " out"] | None]:
-    """Weights and bias of a matrix; the inverse of `to_matrix` but for the weights' shape."""
-    return (matrix[:, :-1].contiguous(), matrix[:, -1].contiguous()) if bias else (matrix, None)
-
-
-def with_ones(rows: Float[Tensor, "n inputs"], bias: bool) -> Float[Tensor, "n columns"]:
-    """Rows with the trailing 1 that a bias meets."""
-    return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1) if bias else rows
+def with_ones(rows: Float[Tensor, "n groups*inputs"], groups: int, bias: bool) -> Float[Tensor, "n groups*columns"]:
+    """Rows with the trailing 1 that a bias meets, in every group."""
+    if not bias:
+        return rows
+    if groups == 1:
+        return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    split = rows.unflatten(1, (groups, -1))
+    return torch.cat([split, split.new_ones(len(rows), groups, 1)], dim=2).flatten(1)

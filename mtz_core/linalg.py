@@ -4,14 +4,14 @@ A layer-wise Hessian is ``A = E[x xᵀ] + λ I`` over the rows ``x`` of a layer'
 rows as inputs it is held as a dense matrix (`DenseHessian`). With fewer, it is held as its rows
 (`RowsHessian`, ``A = XᵀX + λ I``) and every solve happens in the dual space of the rows (Woodbury), so the
 square of a wide layer's input is never formed. Both answer the same questions, all in float64: product, solve,
-Schur complement, and weighted sum.
+elimination of own inputs, and weighted sum.
 
 Nothing here hides a numerical failure: a factorisation that fails raises `SingularHessian`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,26 +26,38 @@ class SingularHessian(MtzError):
     """A damped Hessian could not be factorised."""
 
 
-def _factorise(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def _factorise(matrix: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
+    if int(info.max()) != 0:
         raise SingularHessian(
-            f"a Hessian of size {matrix.shape[0]} is not positive definite (pivot {int(info)}). "
+            f"a Hessian of size {matrix.shape[-1]} is not positive definite (pivot {int(info.max())}). "
             "Raise `damping`, or give more calibration data."
         )
     return factor
 
 
 @dataclass(frozen=True, eq=False)
-class DenseHessian:
-    """A damped Hessian as a dense matrix, ``A`` itself."""
+class Elimination:
+    """What is left of a Hessian ``A`` on shared inputs when own ones compensate.
 
-    matrix: Float[Tensor, "n n"]
+    `curvature` is the Schur complement ``A_ss − A_sp A_pp⁻¹ A_ps``; `answer` maps a change of the shared inputs' weights
+    to the best one of the own inputs', ``δ_p = −A_pp⁻¹ A_ps δ``. Both come from one factorisation.
+    """
+
+    curvature: Hessian
+    answer: Callable[[Float[Tensor, "s m"]], Float[Tensor, "p m"]]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseHessian:
+    """A damped Hessian as a dense matrix, ``A`` itself; or a batch of them, for layers that stand side by side."""
+
+    matrix: Float[Tensor, "... n n"]
 
     @property
     def size(self) -> int:
-        return self.matrix.shape[0]
+        return self.matrix.shape[-1]
 
     @cached_property
     def _factor(self) -> Float[Tensor, "n n"]:
@@ -63,17 +75,15 @@ class DenseHessian:
         """The principal block of some inputs, in the given order."""
         return DenseHessian(self.matrix[index][:, index])
 
-    def schur(self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"]) -> DenseHessian:
-        """``A_ss − A_sp A_pp⁻¹ A_ps``: the curvature left to shared inputs when own ones compensate."""
+    def eliminate(self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"]) -> Elimination:
+        """Let the own inputs compensate. Raises `SingularHessian`."""
+        coupling = self.matrix[own][:, shared]
         factor = _factorise(self.matrix[own][:, own])
-        half = torch.linalg.solve_triangular(factor, self.matrix[own][:, shared], upper=False)
-        return DenseHessian(self.matrix[shared][:, shared] - half.T @ half)
-
-    def compensation(
-        self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"], change: Float[Tensor, "s m"]
-    ) -> Float[Tensor, "p m"]:
-        """``−A_pp⁻¹ A_ps δ``: the best answer of the own inputs' weights to a change of the shared ones."""
-        return -torch.cholesky_solve(self.matrix[own][:, shared] @ change, _factorise(self.matrix[own][:, own]))
+        half = torch.linalg.solve_triangular(factor, coupling, upper=False)
+        return Elimination(
+            DenseHessian(self.matrix[shared][:, shared] - half.T @ half),
+            lambda change: -torch.cholesky_solve(coupling @ change, factor),
+        )
 
     def dense(self) -> Float[Tensor, "n n"]:
         return self.matrix
@@ -113,19 +123,19 @@ class RowsHessian:
         """The principal block of some inputs, in the given order."""
         return RowsHessian(self.rows[:, index], self.damping)
 
-    def schur(self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"]) -> RowsHessian:
-        """``A_ss − A_sp A_pp⁻¹ A_ps``, which is again rows and damping: ``λ I + X_sᵀ λ(X_p X_pᵀ + λ I)⁻¹ X_s``."""
-        factor = self._dual(self.rows[:, own], self.damping)
-        left = torch.linalg.solve_triangular(factor, self.rows[:, shared], upper=False)
-        return RowsHessian(left * self.damping**0.5, self.damping)
+    def eliminate(self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"]) -> Elimination:
+        """Let the own inputs compensate; what is left is again rows and damping. Raises `SingularHessian`.
 
-    def compensation(
-        self, shared: Int64[Tensor, " s"], own: Int64[Tensor, " p"], change: Float[Tensor, "s m"]
-    ) -> Float[Tensor, "p m"]:
-        """``−A_pp⁻¹ A_ps δ = −X_pᵀ (X_p X_pᵀ + λ I)⁻¹ X_s δ``."""
-        own_rows = self.rows[:, own]
+        ``A_ss − A_sp A_pp⁻¹ A_ps = λ I + X_sᵀ λ(X_p X_pᵀ + λ I)⁻¹ X_s``, and
+        ``−A_pp⁻¹ A_ps = −X_pᵀ (X_p X_pᵀ + λ I)⁻¹ X_s``.
+        """
+        own_rows, shared_rows = self.rows[:, own], self.rows[:, shared]
         factor = self._dual(own_rows, self.damping)
-        return -(own_rows.T @ torch.cholesky_solve(self.rows[:, shared] @ change, factor))
+        left = torch.linalg.solve_triangular(factor, shared_rows, upper=False)
+        return Elimination(
+            RowsHessian(left * self.damping**0.5, self.damping),
+            lambda change: -(own_rows.T @ torch.cholesky_solve(shared_rows @ change, factor)),
+        )
 
     def dense(self) -> Float[Tensor, "n n"]:
         matrix = self.rows.T @ self.rows

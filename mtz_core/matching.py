@@ -1,18 +1,20 @@
-"""Which neurons of the networks become one: functional difference, assignment, and the walk over neuron groups.
+"""Which neurons of the networks become one: functional difference, assignment, and coordinate descent over neuron groups.
 
 The cost of sharing neuron i of A with neuron j of B is their functional difference (He, Zhou, Thiele 2018,
 section 3.2, generalised to own inputs that compensate),
 
     d(i, j) = ½ (s_i − s_j)ᵀ P (s_i − s_j),   P = (M_A⁻¹/α_A + M_B⁻¹/α_B)⁻¹,
 
-with `s` a neuron's weights on shared inputs and `M` what is left of the layer-wise Hessian on them. All
-``N_A × N_B`` values come from one factorisation and one matrix product.
+with `s` a neuron's weights on shared inputs and `M` what is left of the layer-wise Hessian on them, summed over all
+layers that write the neuron group. All ``N_A × N_B`` values come from one factorisation and one matrix product per layer.
+More than two networks are matched one at a time against what the others have in common, which is the same formula with
+the shared weights of the others for A and the sum of their Hessians for M_A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,14 +22,12 @@ from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mtz_core.errors import IncompatibleNetworks
-from mtz_core.graph import LayerGraph, Network, NeuronGroup, Node
-from mtz_core.linalg import Hessian, weighted_sum
+from mtz_core.errors import IncompatibleNetworks, InvalidConfig
+from mtz_core.graph import LayerGraph, Network, NeuronGroup, Node, first_difference
+from mtz_core.linalg import DenseHessian, Hessian, weighted_sum
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
-from mtz_core.structure import Layout, Owners
-
-NOT_A_MEMBER = -1
+from mtz_core.structure import NOT_A_MEMBER, alike, arrange, positions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,122 +35,83 @@ class Pairing:
     """Which neurons of one group are one neuron of the zipped network.
 
     `members[u, t]` is the neuron of task t that is (a part of) the zipped network's neuron u, or `NOT_A_MEMBER`. Rows
-    are in canonical order: neurons of more tasks first, then by the first task's neuron.
+    are in canonical order: neurons of more tasks first, then by the tasks and their neurons.
     """
 
     tasks: tuple[str, ...]
     members: Int64[np.ndarray, "neurons tasks"]
 
     @classmethod
-    def from_pairs(cls, tasks: tuple[str, ...], widths: Sequence[int], pairs: Int64[np.ndarray, "k tasks"]) -> Pairing:
+    def from_tuples(cls, tasks: tuple[str, ...], widths: Sequence[int], tuples: Int64[np.ndarray, "k tasks"]) -> Pairing:
         """The pairing in which the given tuples are shared and every other neuron stays its task's own."""
-        own = []
+        rows = [tuples[(tuples >= 0).any(axis=1)]]
         for t, width in enumerate(widths):
-            rest = np.setdiff1d(np.arange(width), pairs[:, t])
-            rows = np.full((len(rest), len(tasks)), NOT_A_MEMBER, dtype=np.int64)
-            rows[:, t] = rest
-            own.append(rows)
-        return cls(tasks, np.concatenate([pairs[np.argsort(pairs[:, 0])], *own]).astype(np.int64))
-
-    @property
-    def layout(self) -> Layout:
-        """Owners and number of neurons of every run of rows with the same owners."""
-        runs: list[tuple[Owners, int]] = []
-        for row in self.members >= 0:
-            owners = tuple(task for task, owns in zip(self.tasks, row, strict=True) if owns)
-            if runs and runs[-1][0] == owners:
-                runs[-1] = (owners, runs[-1][1] + 1)
-            else:
-                runs.append((owners, 1))
-        return tuple(runs)
+            rest = np.setdiff1d(np.arange(width), tuples[:, t])
+            own = np.full((len(rest), len(tasks)), NOT_A_MEMBER, dtype=np.int64)
+            own[:, t] = rest
+            rows.append(own)
+        members = np.concatenate(rows).astype(np.int64)
+        absent = members < 0
+        keys = [members[:, t] for t in reversed(range(len(tasks)))]
+        keys += [absent[:, t] for t in reversed(range(len(tasks)))]
+        return cls(tasks, members[np.lexsort([*keys, absent.sum(axis=1)])])
 
     @property
     def shared(self) -> int:
         """Neurons that belong to more than one task."""
         return int(((self.members >= 0).sum(axis=1) > 1).sum())
 
-    def neurons(self, task: str) -> Int64[np.ndarray, " width"]:
-        """The task's neurons in the order in which the zipped network holds them."""
-        column = self.members[:, self.tasks.index(task)]
-        return column[column >= 0]
-
-    def neurons_shared(self, task: str) -> int:
-        """How many of the task's neurons are shared; they come first in `neurons`."""
-        member = self.members >= 0
-        return int((member[:, self.tasks.index(task)] & (member.sum(axis=1) > 1)).sum())
-
 
 @dataclass(frozen=True)
 class GroupMatch:
-    """The pairing of one neuron group and its predicted cost, the total functional difference of the pairs.
+    """The pairing of one neuron group and its predicted cost, the total functional difference of its shared neurons.
 
-    `curve[k - 1]` is what the cheapest k pairs would cost if as many as possible were paired: a picture of what
-    sharing less or more means.
+    `curve[k - 1]` is what the cheapest k would cost if as many as possible were matched: a picture of what sharing less
+    or more means. `total` is the predicted cost of all groups once this pairing was taken, in `sweep` of the descent; it
+    is NaN in the first pass (sweep 0) as long as groups are missing.
     """
 
     group: str
     pairing: Pairing
     cost: float
     curve: tuple[float, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class InputSplit:
-    """How one task's columns of a layer split into shared and own inputs, in the zipped network's order."""
-
-    columns: Int64[Tensor, " columns"]
-    shared: Int64[Tensor, " s"]
-    own: Int64[Tensor, " p"]
-
-
-def split_inputs(pairing: Pairing, task: str, per_neuron: int, bias: bool) -> InputSplit:
-    """Columns of a layer that reads a paired group: `columns` reorders the original ones, `shared` and `own` index the
-    reordered ones. The constant 1 behind a bias is an input that all tasks share.
-    """
-    order = torch.from_numpy(pairing.neurons(task))
-    columns = (order[:, None] * per_neuron + torch.arange(per_neuron)).flatten()
-    boundary, end = pairing.neurons_shared(task) * per_neuron, len(columns)
-    shared, own = torch.arange(boundary), torch.arange(boundary, end)
-    if bias:
-        constant = torch.tensor([end])
-        columns, shared = torch.cat([columns, constant]), torch.cat([shared, constant])
-    return InputSplit(columns, shared, own)
-
-
-def shared_curvature(hessian: Hessian, split: InputSplit, compensate: bool) -> Hessian:
-    """``M``: the Hessian left on the shared inputs, own inputs compensating (Schur complement) or fixed."""
-    if compensate and len(split.own):
-        return hessian.schur(split.shared, split.own)
-    return hessian.select(split.shared)
+    sweep: int = 0
+    total: float = float("nan")
 
 
 def functional_difference(
     weights: tuple[Float[Tensor, "a s"], Float[Tensor, "b s"]],
     curvatures: tuple[Hessian, Hessian],
     balance: tuple[float, float],
-) -> Float[Tensor, "a b"]:
-    """``d(i, j)`` for all pairs at once. Raises `SingularHessian`."""
+    slots: int = 1,
+) -> Float[Tensor, "a/slots b/slots"]:
+    """``d(i, j)`` for all pairs at once, each neuron having `slots` consecutive rows. Raises `SingularHessian`."""
     (rows_a, rows_b), (m_a, m_b), (alpha_a, alpha_b) = weights, curvatures, balance
+    if rows_a.shape[1] == 0:
+        return rows_a.new_zeros(len(rows_a) // slots, len(rows_b) // slots)
     centre = torch.cat([rows_a, rows_b]).mean(dim=0)  # only differences count: less cancellation near the centre
     rows = torch.cat([rows_a - centre, rows_b - centre])
     total = weighted_sum([m_a, m_b], [alpha_a, alpha_b])
     image = alpha_a * alpha_b * m_a.product(total.solve(m_b.product(rows.T))).T  # P sᵀ, P = αβ M_A (αM_A+βM_B)⁻¹ M_B
+    rows, image = rows.reshape(len(rows) // slots, -1), image.reshape(len(image) // slots, -1)
     norms = (rows * image).sum(dim=1)
-    a = len(rows_a)
+    a = len(rows_a) // slots
     inner = rows[:a] @ image[a:].T
     return (0.5 * (norms[:a, None] + norms[None, a:]) - inner).clamp_(min=0)
 
 
-def relative_balance(
-    balance: Sequence[float], matrices: Sequence[Float[Tensor, "_ _"]], hessians: Sequence[Hessian]
-) -> list[float]:
-    """``α_t / √(E‖y_t‖²)``: squared errors relative to the amplitude of each task's own outputs ``y = W x``.
+def relative_balance(balance: Sequence[float], energies: Sequence[float]) -> list[float]:
+    """``α_t / √(E‖y_t‖²)``: squared errors relative to the amplitude of each task's own outputs.
 
     Networks differ in the scale of their activations: without this the loudest would decide for all. Dividing by the
     energy itself would be scale-free, but then tasks whose inputs are bright pay for it (docs/method.md).
     """
-    energies = [float((w.T * h.product(w.T)).sum()) for w, h in zip(matrices, hessians, strict=True)]
     return [alpha / energy**0.5 if energy > 0 else alpha for alpha, energy in zip(balance, energies, strict=True)]
+
+
+def energy(matrix: Float[Tensor, "out in"], hessian: Hessian) -> float:
+    """``E‖y‖²`` of outputs ``y = W x``."""
+    return float((matrix.T * hessian.product(matrix.T)).sum())
 
 
 def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:
@@ -188,58 +149,298 @@ def assign_greedily(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndar
 
 
 def check_compatible(networks: Mapping[str, Network]) -> LayerGraph:
-    """The graph that all networks have in common. Raises `IncompatibleNetworks` with the first difference."""
-    if len(networks) != 2:
+    """The graph of the first of the networks, whose topology all have.
+
+    Raises `IncompatibleNetworks` with the first difference, side by side.
+    """
+    if len(networks) < 2:
         raise IncompatibleNetworks(
-            f"zipping unites two networks, not {len(networks)} ({', '.join(networks) or 'none'})."
+            f"zipping unites two or more networks, not {len(networks)} ({', '.join(networks) or 'none'})."
         )
-    (first, a), (second, b) = networks.items()
-    for x, y in zip(a.graph.nodes, b.graph.nodes, strict=False):
-        if x != y:
+    (first, reference), *others = networks.items()
+    for task, network in others:
+        difference = first_difference(reference.graph, network.graph)
+        if difference is not None:
             raise IncompatibleNetworks(
-                f"the networks differ in structure: {first} has {_describe(x)} where {second} has {_describe(y)}."
-                " Zip networks of the same topology."
+                f"the networks differ in structure: {first} has {difference[0]} where {task} has {difference[1]}. "
+                "Zip networks of the same topology."
             )
-    if len(a.graph.nodes) != len(b.graph.nodes):
-        shorter, longer = sorted((first, second), key=lambda task: len(networks[task].graph.nodes))
-        extra = networks[longer].graph.nodes[len(networks[shorter].graph.nodes)]
-        raise IncompatibleNetworks(
-            f"the networks differ in structure: {longer} has {_describe(extra)} where {shorter} has ended. "
-            "Zip networks of the same topology."
-        )
-    if a.input_shape != b.input_shape:
-        raise IncompatibleNetworks(
-            f"the networks read different inputs: {first} {list(a.input_shape)}, {second} {list(b.input_shape)}. "
-            "Bring the inputs to one shape first."
-        )
-    if {w.dtype for n in networks.values() for w in n.weights.values()} not in ({torch.float32}, {torch.float64}):
+    dtypes = {n.state[node.weight].dtype for n in networks.values() for node in n.graph.layers}
+    if dtypes not in ({torch.float32}, {torch.float64}):
         raise IncompatibleNetworks("the networks mix float32 and float64 weights. Convert them to one dtype.")
-    return a.graph
+    return reference.graph
 
 
 def shared_counts(networks: Mapping[str, Network], config: ZipConfig) -> dict[str, int]:
-    """Neurons to share in every hidden group. Raises `InvalidConfig` for settings that do not fit the networks."""
-    first = next(iter(networks.values()))
+    """Neurons to share among all networks in every hidden group.
+
+    Groups whose writers correspond nowhere get 0. Raises `InvalidConfig` for settings that do not fit the networks.
+    """
     config.balance_of(tuple(networks))
-    return config.counts(
-        {group.name: [network.width(group) for network in networks.values()] for group in first.graph.hidden_groups}
-    )
+    graph = next(iter(networks.values())).graph
+    widths = {g.name: [network.graph.widths[g.name] for network in networks.values()] for g in graph.hidden_groups}
+    counts = config.counts(widths)
+    for group in graph.hidden_groups:
+        if not any(why_separate(networks, layer) is None for layer in _writers(graph, group)):
+            if isinstance(config.share, Mapping) and counts[group.name]:
+                raise InvalidConfig(
+                    f"share.{group.name}: impossible, as no layer that writes these neurons can be shared: "
+                    f"{why_separate(networks, _writers(graph, group)[0])}."
+                )
+            counts[group.name] = 0
+    return counts
 
 
-def _describe(node: Node) -> str:
-    settings = ", ".join(f"{key}={value}" for key, value in node.settings.items())
-    bias = " without bias" if node.is_layer and not node.bias else ""
-    return f"{node.kind} {node.name!r}{bias}" + (f" ({settings})" if settings else "")
+def _writers(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
+    return [node for node in graph.layers if node.name in group.writers]
 
 
-def identity_pairing(tasks: tuple[str, ...], width: int) -> Pairing:
-    """Every channel shared with its namesake: the networks' common input."""
-    return Pairing(tasks, np.repeat(np.arange(width)[:, None], len(tasks), axis=1))
+def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
+    """Why the rows of a layer stay task-specific whatever is shared around it; None if they need not."""
+    if layer.separate:
+        return "it is listed under keep_separate"
+    if not alike(layer.name, networks.values()):
+        return "its kernels or convolution groups differ in size"
+    rows, columns = ([getattr(n.graph, side)[layer.name] for n in networks.values()] for side in ("rows", "columns"))
+    for axis, what in ((rows, "written"), (columns, "read")):
+        for name in axis[0].groups:
+            group = [a.groups.index(name) for a in axis]
+            slots = {
+                int((a.group == number).sum()) // network.graph.widths[name]
+                for a, number, network in zip(axis, group, networks.values(), strict=True)
+            }
+            if len(slots) > 1 and (what == "written" or len(axis[0].groups) == 1):
+                counts = " and ".join(map(str, sorted(slots)))
+                return f"it has {counts} values per neuron {what} in different networks"
+    return None
 
 
-def separate_pairing(tasks: tuple[str, ...], widths: Sequence[int]) -> Pairing:
-    """Nothing shared: the networks' outputs."""
-    return Pairing.from_pairs(tasks, widths, np.zeros((0, len(tasks)), dtype=np.int64))
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One task's view of a layer: weights on the shared inputs of the group's neurons, their curvature, its balance.
+
+    A neuron may have several rows (`slots`).
+    """
+
+    rows: Float[Tensor, "neurons slots s"]
+    curvature: Hessian
+    balance: float
+
+
+_Layers = Sequence[Sequence[_Side]]
+"""For every layer that writes a group, the view of every task."""
+
+
+class Matcher:
+    """Finds the best pairing of one neuron group while the others stay, and predicts what pairings cost."""
+
+    def __init__(
+        self, networks: Mapping[str, Network], moments: Mapping[str, Mapping[str, Moments]], config: ZipConfig
+    ) -> None:
+        self.networks, self.moments, self.config = networks, moments, config
+        self.graph = check_compatible(networks)
+        self.tasks = tuple(networks)
+        self.counts = shared_counts(networks, config)
+        self.groups = {group.name: group for group in self.graph.hidden_groups}
+        self.writers = {
+            name: [node for node in _writers(self.graph, group) if why_separate(networks, node) is None]
+            for name, group in self.groups.items()
+        }
+        self.refit = config.method == "refit"
+        self._energies: dict[str, list[float]] = {}
+
+    def reads(self, node: Node) -> set[str]:
+        """The hidden groups that a layer reads."""
+        return {name for name in self.graph.columns[node.name].groups if name in self.groups}
+
+    def match(self, name: str, pairings: Mapping[str, Pairing]) -> GroupMatch:
+        """The best pairing of a group, given those of other groups.
+
+        Inputs from groups without a pairing count as own; layers that read such are left out where others are left.
+        """
+        writers = self.writers[name]
+        ready = [node for node in writers if self.reads(node) <= pairings.keys()]
+        layers = [self._sides(node, name, pairings) for node in ready or writers]
+        widths = [network.graph.widths[name] for network in self.networks.values()]
+        tuples, curve = _match_tuples(layers, widths, self.counts[name], self.config)
+        pairing = Pairing.from_tuples(self.tasks, widths, tuples)
+        return GroupMatch(name, pairing, _pairing_cost(layers, pairing), curve)
+
+    def cost(self, name: str, pairings: Mapping[str, Pairing]) -> float:
+        """The predicted cost of a group's shared neurons, all pairings given."""
+        return _pairing_cost([self._sides(node, name, pairings) for node in self.writers[name]], pairings[name])
+
+    def touched(self, name: str) -> list[str]:
+        """The groups whose cost depends on the pairing of a group: itself, and those written by its readers."""
+        return [g for g in self.groups if g == name or any(name in self.reads(node) for node in self.writers[g])]
+
+    def _sides(self, node: Node, name: str, pairings: Mapping[str, Pairing]) -> list[_Side]:
+        members = {group: pairing.members for group, pairing in pairings.items()}
+        columns = arrange(self.tasks, {t: n.graph.columns[node.name] for t, n in self.networks.items()}, members)
+        common = [run for run in columns.runs if run.owners == self.tasks]
+        hessians = {task: _average(self.moments[task][node.name].hessian(self.config.damping)) for task in self.tasks}
+        balance = self.config.balance_of(self.tasks)
+        if self.refit:
+            if node.name not in self._energies:
+                matrices = [network.matrix(node).to(torch.float64) for network in self.networks.values()]
+                self._energies[node.name] = list(map(energy, matrices, hessians.values()))
+            balance = relative_balance(balance, self._energies[node.name])
+        sides = []
+        for (task, network), alpha in zip(self.networks.items(), balance, strict=True):
+            hessian = hessians[task]
+            shared = np.concatenate([np.zeros(0, dtype=np.int64), *(run.places[task] for run in common)])
+            if node.bias is not None:
+                shared = np.append(shared, hessian.size - 1)
+            own = np.setdiff1d(np.arange(hessian.size), shared)
+            index = torch.from_numpy(shared)
+            positions = torch.from_numpy(positions_of(network.graph.rows[node.name], name))
+            rows = network.matrix(node)[positions.flatten()][:, index].to(torch.float64)
+            curvature = hessian.select(index)
+            if self.refit and len(own):
+                curvature = hessian.eliminate(index, torch.from_numpy(own)).curvature
+            sides.append(_Side(rows.reshape(*positions.shape, len(index)), curvature, alpha))
+        return sides
+
+
+def _average(hessian: Hessian) -> Hessian:
+    """For layers side by side, the mean of their Hessians: one matrix for all pairs of neurons."""
+    if isinstance(hessian, DenseHessian) and hessian.matrix.ndim == 3:
+        return DenseHessian(hessian.matrix.mean(dim=0))
+    return hessian
+
+
+def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]]) -> tuple[Float[Tensor, "n s"], Hessian]:
+    """Shared weights ``(Σ α M)⁻¹ Σ α M s``, and ``Σ α M``."""
+    total = weighted_sum([side.curvature for side in sides], [side.balance for side in sides])
+    mean = torch.stack(list(rows)).mean(dim=0)  # solving for the distance from the mean keeps equal neurons equal
+    pull = [s.balance * s.curvature.product((r - mean).T) for s, r in zip(sides, rows, strict=True)]
+    return mean + total.solve(torch.stack(pull).sum(dim=0)).T, total
+
+
+def _tuple_costs(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"]) -> Float[np.ndarray, " k"]:
+    """The predicted cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``."""
+    costs = torch.zeros(len(tuples), dtype=torch.float64)
+    for sides in layers:
+        if not len(tuples) or not sides[0].rows.shape[-1]:
+            continue
+        rows = [side.rows[torch.from_numpy(tuples[:, t])].flatten(0, 1) for t, side in enumerate(sides)]
+        centre, _ = _centre(sides, rows)
+        for side, own in zip(sides, rows, strict=True):
+            change = (centre - own).T
+            losses = 0.5 * side.balance * (change * side.curvature.product(change)).sum(dim=0)
+            costs += losses.reshape(len(tuples), -1).sum(dim=1)
+    return costs.numpy()
+
+
+def _pairing_cost(layers: _Layers, pairing: Pairing) -> float:
+    """The predicted cost of all shared neurons of a pairing."""
+    owned = pairing.members >= 0
+    total = 0.0
+    for pattern in np.unique(owned[owned.sum(axis=1) > 1], axis=0):
+        tuples = pairing.members[(owned == pattern).all(axis=1)][:, pattern]
+        total += float(_tuple_costs(_restrict(layers, np.flatnonzero(pattern)), tuples).sum())
+    return total
+
+
+def _restrict(layers: _Layers, tasks: Sequence[int], neurons: Sequence[np.ndarray] | None = None) -> _Layers:
+    """The views of some tasks, and of some of their neurons."""
+    return [
+        [
+            sides[t] if neurons is None else replace(sides[t], rows=sides[t].rows[torch.from_numpy(neurons[i])])
+            for i, t in enumerate(tasks)
+        ]
+        for sides in layers
+    ]
+
+
+_Tuples = tuple["Int64[np.ndarray, 'k tasks']", tuple[float, ...]]
+
+
+def _match_tuples(layers: _Layers, widths: Sequence[int], count: int, config: ZipConfig) -> _Tuples:
+    """Tuples of neurons to share, and the cost curve: `count` of all tasks, then what wider networks share more."""
+    found, curve = _match_all(layers, widths, count, config)
+    wider = [t for t, width in enumerate(widths) if width > min(widths)]
+    if len(widths) > 2 and len(wider) > 1 and not isinstance(config.share, Mapping) and layers:
+        rest = [np.setdiff1d(np.arange(widths[t]), found[:, t]) for t in wider]
+        more = min(round(config.share * min(widths[t] for t in wider)) - count, *map(len, rest))
+        extra, _ = _match_tuples(_restrict(layers, wider, rest), [len(r) for r in rest], max(more, 0), config)
+        wide = np.full((len(extra), len(widths)), NOT_A_MEMBER, dtype=np.int64)
+        for i, t in enumerate(wider):
+            own = extra[:, i] >= 0
+            wide[own, t] = rest[i][extra[own, i]]
+        found = np.concatenate([found, wide])
+    return found, curve
+
+
+def _match_all(layers: _Layers, widths: Sequence[int], count: int, config: ZipConfig) -> _Tuples:
+    """`count` tuples with one neuron of every task, and what the cheapest 1, 2, … of as many as possible would cost."""
+    if not layers:
+        return np.zeros((0, len(widths)), dtype=np.int64), ()
+    most = min(widths)
+    solve = assign if config.method == "refit" else assign_greedily
+    if len(widths) == 2:
+        cost = _pair_costs(layers, [0], [1], None)
+        complete = solve(cost, most)
+        tuples = complete if count == most else solve(cost, count)
+        return tuples, tuple(np.cumsum(np.sort(cost[complete[:, 0], complete[:, 1]])).tolist())
+    tuples = solve(_pair_costs(layers, [0], [1], None), most)
+    for t in range(2, len(widths)):
+        tuples = np.column_stack([tuples, np.zeros(most, dtype=np.int64)])
+        tuples[:, t] = _partners(_pair_costs(layers, list(range(t)), [t], tuples), solve)
+    if config.method == "refit":
+        tuples = _settle(layers, tuples, config)
+    costs = _tuple_costs(layers, tuples)
+    cheapest = tuples[np.sort(np.argsort(costs, kind="stable")[:count])]
+    if config.method == "refit" and 0 < count < most:
+        cheapest = _settle(layers, cheapest, config)
+    return cheapest, tuple(np.cumsum(np.sort(costs)).tolist())
+
+
+def _pair_costs(
+    layers: _Layers, tasks: list[int], other: list[int], tuples: Int64[np.ndarray, "k tasks"] | None
+) -> Float[np.ndarray, "a b"]:
+    """The cost of every neuron of one task beside every tuple of others (or every neuron of one other)."""
+    total: Tensor | None = None
+    for sides in layers:
+        (one,) = _restrict([sides], other)[0]
+        others = _restrict([sides], tasks)[0]
+        if tuples is None:
+            rows, curvature, balance = others[0].rows.flatten(0, 1), others[0].curvature, others[0].balance
+        else:
+            picked = [o.rows[torch.from_numpy(tuples[:, t])].flatten(0, 1) for t, o in zip(tasks, others, strict=True)]
+            rows, curvature = _centre(others, picked) if one.rows.shape[-1] else (picked[0], others[0].curvature)
+            balance = 1.0
+        cost = functional_difference(
+            (rows, one.rows.flatten(0, 1)), (curvature, one.curvature), (balance, one.balance), one.rows.shape[1]
+        )
+        total = cost if total is None else total + cost
+    assert total is not None
+    return total.numpy()
+
+
+def _partners(
+    cost: Float[np.ndarray, "k n"], solve: Callable[[np.ndarray, int], np.ndarray]
+) -> Int64[np.ndarray, " k"]:
+    """The neuron that each tuple gets."""
+    pairs = solve(cost, len(cost))
+    return np.asarray(pairs[np.argsort(pairs[:, 0]), 1])
+
+
+def _settle(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"], config: ZipConfig) -> Int64[np.ndarray, "k tasks"]:
+    """Match every task anew against what the others share, until nothing gets cheaper."""
+    best = float(_tuple_costs(layers, tuples).sum())
+    for _ in range(config.descents):
+        before = best
+        for t in range(tuples.shape[1]):
+            others = [other for other in range(tuples.shape[1]) if other != t]
+            trial = tuples.copy()
+            trial[:, t] = _partners(_pair_costs(layers, others, [t], tuples), assign)
+            cost = float(_tuple_costs(layers, trial).sum())
+            if cost < best:
+                tuples, best = trial, cost
+        if best >= before:
+            break
+    return tuples
 
 
 def match(
@@ -247,52 +448,40 @@ def match(
     moments: Mapping[str, Mapping[str, Moments]],
     config: ZipConfig,
 ) -> Iterator[GroupMatch]:
-    """Pair the neurons of every hidden group, in topological order, on the originals' weights and Hessians.
+    """Pair the neurons of every hidden group on the originals' weights and Hessians; the last word on a group counts.
 
-    `moments[task][layer]` are the second moments of the original network's layer inputs. The split of a layer's
-    inputs into shared and own ones follows from the groups paired before. Raises `IncompatibleNetworks`,
-    `InvalidConfig`, `SingularHessian`.
+    `moments[task][layer]` are the second moments of the original network's layer inputs. Groups are paired in
+    topological order. Where a group's pairing depends on later ones (a residual sum is written by layers that read it),
+    the groups are matched again in turn, at most `config.descents` times, and a pairing is taken only if the predicted cost
+    of all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
     """
-    graph = check_compatible(networks)
-    tasks = tuple(networks)
-    counts = shared_counts(networks, config)
-    refit = config.method == "refit"
-    input_channels = networks[tasks[0]].input_shape[0]
-    pairings = {graph.groups[0].name: identity_pairing(tasks, input_channels)}
-    for group in graph.hidden_groups:
-        widths = [network.width(group) for network in networks.values()]
-        total = torch.zeros(widths[0], widths[1], dtype=torch.float64)
-        for layer in (node for node in graph.layers if node.name in group.writers):
-            balance = config.balance_of(tasks)
-            matrices, splits, hessians = [], [], []
-            for task, network in networks.items():
-                pairing = pairings[graph.read_by(layer.name).name]
-                split = split_inputs(pairing, task, network.columns_per_neuron(layer), layer.bias)
-                splits.append(split)
-                matrices.append(network.weights[layer.name][:, split.columns].to(torch.float64))
-                hessians.append(moments[task][layer.name].hessian(config.damping).select(split.columns))
-            if refit:
-                balance = relative_balance(balance, matrices, hessians)
-            shared = [matrix[:, split.shared] for matrix, split in zip(matrices, splits, strict=True)]
-            curvatures = [shared_curvature(h, split, refit) for h, split in zip(hessians, splits, strict=True)]
-            total += functional_difference(
-                (shared[0], shared[1]), (curvatures[0], curvatures[1]), (balance[0], balance[1])
-            )
-        found = _match_group(group, total.numpy(), counts[group.name], tasks, config)
-        pairings[group.name] = found.pairing
-        yield found
+    matcher = Matcher(networks, moments, config)
+    pairings: dict[str, Pairing] = {}
+    coupled = False
+    spent = 0.0
+    for name in matcher.groups:
+        coupled = coupled or not all(matcher.reads(node) <= pairings.keys() for node in matcher.writers[name])
+        found = matcher.match(name, pairings)
+        pairings[name] = found.pairing
+        spent += found.cost
+        yield found if coupled else replace(found, total=spent)
+    if not coupled or config.method == "paper":
+        return
+    costs = {name: matcher.cost(name, pairings) for name in matcher.groups}
+    for sweep in range(1, config.descents + 1):
+        fell = False
+        for name in matcher.groups:
+            found = matcher.match(name, pairings)
+            trial = pairings | {name: found.pairing}
+            changed = {group: matcher.cost(group, trial) for group in matcher.touched(name)}
+            saved = sum(costs[group] - cost for group, cost in changed.items())
+            if saved > 1e-9 * sum(costs.values()):
+                pairings, costs, fell = trial, costs | changed, True
+                yield replace(found, cost=changed[name], sweep=sweep, total=sum(costs.values()))
+        if not fell:
+            break
 
 
-def _match_group(
-    group: NeuronGroup, cost: Float[np.ndarray, "a b"], count: int, tasks: tuple[str, ...], config: ZipConfig
-) -> GroupMatch:
-    solve = assign if config.method == "refit" else assign_greedily
-    most = min(cost.shape)
-    complete = solve(cost, most)
-    pairs = complete if count == most else solve(cost, count)
-    return GroupMatch(
-        group=group.name,
-        pairing=Pairing.from_pairs(tasks, list(cost.shape), pairs),
-        cost=float(cost[pairs[:, 0], pairs[:, 1]].sum()),
-        curve=tuple(np.cumsum(np.sort(cost[complete[:, 0], complete[:, 1]])).tolist()),
-    )
+def identity_pairing(tasks: tuple[str, ...], width: int) -> Pairing:
+    """Every neuron shared with its namesake."""
+    return Pairing(tasks, np.repeat(np.arange(width)[:, None], len(tasks), axis=1))

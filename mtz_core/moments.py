@@ -18,13 +18,15 @@ from mtz_core.linalg import DenseHessian, Hessian, RowsHessian
 class Moments:
     """Second moment ``E[x xᵀ]`` of rows ``x``.
 
-    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came.
+    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came. A layer of several `groups` side
+    by side has one moment for each, its rows lie side by side, and they are folded at once.
     """
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, groups: int = 1) -> None:
         self.inputs = inputs
+        self.groups = groups
         self.count = 0
-        self.gram: Float[Tensor, "inputs inputs"] | None = None
+        self.gram: Float[Tensor, "... inputs inputs"] | None = None
         self._rows: list[Float[Tensor, "batch inputs"]] = []
 
     @classmethod
@@ -34,8 +36,8 @@ class Moments:
         return moments
 
     @classmethod
-    def from_gram(cls, gram: Float[Tensor, "inputs inputs"], count: int) -> Moments:
-        moments = cls(gram.shape[0])
+    def from_gram(cls, gram: Float[Tensor, "... inputs inputs"], count: int) -> Moments:
+        moments = cls(gram.shape[-1], gram.shape[0] if gram.ndim == 3 else 1)
         moments.gram, moments.count = gram.to(torch.float64, copy=True), count
         return moments
 
@@ -44,11 +46,11 @@ class Moments:
         """The rows themselves; only while they are fewer than the inputs."""
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.inputs)
 
-    def add(self, rows: Float[Tensor, "batch inputs"]) -> None:
+    def add(self, rows: Float[Tensor, "batch groups*inputs"]) -> None:
         """Fold a batch of rows in."""
         self.count += rows.shape[0]
         self._rows.append(rows)
-        if self.gram is not None or self.count >= self.inputs:
+        if self.gram is not None or self.count >= self.inputs or self.groups > 1:
             self._fold()
 
     def merge(self, other: Moments) -> None:
@@ -63,17 +65,20 @@ class Moments:
 
     def _fold(self) -> None:
         if self.gram is None:
-            self.gram = torch.zeros(self.inputs, self.inputs, dtype=torch.float64)
+            shape = (self.inputs, self.inputs) if self.groups == 1 else (self.groups, self.inputs, self.inputs)
+            self.gram = torch.zeros(shape, dtype=torch.float64)
         for rows in self._rows:
-            self.gram += (rows.T @ rows).to(torch.float64)
+            if self.groups > 1:
+                rows = rows.unflatten(1, (self.groups, self.inputs)).transpose(0, 1)
+            self.gram += (rows.mT @ rows).to(torch.float64)
         self._rows.clear()
 
     @property
     def _mean_diagonal(self) -> float:
         if self.count == 0:
-            raise InvalidCalibration("no calibration rows: give at least one image.")
+            raise InvalidCalibration("no calibration rows: give at least one example.")
         if self.gram is not None:
-            return float(self.gram.diagonal().mean()) / self.count
+            return float(self.gram.diagonal(dim1=-2, dim2=-1).mean()) / self.count
         return float(self.rows.to(torch.float64).square().sum()) / (self.count * self.inputs)
 
     def damping(self, relative: float) -> float:
@@ -87,5 +92,5 @@ class Moments:
         if self.gram is None:
             return RowsHessian(self.rows.to(torch.float64) / self.count**0.5, absolute)
         matrix = self.gram / self.count
-        matrix.diagonal().add_(absolute)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(absolute)
         return DenseHessian(matrix)

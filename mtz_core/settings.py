@@ -30,7 +30,9 @@ class ZipConfig:
     layer. `damping`: λ of every Hessian, relative to the mean of its diagonal. `balance`: weight of each task
     in the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
     sampled from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its
-    targets then relaxed to what the following activation can tell apart.
+    targets then relaxed to what the following activation can tell apart. `descents`: how often ``refit`` matches neuron
+    groups again whose pairings depend on each other, or more than two networks. `keep_separate`: paths of submodules that
+    stay task-specific, and whose operators need not be understood.
     """
 
     method: Method = "refit"
@@ -39,6 +41,8 @@ class ZipConfig:
     balance: Mapping[str, float] | None = None
     patches: int = 64
     sweeps: int = 4
+    descents: int = 3
+    keep_separate: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +60,10 @@ class ZipConfig:
             raise InvalidConfig(f"patches: {self.patches!r} is impossible. Allowed: 1 or more, whole.")
         if not _is_whole(self.sweeps) or self.sweeps < 0:
             raise InvalidConfig(f"sweeps: {self.sweeps!r} is impossible. Allowed: 0 or more, whole.")
+        if not _is_whole(self.descents) or self.descents < 0:
+            raise InvalidConfig(f"descents: {self.descents!r} is impossible. Allowed: 0 or more, whole.")
+        if isinstance(self.keep_separate, str) or not all(isinstance(path, str) for path in self.keep_separate):
+            raise InvalidConfig(f"keep_separate: {self.keep_separate!r} is no list. Allowed: [path of a submodule, …].")
         if self.balance is not None and not (
             isinstance(self.balance, Mapping)
             and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())

@@ -1,0 +1,335 @@
+"""Fit one layer of all tasks: to the originals' outputs, and to each other where neurons are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mtz_core.activations import layer_rows, sample_positions
+from mtz_core.graph import Network, Node
+from mtz_core.linalg import DenseHessian, Elimination, Hessian, weighted_sum
+from mtz_core.matching import relative_balance
+from mtz_core.moments import Moments
+from mtz_core.operations import operation_of
+from mtz_core.settings import ZipConfig
+from mtz_core.structure import Arrangement, Run
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """What an activation behind a layer cannot tell apart: outputs beyond a threshold, on one side, per neuron."""
+
+    threshold: Float[Tensor, " out"]
+    below: Bool[Tensor, " out"]
+
+    def nearest_target(self, y: Float[Tensor, "n out"], y_hat: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
+        """Of all values of which the activation makes the same as of `y`, the ones nearest to `y_hat`."""
+        clipped = torch.where(self.below, y <= self.threshold, y >= self.threshold)
+        nearest = torch.where(self.below, y_hat.minimum(self.threshold), y_hat.maximum(self.threshold))
+        return torch.where(clipped, nearest, y)
+
+
+def following_clip(network: Network, layer: Node) -> Clip | None:
+    """What the only reader of a layer's output clips, directly or behind a batch normalisation; None if nothing."""
+    width = network.state[layer.weight].new_ones(layer.layer.matrix(network.state[layer.weight]).shape[0])
+    reader = _only_reader(network, layer.name)
+    if reader is None:
+        return None
+    operation = operation_of(reader.kind)
+    if operation is not None and operation.clips:
+        return Clip(width * operation.floor, width > 0)
+    if reader.kind != "batch_norm" or reader.sources != (layer.name,):
+        return None
+    behind = _only_reader(network, reader.name)
+    operation = operation_of(behind.kind) if behind is not None else None
+    if operation is None or not operation.clips:
+        return None
+    mean, variance, scale, shift = (
+        network.state[reader.arguments[name]["state"]] if reader.arguments.get(name) else default
+        for name, default in (("running_mean", None), ("running_var", None), ("weight", width), ("bias", 0 * width))
+    )
+    if mean is None or variance is None:
+        return None
+    deviation = (variance + float(reader.arguments["eps"])).sqrt()
+    threshold = torch.where(scale == 0, torch.inf, mean + (operation.floor - shift) * deviation / scale)
+    return Clip(threshold, scale >= 0)
+
+
+def _only_reader(network: Network, name: str) -> Node | None:
+    readers = [node for node in network.graph.nodes if name in node.sources]
+    return readers[0] if len(readers) == 1 and name != network.graph.output else None
+
+
+class Part:
+    """One task's side of a layer: its matrix in float64, and the rows that it will be fed in the zipped network.
+
+    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        network: Network,
+        original: Sequence[Tensor],
+        zipped: Sequence[Tensor],
+        shared: bool,
+        config: ZipConfig,
+    ) -> None:
+        self.node, self.network, self.zipped = node, network, zipped
+        self.paper = config.method == "paper"
+        self.shape = tuple(network.state[node.weight].shape)
+        self.groups = node.layer.groups(node.arguments)
+        self.intact = all(a is b for a, b in zip(original, zipped, strict=True))
+        self.changed = False
+        self.hessian: Hessian | None = None
+        self.targets: list[Float[Tensor, "n out"]] = []
+        if not shared and (self.paper or self.intact):
+            return
+        matrix = network.matrix(node)
+        self.matrix = matrix.to(torch.float64)
+        self.positions = sample_positions(node, self.shape, original[0], config)
+        moments = Moments(matrix.shape[1], self.groups)
+        for x, x_hat in zip(original, zipped, strict=True):
+            rows = self._rows(x)
+            moments.add(rows if self.paper or x is x_hat else self._rows(x_hat))
+            if not self.paper:
+                self.targets.append(self._apply(rows, matrix))
+        self.count = moments.count
+        self.damping = moments.damping(config.damping)
+        self.hessian = moments.hessian(config.damping)
+
+    def _rows(self, x: Tensor) -> Float[Tensor, "n groups*in"]:
+        rows = layer_rows(self.node, self.shape, x, self.positions)
+        return rows.to(self.network.state[self.node.weight].dtype)
+
+    def _apply(self, rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"]) -> Float[Tensor, "n out"]:
+        if self.groups == 1:
+            return rows @ matrix.T
+        split = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return torch.bmm(split, self._stacked(matrix).mT).transpose(0, 1).flatten(1)
+
+    def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
+        return matrix.unflatten(0, (self.groups, -1))
+
+    def energy(self) -> float:
+        """``E‖y‖²`` of the outputs."""
+        assert self.hessian is not None
+        if self.groups == 1:
+            return float((self.matrix.T * self.hessian.product(self.matrix.T)).sum())
+        stacked = self._stacked(self.matrix).mT
+        return float((stacked * self.hessian.product(stacked)).sum())
+
+    def refit(self, clip: Clip | None) -> None:
+        """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
+
+        ``min E‖y − W x̂‖² + λ‖W − W₀‖²`` by one Newton step from the present matrix, which is exact:
+        ``W + (E[(y − W x̂) x̂ᵀ] − λ (W − W₀))(Ĥ + λ I)⁻¹``. Given what follows clips, ``y`` is first relaxed to
+        the targets nearest to the present outputs.
+        """
+        if self.hessian is None or (clip is None and self.intact):
+            return  # an intact layer is its own best fit
+        prior = self.network.matrix(self.node)
+        present = self.matrix.to(prior.dtype)
+        gradient = torch.zeros_like(self.matrix)
+        for target, x_hat in zip(self.targets, self.zipped, strict=True):
+            fed = self._rows(x_hat)
+            output = self._apply(fed, present)
+            if clip is not None:
+                target = clip.nearest_target(target, output)
+            gradient += self._correlate(target - output, fed)
+        gradient.div_(self.count)
+        gradient.sub_((self.matrix - prior).mul_(self.damping))
+        del present, prior
+        if self.groups == 1:
+            self.matrix += self.hessian.solve(gradient.T).T
+        else:
+            self.matrix += self.hessian.solve(self._stacked(gradient).mT).mT.flatten(0, 1)
+        self.changed = True
+
+    def _correlate(self, outputs: Float[Tensor, "n out"], rows: Tensor) -> Float[Tensor, "out in"]:
+        if self.groups == 1:
+            return outputs.T @ rows
+        split = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return torch.bmm(outputs.unflatten(1, (self.groups, -1)).permute(1, 2, 0), split).flatten(0, 1)
+
+    def stored_matrix(self) -> Float[Tensor, "out in"]:
+        """The matrix that the zipped network stores."""
+        original = self.network.matrix(self.node)
+        return self.matrix.to(original.dtype) if self.changed else original
+
+    def tensors(self) -> dict[str, Tensor] | None:
+        """Weight and bias as the zipped network has them; None if they are the original's."""
+        if not self.changed:
+            return None
+        matrix = self.stored_matrix()
+        if self.node.bias is None:
+            return {self.node.weight: self.node.layer.from_matrix(matrix, self.shape)}
+        weight = self.node.layer.from_matrix(matrix[:, :-1], self.shape)
+        return {self.node.weight: weight, self.node.bias: matrix[:, -1]}
+
+    def release(self) -> None:
+        """Free everything but the weights."""
+        self.hessian, self.targets, self.zipped = None, [], []
+        if hasattr(self, "matrix"):
+            del self.matrix
+
+
+def fit(
+    parts: Mapping[str, Part],
+    rows: Arrangement,
+    columns: Arrangement,
+    clips: Mapping[str, Clip | None],
+    config: ZipConfig,
+) -> float:
+    """Find the matrices of all tasks, shared neurons' weights in common; returns the predicted cost of sharing."""
+    if config.method == "refit":
+        for part in parts.values():
+            part.refit(None)
+    runs = [run for run in rows.runs if len(run.owners) > 1]
+    balance = dict(zip(parts, config.balance_of(tuple(parts)), strict=True))
+    if config.method == "refit":
+        energies = [part.energy() if part.hessian is not None else 0.0 for part in parts.values()]
+        balance = dict(zip(parts, relative_balance(list(balance.values()), energies), strict=True))
+    sharing = [_sharing(parts, run, columns, balance) for run in runs]
+    cost = sum(one.apply() for one in sharing)
+    for _ in range(config.sweeps if config.method == "refit" and any(clips.values()) else 0):
+        for task, part in parts.items():
+            part.refit(clips[task])
+        cost = sum(one.apply() for one in sharing)
+    return cost
+
+
+def _sharing(
+    parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
+) -> _Sharing | _GroupedSharing:
+    own = {task: parts[task] for task in run.owners}
+    return (_GroupedSharing if next(iter(own.values())).groups > 1 else _Sharing)(own, run, columns, balance)
+
+
+class _Sharing:
+    """Rows that several tasks share, and what has been factorised to find their common weights.
+
+    ``s* = (Σ α_t M_t)⁻¹ Σ α_t M_t s_t`` on the inputs that two or more of them share; the weights of inputs that
+    only one of them has answer with ``−H_pp⁻¹ H_ps δ``, unless the method is the paper's.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
+    ) -> None:
+        self.parts, self.run = parts, run
+        self.balance = [balance[task] for task in run.owners]
+        common = [c for c in columns.runs if len(set(c.owners) & set(run.owners)) > 1]
+        ends = np.cumsum([0, *(c.size for c in common)])
+        self.size = int(ends[-1])
+        self.shared: dict[str, Int64[Tensor, " s"]] = {}
+        self.own: dict[str, Int64[Tensor, " p"]] = {}
+        self.places: dict[str, Int64[Tensor, " s"]] = {}
+        bias = next(iter(parts.values())).node.bias is not None
+        for task, part in parts.items():
+            inputs = part.matrix.shape[1]
+            mine = [(c.places[task], np.arange(ends[i], ends[i + 1])) for i, c in enumerate(common) if task in c.owners]
+            shared = np.concatenate([np.zeros(0, dtype=np.int64), *(place for place, _ in mine)])
+            places = np.concatenate([np.zeros(0, dtype=np.int64), *(place for _, place in mine)])
+            if bias:
+                shared, places = np.append(shared, inputs - 1), np.append(places, self.size)
+            self.shared[task], self.places[task] = torch.from_numpy(shared), torch.from_numpy(places)
+            self.own[task] = torch.from_numpy(np.setdiff1d(np.arange(inputs), shared))
+        self.size += bias
+        self.left = {task: self._eliminate(task) for task in parts}
+        self.curvatures = {task: self._widen(task) for task in parts}
+        self.total = weighted_sum(list(self.curvatures.values()), self.balance) if self.size else None
+
+    def _eliminate(self, task: str) -> Elimination:
+        part, shared, own = self.parts[task], self.shared[task], self.own[task]
+        assert part.hessian is not None
+        if part.paper or not len(own):
+            whole = len(shared) == part.hessian.size and bool((shared == torch.arange(len(shared))).all())
+            curvature = part.hessian if whole else part.hessian.select(shared)
+            return Elimination(curvature, lambda change: change.new_zeros(0, change.shape[1]))
+        return part.hessian.eliminate(shared, own)
+
+    def _widen(self, task: str) -> Hessian:
+        """A task's curvature on all inputs that any two of the tasks share."""
+        curvature, places = self.left[task].curvature, self.places[task]
+        if len(places) == self.size:
+            return curvature
+        wide = torch.zeros(self.size, self.size, dtype=torch.float64)
+        wide[places[:, None], places] = curvature.dense()
+        return DenseHessian(wide)
+
+    def apply(self) -> float:
+        """Give the rows their common weights; returns the cost."""
+        if self.total is None:
+            return 0.0
+        rows = {task: torch.from_numpy(self.run.places[task]) for task in self.parts}
+        weights = {task: part.matrix[rows[task]][:, self.shared[task]] for task, part in self.parts.items()}
+        count = self.run.size
+        mean = torch.zeros(count, self.size, dtype=torch.float64)
+        owners = torch.zeros(self.size, dtype=torch.float64)
+        for task, own in weights.items():
+            mean.index_add_(1, self.places[task], own)
+            owners[self.places[task]] += 1
+        mean /= owners  # solving for the distance from the mean keeps equal neurons exactly equal
+        pull = torch.zeros_like(mean)
+        for (task, own), alpha in zip(weights.items(), self.balance, strict=True):
+            distance = torch.zeros_like(mean)
+            distance[:, self.places[task]] = own - mean[:, self.places[task]]
+            pull += alpha * self.curvatures[task].product(distance.T).T
+            del distance
+        merged = mean.add_(self.total.solve(pull.T).T)
+        del pull
+        cost = 0.0
+        for (task, own), alpha in zip(weights.items(), self.balance, strict=True):
+            part = self.parts[task]
+            change = (merged[:, self.places[task]] - own).T
+            cost += 0.5 * alpha * float((change * self.left[task].curvature.product(change)).sum())
+            part.matrix[rows[task][:, None], self.shared[task]] = merged[:, self.places[task]]
+            if not part.paper and len(self.own[task]):
+                part.matrix[rows[task][:, None], self.own[task]] += self.left[task].answer(change).T
+            part.changed = True
+        return cost
+
+
+class _GroupedSharing:
+    """The same for a convolution in groups: every row has a Hessian of its own group, and no input is own."""
+
+    CHUNK = 2**22
+    """Values of Hessians that are held at once."""
+
+    def __init__(
+        self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
+    ) -> None:
+        self.parts, self.run = parts, run
+        self.balance = [balance[task] for task in run.owners]
+
+    def apply(self) -> float:
+        """Give the rows their common weights; returns the cost."""
+        inputs = next(iter(self.parts.values())).matrix.shape[1]
+        step = max(1, self.CHUNK // inputs**2)
+        return sum(self._apply(start, start + step) for start in range(0, self.run.size, step))
+
+    def _apply(self, start: int, end: int) -> float:
+        rows = {task: torch.from_numpy(self.run.places[task][start:end]) for task in self.parts}
+        hessians = []
+        for task, part in self.parts.items():
+            assert isinstance(part.hessian, DenseHessian)
+            group = rows[task] // (len(part.matrix) // part.groups)
+            hessians.append(part.hessian.matrix[group])
+        own = [part.matrix[rows[task]] for task, part in self.parts.items()]
+        mean = torch.stack(own).mean(dim=0)
+        total = sum(a * h for a, h in zip(self.balance, hessians, strict=True))
+        pull = sum(a * (h @ (w - mean)[..., None]) for a, h, w in zip(self.balance, hessians, own, strict=True))
+        assert isinstance(total, Tensor) and isinstance(pull, Tensor)
+        merged = mean + DenseHessian(total).solve(pull)[..., 0]
+        cost = 0.0
+        for (task, part), alpha, hessian, weights in zip(self.parts.items(), self.balance, hessians, own, strict=True):
+            change = (merged - weights)[..., None]
+            cost += 0.5 * alpha * float((change.mT @ hessian @ change).sum())
+            part.matrix[rows[task]] = merged
+            part.changed = True
+        return cost
