@@ -109,7 +109,7 @@ CASES = (
     ),
     Case(
         "Two networks of three convolutions with normalisation",
-        *("plain", plain_network, Recipe(epochs=1, peak=2e-3)),
+        *("plain", plain_network, Recipe(epochs=1, peak=5e-3)),
         tasks=("digits", "fashion"),
         shares=(0.75, 1.0),
         images=1000,

@@ -29,7 +29,7 @@ class Recipe:
 
 def trained(name: str, build: Callable[[], nn.Module], training: Split, recipe: Recipe, seed: int) -> nn.Module:
     """A network trained from scratch, or the same from an earlier run, by `name` in `CACHE`."""
-    path = CACHE / f"{name}-{seed}-{recipe.epochs}.safetensors"
+    path = CACHE / f"{name}-{seed}-{recipe.epochs}-{recipe.peak:g}.safetensors"
     torch.manual_seed(seed)
     network = build()
     if path.exists():
