@@ -253,7 +253,7 @@ def as_markdown(tables: list[str], seeds: int) -> str:
         "# Zipping networks with batch normalisation, without retraining",
         "",
         "Test error in percent on the tasks' full test sets. `shared`: the share of every neuron group's neurons that "
-        "is shared; `stored`: bytes of all weights, of the originals' bytes; `largest rise`: of the tasks' rises over "
+        "is shared; `stored`: bytes of all that is stored, weights and statistics; `largest rise`: of the tasks' rises over "
         "the originals, in points. No labels and no retraining. `BN re-estimated`: the zipped network then "
         "computes the statistics of every normalisation anew on the calibration images.",
         "",

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtz_core.activations import as_batches, original_moments
-from mtz_core.graph import trace
 from mtz_core.matching import check_compatible, match
 from mtz_core.settings import ZipConfig
+from mtz_core.tracing import trace
 from mtz_core.zipped import ZippedNetwork
 from mtz_core.zipping import merge
 
