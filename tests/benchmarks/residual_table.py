@@ -253,8 +253,8 @@ def as_markdown(tables: list[str], seeds: int) -> str:
         "# Zipping networks with batch normalisation, without retraining",
         "",
         "Test error in percent on the tasks' full test sets. `shared`: the share of every neuron group's neurons that "
-        "is shared; `stored`: bytes of all that is stored, weights and statistics; `largest rise`: of the tasks' rises over "
-        "the originals, in points. No labels and no retraining. `BN re-estimated`: the zipped network then "
+        "is shared; `stored`: bytes of all that is stored, weights and statistics; `largest rise`: of the tasks' rises "
+        "over the originals, in points. No labels and no retraining. `BN re-estimated`: the zipped network then "
         "computes the statistics of every normalisation anew on the calibration images.",
         "",
         "The residual network: a strided 3×3 convolution, three stages of two basic blocks (16, 32 and 64 channels; "
