@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtz_core.errors import MtzError
+    from mtz_core.growth import add_network
     from mtz_core.operations import register_operation
     from mtz_core.settings import ZipConfig
     from mtz_core.structure import LayerReport, ZipReport
@@ -22,13 +23,14 @@ _HOMES = {
     "ZipConfig": "settings",
     "ZipReport": "structure",
     "ZippedNetwork": "zipped",
+    "add_network": "growth",
     "load": "zipped",
     "register_operation": "operations",
     "trace": "tracing",
     "zip_networks": "zipping",
 }
 
-__all__ = ["LayerReport", "MtzError", "ZipConfig", "ZipReport", "ZippedNetwork", "load", "register_operation", "trace", "zip_networks"]
+__all__ = ["LayerReport", "MtzError", "ZipConfig", "ZipReport", "ZippedNetwork", "add_network", "load", "register_operation", "trace", "zip_networks"]
 
 
 def __getattr__(name: str) -> Any:

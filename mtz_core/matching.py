@@ -27,7 +27,7 @@ from mtz_core.graph import LayerGraph, Network, NeuronGroup, Node, first_differe
 from mtz_core.linalg import DenseHessian, Hessian, weighted_sum
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
-from mtz_core.structure import NOT_A_MEMBER, alike, arrange, positions_of
+from mtz_core.structure import NOT_A_MEMBER, arrange, can_share, positions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,10 +197,8 @@ def _writers(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
 
 def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
     """Why the rows of a layer stay task-specific whatever is shared around it; None if they need not."""
-    if layer.separate:
-        return "it is listed under keep_separate"
-    if not alike(layer.name, networks.values()):
-        return "its kernels or convolution groups differ in size"
+    if not can_share(layer.name, networks.values()):
+        return "it is listed under keep_separate, or its kernels or convolution groups differ in size"
     rows, columns = ([getattr(n.graph, side)[layer.name] for n in networks.values()] for side in ("rows", "columns"))
     for axis, what in ((rows, "written"), (columns, "read")):
         for name in axis[0].groups:
@@ -455,7 +453,7 @@ def match(
     the groups are matched again in turn, at most `config.descents` times, and a pairing is taken only if the predicted cost
     of all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
     """
-    matcher = Matcher(networks, moments, config)
+    matcher = Matcher(dict(sorted(networks.items())), moments, config)
     pairings: dict[str, Pairing] = {}
     coupled = False
     spent = 0.0

@@ -239,7 +239,7 @@ class ZippedStructure:
                 self.tasks,
                 {task: self.networks[task].graph.rows[node.name] for task in self.tasks},
                 self.members,
-                node.separate or not alike(node.name, self.networks.values()),
+                separate=not can_share(node.name, self.networks.values()),
             )
             for node in self.layers
         }
@@ -286,16 +286,17 @@ class ZippedStructure:
         }
 
 
-def alike(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
-    """Whether a layer's rows mean the same in all networks: one kernel, as many groups, as many inputs per neuron."""
-    kinds = set()
+def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
+    """Whether rows of a layer can be common: it is kept separate nowhere, and its kernels have one size."""
+    shapes = set()
     for network in networks:
         (node,) = (node for node in network.graph.layers if node.name == layer)
+        if node.separate:
+            return False
         shape = network.shapes[node.weight] if isinstance(network, TaskStructure) else network.state[node.weight].shape
         grouped = node.layer.groups(node.arguments) > 1
-        kernel = tuple(shape[2:]) if node.kind.startswith("conv") else ()
-        kinds.add((kernel, grouped, shape[1] if grouped else 0))
-    return len(kinds) == 1
+        shapes.add((tuple(shape[2:]) if node.kind.startswith("conv") else (), grouped, shape[1] if grouped else 0))
+    return len(shapes) == 1
 
 
 def cut(

@@ -25,9 +25,10 @@ ROWS = "rows"
 class RowsWriter:
     """Writes rows of one layer to an Arrow IPC file as they come: one fixed-shape tensor column, uncompressed."""
 
-    def __init__(self, path: Path, layer: str, inputs: int) -> None:
-        self._type = pa.fixed_shape_tensor(pa.float32(), (inputs,))
-        schema = pa.schema([pa.field(ROWS, self._type)], metadata={"layer": layer, "inputs": str(inputs)})
+    def __init__(self, path: Path, layer: str, inputs: int, groups: int = 1) -> None:
+        self._type = pa.fixed_shape_tensor(pa.float32(), (groups * inputs,))
+        metadata = {"layer": layer, "inputs": str(inputs), "groups": str(groups)}
+        schema = pa.schema([pa.field(ROWS, self._type)], metadata=metadata)
         self._schema = schema
         self._writer = pa.ipc.new_file(path, schema)
 
@@ -45,6 +46,15 @@ class RowsWriter:
 def layer_file(folder: Path, layer: str) -> Path:
     """The activations file of a layer; layer names may hold dots but no slashes."""
     return folder / f"{layer}.arrow"
+
+
+def row_groups(path: Path) -> int:
+    """How many layers side by side the rows of an activations file belong to. Raises `InvalidArtifact`."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return int(pa.ipc.open_file(source).schema.metadata[b"groups"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise InvalidArtifact(f"{path} cannot be read: {error}. Run collect again.") from error
 
 
 def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]]:
@@ -112,22 +122,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_matches(workspace: Workspace, tasks: Sequence[str], matches: Sequence[GroupMatch]) -> None:
-    """The pairing of every neuron group, and what sharing fewer or more neurons would cost."""
+    """The last pairing of every neuron group, how the total cost fell, and what sharing fewer or more would cost."""
+    last = {match.group: match for match in matches}
     write_json(
         workspace.pairing,
         {
             "tasks": list(tasks),
             "groups": {
-                match.group: {
+                name: {
                     "shared": match.pairing.shared,
                     "cost": match.cost,
                     "members": match.pairing.members.tolist(),
                 }
-                for match in matches
+                for name, match in last.items()
             },
+            "descent": [
+                {"sweep": match.sweep, "group": match.group, "total_cost": match.total}
+                for match in matches
+                if match.sweep
+            ],
         },
     )
-    rows = ((match.group, count, cost) for match in matches for count, cost in enumerate((0.0, *match.curve)))
+    rows = ((name, count, cost) for name, match in last.items() for count, cost in enumerate((0.0, *match.curve)))
     write_table(workspace.curves, ("layer", "shared", "cost"), rows)
 
 

@@ -20,7 +20,14 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
         writers = {
             node.name: stack.enter_context(
-                closing(RowsWriter(layer_file(folder, node.name), node.name, network.weights[node.name].shape[1]))
+                closing(
+                    RowsWriter(
+                        layer_file(folder, node.name),
+                        node.name,
+                        network.columns(node),
+                        node.layer.groups(node.arguments),
+                    )
+                )
             )
             for node in network.graph.layers
         }

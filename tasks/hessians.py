@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtz_core.moments import Moments
-from tasks.artifacts import read_rows, write_moments
+from tasks.artifacts import read_rows, row_groups, write_moments
 from tasks.files import InvalidArtifact
 from tasks.params import Params
 from tasks.progress import say
@@ -17,7 +17,8 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
         raise InvalidArtifact(f"{workspace.activations(model)} has no activations. Run collect {model} first.")
     moments: dict[str, Moments] = {}
     for file in files:
+        groups = row_groups(file)
         for rows in read_rows(file, params.hessians.batch_rows):
-            moments.setdefault(file.stem, Moments(rows.shape[1])).add(rows)
+            moments.setdefault(file.stem, Moments(rows.shape[1] // groups, groups)).add(rows)
         say(f"{file.stem}: {moments[file.stem].count} rows of {moments[file.stem].inputs} inputs")
     write_moments(workspace.hessians(model), moments)

@@ -12,12 +12,13 @@ from tasks.workspace import Workspace
 
 def run(params: Params, workspace: Workspace) -> None:
     """Write the pairing of every neuron group and its cost curves. Raises `MtzError`."""
-    networks = {model: load_traced(params, workspace, model) for model in params.models}
+    networks = {model: load_traced(params, workspace, model) for model in sorted(params.models)}
     matching.check_compatible(networks)
     moments = {model: read_moments(workspace.hessians(model)) for model in params.models}
     matches = []
     for match in matching.match(networks, moments, params.zip_config()):
-        widths = " and ".join(str(networks[model].weights[match.group].shape[0]) for model in networks)
-        say(f"{match.group}: {match.pairing.shared} pairs of {widths} neurons, cost {match.cost:.4g}")
+        widths = " and ".join(str(network.graph.widths[match.group]) for network in networks.values())
+        again = f", sweep {match.sweep}: all groups cost {match.total:.4g}" if match.sweep else ""
+        say(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
         matches.append(match)
     write_matches(workspace, list(networks), matches)

@@ -11,7 +11,7 @@ from tasks.artifacts import read_pairings
 from tasks.files import whole_folder, write_table
 from tasks.models import calibration, load_traced
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import peak_memory, say
 from tasks.workspace import Workspace
 
 
@@ -28,7 +28,8 @@ def run(params: Params, workspace: Workspace) -> None:
         errors = ", ".join(f"{task} {error:.3g}" for task, error in step.error.items())
         say(
             f"{step.layer}: {step.shared} shared of {widths} neurons, output error {errors} "
-            f"({time.perf_counter() - started:.1f} s)"
+            f"({time.perf_counter() - started:.1f} s, peak {peak_memory() / 2**30:.2f} GiB)"
+            + (f"; task-specific, as {step.note}" if step.note else "")
         )
     with whole_folder(workspace.merged) as folder:
         zipped.save(folder)

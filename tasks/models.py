@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from mtz_core.errors import InvalidWeights, MtzError
-from mtz_core.graph import Network, trace
+from mtz_core.graph import Network
+from mtz_core.tracing import trace
 from tasks.artifacts import read_tensors
 from tasks.data import read_images
 from tasks.factories import build_network
@@ -40,7 +41,7 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
     """Any network of a model's kind, trained or not, as the core sees it. Raises `MtzError` in its kinds."""
     example = read_images(workspace.root / params.models[model].data, "train", count=1)
     try:
-        return trace(network, example)
+        return trace(network, example, params.models[model].keep_separate)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
 

@@ -68,13 +68,15 @@ def _importable_name(value: str) -> str:
 class ModelParams(_Block):
     """One pre-trained network: the factory that builds it, the file of its weights, and the folder of its data.
 
-    `weights` lie under `networks/` and `data` under `data/`, where DVC versions them.
+    `weights` lie under `networks/` and `data` under `data/`, where DVC versions them. `keep_separate` are paths of
+    submodules that stay task-specific, whatever they do.
     """
 
     network: Annotated[str, AfterValidator(_importable_name)]
     arguments: dict[str, Any] = {}
     weights: Annotated[str, AfterValidator(_below("networks"))]
     data: Annotated[str, AfterValidator(_below("data"))]
+    keep_separate: list[str] = []
 
 
 class RuntimeParams(_Block):
@@ -114,6 +116,7 @@ class MatchParams(_Block):
     share: float | dict[str, int] = 1.0
     damping: float = 5e-3
     balance: dict[str, float] | None = None
+    descents: int = 3
 
     @model_validator(mode="after")
     def _possible(self) -> MatchParams:

@@ -124,7 +124,7 @@ def _layers(report: ZipReport) -> list[dict[str, object]]:
             "cost": layer.cost,
             **{f"output_error/{task}": error for task, error in layer.error.items()},
             "parameters": layer.parameters,
-            "original_parameters": layer.original_parameters,
+            "original_parameters": sum(layer.original_parameters.values()),
         }
         for layer in report.layers
     ]
