@@ -176,9 +176,10 @@ def _log_model(mlflow: Any, release: Release) -> Any:
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     network = mtz_core.load(release.network)
-    shape = network.structure.input_shape
+    shapes = [network.structure.networks[task].input_shape for task in network.tasks]
+    common = (sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *shape))]),
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *common))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1))]),
         params=ParamSchema([ParamSpec("task", "string", network.tasks[0])]),
     )
@@ -192,7 +193,7 @@ def _log_model(mlflow: Any, release: Release) -> Any:
             code_paths=[str(code)],
             pip_requirements=[f"{name}=={_installed(name)}" for name in _SERVING_PACKAGES],
             signature=signature,
-            input_example=(_example(shape), {"task": network.tasks[0]}),
+            input_example=(_example(shapes[0]), {"task": network.tasks[0]}),
         )
 
 
@@ -211,9 +212,9 @@ def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
     import torch
 
     network = mtz_core.load(folder)
-    x = _example(network.structure.input_shape)
     served = mlflow.pyfunc.load_model(model_uri)
     for task in network.tasks:
+        x = _example(network.structure.networks[task].input_shape)
         with torch.inference_mode():
             expected = network(torch.from_numpy(x), task=task).numpy()
         if not np.array_equal(served.predict(x, params={"task": task}), expected):
