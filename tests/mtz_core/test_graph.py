@@ -1,238 +1,201 @@
-"""Tracing: what is understood runs as the module does, what is not is refused by name."""
+"""Graphs as data: nodes and what they refer to, running them, and the first difference between two."""
 
-import copy
-import itertools
-from collections.abc import Callable
+import re
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
-from mtz_core.graph import INPUT, build_module, run_node, trace
-from mtz_core.layers import from_matrix
-from tests.mtz_core.networks import CASES, Case, Functional, hidden_layers, mlp
+from mtz_core.graph import (
+    GETITEM,
+    INPUT,
+    LayerGraph,
+    Network,
+    Node,
+    describe,
+    first_difference,
+    forget,
+    leaves,
+    operator,
+    resolve,
+    run,
+    run_node,
+)
+from mtz_core.tracing import trace
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_traced_network_runs_as_the_module_does(case: Case) -> None:
-    module, x = case.network(1), case.examples(5)
-    network = trace(module, x)
-    value = x.clone()
-    for node in network.graph.nodes:
-        weights = from_matrix(network.weights[node.name], node.bias) if node.is_layer else (None, None)
-        value = run_node(node, value, *weights)
-    assert torch.equal(value, module(x))
-    assert network.input_shape == case.input_shape
-    assert network.parameters == sum(p.numel() for p in module.parameters())
-    assert network.bytes == network.parameters * x.element_size()
+def graph(*nodes: Node) -> LayerGraph:
+    """A graph that has nodes and no groups; the last node is the output."""
+    return LayerGraph(nodes, nodes[-1].name, (), {}, {}, {})
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_groups_form_a_chain_of_layers(case: Case) -> None:
-    graph = trace(case.network(1), case.examples(5)).graph
-    layers = [layer.name for layer in graph.layers]
-    assert layers[:-1] == hidden_layers(case)
-    assert [group.name for group in graph.groups] == [INPUT, *layers]
-    assert [group.name for group in graph.hidden_groups] == layers[:-1]
-    for before, after in itertools.pairwise(layers):
-        assert graph.read_by(after) == graph.written_by(before)
+LINEAR = Node(
+    "fc",
+    "linear",
+    {"input": {"value": INPUT}, "weight": {"state": "fc.weight"}, "bias": {"state": "fc.bias"}},
+    "",
+    True,
+)
+STATE = {"fc.weight": torch.arange(8.0).reshape(2, 4), "fc.bias": torch.tensor([10.0, 20.0])}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_widths_and_columns(case: Case) -> None:
-    module = case.network(1)
-    network = trace(module, case.examples(5))
-    width = case.input_shape[0]
-    for node in network.graph.layers:
-        layer = module.get_submodule(node.name)
-        assert isinstance(layer, (nn.Linear, nn.Conv2d))
-        assert network.width(network.graph.read_by(node.name)) == width
-        assert network.columns_per_neuron(node) == layer.weight[0].numel() // width
-        width = layer.weight.shape[0]
-        assert network.width(network.graph.written_by(node.name)) == width
+def test_a_node_names_what_it_reads_and_is_given() -> None:
+    node = Node("i", "index.Tensor", {"self": {"value": "a"}, "indices": [None, {"state": "at"}, {"value": "b"}]})
+    assert node.sources == ("a", "b")
+    assert node.state == ("at",)
+    assert (LINEAR.source, LINEAR.weight, LINEAR.bias) == (INPUT, "fc.weight", "fc.bias")
+    unbiased = Node("fc", "linear", {"input": {"value": INPUT}, "weight": {"state": "fc.weight"}}, "", True)
+    assert unbiased.bias is None
+    assert list(leaves([1, [2, [None]], "a"])) == [1, 2, None, "a"]
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_plain_module_is_built_again(case: Case, training: bool) -> None:
-    module, x = case.network(1).train(training), case.examples(5)
-    network = trace(module, x)
-    again = build_module(network.graph, network.weights).train(training)
-    assert {name: tuple(value.shape) for name, value in again.state_dict().items()} == {
-        name: tuple(value.shape) for name, value in module.state_dict().items()
-    }
-    assert all(torch.equal(value, module.state_dict()[name]) for name, value in again.state_dict().items())
-    torch.manual_seed(4)
-    expected = module(x.clone())
-    torch.manual_seed(4)
-    assert torch.equal(again(x.clone()), expected)
-    assert {p.data_ptr() for p in again.parameters()}.isdisjoint({p.data_ptr() for p in module.parameters()})
+def test_references_are_replaced_by_what_they_stand_for() -> None:
+    values, state = {"a": torch.ones(2)}, {"w": torch.zeros(3)}
+    given = [{"value": "a"}, [{"state": "w"}, None], {"batch": [2, -1]}, {"dtype": "float64"}, 0.5, "mean"]
+    found = resolve(given, values, state, batch=7)
+    assert found == [values["a"], [state["w"], None], 13, torch.float64, 0.5, "mean"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_number_of_examples_makes_no_difference(case: Case) -> None:
-    module = case.network(1)
-    assert trace(module, case.examples(1)).graph == trace(module, case.examples(3)).graph
+@pytest.mark.parametrize(
+    ("kind", "overload"), [("relu", "default"), ("add.Tensor", "Tensor"), ("conv2d.padding", "padding")]
+)
+def test_a_kind_names_an_operator_of_aten(kind: str, overload: str) -> None:
+    found = operator(kind)
+    assert (found.namespace, found._overloadname) == ("aten", overload)
+    with pytest.raises(AttributeError):
+        operator("no_such_operator")
 
 
-def test_tracing_changes_nothing() -> None:
-    module = Functional((4, 8), 3)
-    module.hidden.eval()
-    module.train()
-    module.conv.eval()
-    module.conv.weight.requires_grad_(False)
-    state = copy.deepcopy(module.state_dict())
-    modes = [part.training for part in module.modules()]
-    x = torch.randn(3, 1, 8, 8)
-    before = x.clone()
-    trace(module, x)
-    assert modes == [part.training for part in module.modules()]
-    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-    assert torch.equal(x, before)
-    assert not module.conv.weight.requires_grad
-    assert all(p.grad is None for p in module.parameters())
+def test_nodes_run_on_values_and_state() -> None:
+    x = torch.randn(3, 4)
+    assert torch.equal(run_node(LINEAR, {INPUT: x}, STATE, 3), F.linear(x, STATE["fc.weight"], STATE["fc.bias"]))
+    rows = Node("rows", "view", {"self": {"value": INPUT}, "size": [{"batch": [2, 0]}, 2]})
+    assert run_node(rows, {INPUT: x}, {}, 3).shape == (6, 2)
+    second = Node("second", GETITEM, {"value": {"value": "parts"}, "index": 1})
+    assert torch.equal(run_node(second, {"parts": x.chunk(2, 1)}, {}, 3), x[:, 2:])
 
 
-def test_modes_are_put_back_after_a_refusal() -> None:
-    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
-    with pytest.raises(UnsupportedModule):
-        trace(module, torch.randn(3, 4))
-    assert all(part.training for part in module.modules())
+def test_training_turns_dropout_on_and_lets_statistics_learn() -> None:
+    x = torch.randn(50, 4) + 3
+    dropout = Node("d", "dropout", {"input": {"value": INPUT}, "p": 0.5, "train": False})
+    assert torch.equal(run_node(dropout, {INPUT: x}, {}, 50), x)
+    assert bool((run_node(dropout, {INPUT: x}, {}, 50, training=True) == 0).any())
+    given = {"input": {"value": INPUT}, "weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+    given |= {"running_mean": {"state": "mean"}, "running_var": {"state": "var"}}
+    norm = Node("n", "batch_norm", given | {"cudnn_enabled": False})
+    state = {"mean": torch.zeros(4), "var": torch.ones(4)}
+    torch.testing.assert_close(run_node(norm, {INPUT: x}, state, 50), x, rtol=0, atol=1e-4)
+    assert torch.equal(state["mean"], torch.zeros(4))
+    normal = run_node(norm, {INPUT: x}, state, 50, training=True)
+    torch.testing.assert_close(normal.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(state["mean"], 0.1 * x.mean(0))
 
 
-class Written(nn.Module):
-    """A network of two layers whose forward pass is given."""
+def test_values_are_freed_after_their_last_use() -> None:
+    first = Node("a", "relu", {"self": {"value": INPUT}})
+    second = Node("b", "add.Tensor", {"self": {"value": "a"}, "other": {"value": INPUT}})
+    third = Node("c", "mul.Tensor", {"self": {"value": "b"}, "other": {"value": "b"}})
+    chain = graph(first, second, third)
+    assert chain.last_use == {INPUT: "b", "a": "b", "b": "c"}
+    values: dict[str, Any] = {INPUT: 1, "a": 2, "b": 3}
+    forget(chain, values, first)
+    assert values.keys() == {INPUT, "a", "b"}
+    forget(chain, values, second)
+    assert values.keys() == {"b"}
+    x = torch.randn(2, 3)
+    assert torch.equal(run(chain, {}, x), (x.relu() + x) ** 2)
 
-    def __init__(self, run: Callable[["Written", Tensor], object], **parts: nn.Module | nn.Parameter) -> None:
+
+def test_an_output_that_others_read_too_is_kept() -> None:
+    early = LayerGraph(
+        (Node("a", "relu", {"self": {"value": INPUT}}), Node("b", "neg", {"self": {"value": "a"}})), "a", (), {}, {}, {}
+    )
+    x = torch.randn(2, 3)
+    assert torch.equal(run(early, {}, x), x.relu())
+
+
+def test_a_network_as_matrices_and_sizes() -> None:
+    network = Network(
+        graph(LINEAR), STATE | {"mask": torch.ones(5, dtype=torch.bool)}, frozenset(STATE), (4,), torch.float32
+    )
+    assert torch.equal(network.matrix(LINEAR), torch.tensor([[0, 1, 2, 3, 10.0], [4, 5, 6, 7, 20]]))
+    assert network.columns(LINEAR) == 5
+    assert network.parameters == 10
+    assert network.bytes == 4 * 10 + 5
+    unbiased = Node("fc", "linear", {"input": {"value": INPUT}, "weight": {"state": "fc.weight"}}, "", True)
+    assert torch.equal(network.matrix(unbiased), STATE["fc.weight"])
+    assert network.columns(unbiased) == 4
+
+
+class Block(nn.Module):
+    """A convolutional network with one choice of everything that may differ."""
+
+    def __init__(
+        self,
+        width: int = 4,
+        kernel: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        classes: int = 3,
+        residual: bool = True,
+        norm: bool = False,
+        twice: bool = False,
+    ) -> None:
         super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.second = nn.Linear(4, 4)
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.run = run
+        self.first = nn.Conv2d(1, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, kernel, stride=stride, padding=kernel // 2, bias=bias)
+        self.norm = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.head = nn.Linear(width, classes)
+        self.residual, self.twice = residual, twice
 
-    def forward(self, x: Tensor) -> object:
-        return self.run(self, x)
-
-
-def attention() -> nn.Module:
-    return Written(lambda m, x: m.second(torch.softmax(m.first(x), 1)))
-
-
-def tied() -> nn.Module:
-    module = Written(lambda m, x: m.second(torch.relu(m.first(x))))
-    module.second.weight = module.first.weight
-    return module
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        after = self.norm(self.second(x.relu()))
+        out: Tensor = self.head((x + after if self.residual else after).mean((2, 3)))
+        return out.relu() if self.twice else out
 
 
-REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "residual": (Written(lambda m, x: m.second(x + m.first(x))), r"aten\.add"),
-    "residual behind": (Written(lambda m, x: m.second(h := torch.relu(m.first(x))) + h), r"aten\.add"),
-    "concatenation": (Written(lambda m, x: torch.cat([m.first(x), m.second(x)], 1)), r"does not read the one value"),
-    "scaled": (Written(lambda m, x: m.second(m.first(x) * 2)), r"aten\.mul.*does not know"),
-    "batch norm": (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"'1' \(BatchNorm1d\).*batch_norm"),
-    "layer norm": (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4))), r"'1\.0' \(LayerNorm\).*layer_norm"),
-    "prelu": (nn.Sequential(nn.Linear(4, 4), nn.PReLU()), r"'1' \(PReLU\).*prelu"),
-    "hidden softmax": (attention(), r"softmax mixes the neurons of a hidden layer"),
-    "shared submodule": (Written(lambda m, x: m.second(m.first(m.first(x)))), r"'first\.\w+' is used by several"),
-    "tied weights": (tied(), r"ties one parameter to several layers.*untie"),
-    "unused layer": (Written(lambda m, x: m.first(x)), r"'second\.\w+' is never used"),
-    "unused parameter": (
-        Written(lambda m, x: m.second(m.first(x)), scale=nn.Parameter(torch.ones(1))),
-        r"'scale' is never used",
-    ),
-    "half": (nn.Linear(4, 4).half(), r"'weight' has dtype torch\.float16.*\.float\(\)"),
-    "bfloat16": (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16()), r"'1\.weight' has dtype torch\.bfloat16"),
-    "data-dependent": (
-        Written(lambda m, x: m.second(m.first(x)) if x.sum() > 0 else m.second(x)),
-        r"Written cannot be exported.*depends on data",
-    ),
-    "computed weights": (Written(lambda m, x: m.second(F.linear(x, m.first.weight * 2))), r"aten\.mul"),
-    "transposed weights": (Written(lambda m, x: m.second(F.linear(x, m.first.weight.t()))), r"aten\.t\b"),
-    "two outputs": (Written(lambda m, x: (m.first(x), m.second(x))), r"cannot be zipped|does not return"),
-    "dictionary": (Written(lambda m, x: {"y": m.second(m.first(x)), "x": 1}), r"does not return the one tensor"),
-    "an earlier value": (Written(lambda m, x: (h := m.first(x), m.second(h))[0]), r"does not return the one tensor"),
-    "no layer": (nn.ReLU(), r"ReLU has no layer with weights"),
-    "other dtype": (
-        Written(lambda m, x: F.softmax(m.second(m.first(x)), 1, dtype=torch.float64)),
-        r"changes the dtype",
-    ),
-}
+def traced(**choices: Any) -> LayerGraph:
+    return trace(Block(**choices), torch.randn(2, 1, 6, 6)).graph
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_zipping_cannot_follow_is_refused(name: str) -> None:
-    module, message = REFUSED[name]
-    with pytest.raises(UnsupportedModule, match=message):
-        trace(module, torch.randn(3, 4))
+@pytest.mark.parametrize("choices", [{}, {"width": 7}, {"classes": 5}])
+def test_widths_and_classes_are_no_difference(choices: dict[str, Any]) -> None:
+    assert first_difference(traced(), traced(**choices)) is None
 
 
-IMAGES_REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "grouped": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2)), r"'1' \(Conv2d\).*grouped.*2 groups"),
-    "depthwise": (nn.Conv2d(2, 2, 3, groups=2), r"\(Conv2d\).*grouped convolution"),
-    "one-sided padding": (nn.Conv2d(2, 2, 2, padding="same"), r"wider on one side"),
-    "circular padding": (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), r"aten\.pad"),
-    "transposed convolution": (nn.ConvTranspose2d(2, 2, 3), r"conv_transpose2d"),
-    "linear on positions": (nn.Sequential(nn.Linear(6, 4)), r"'0' \(Linear\).*not \[batch, features\]"),
-    "half a flatten": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(2)), r"'1' \(Flatten\).*reshapes"),
-    "pixel shuffle": (nn.Sequential(nn.Conv2d(2, 4, 3), nn.PixelShuffle(2)), r"'1' \(PixelShuffle\)"),
-}
-
-
-@pytest.mark.parametrize("name", IMAGES_REFUSED)
-def test_what_zipping_cannot_follow_in_images_is_refused(name: str) -> None:
-    module, message = IMAGES_REFUSED[name]
-    with pytest.raises(UnsupportedModule, match=message):
-        trace(module, torch.randn(3, 2, 6, 6))
+def test_input_sizes_are_no_difference() -> None:
+    larger = trace(Block(), torch.randn(2, 1, 9, 9)).graph
+    assert first_difference(traced(), larger) is None
 
 
 @pytest.mark.parametrize(
-    "module",
+    ("choices", "mine", "theirs"),
     [
-        nn.Sequential(nn.Linear(4, 4), nn.AdaptiveMaxPool1d(2, return_indices=True)),
-        Written(lambda m, x: m.second(torch.cat(list(m.first(x).chunk(2, 1)), 1))),
-    ],
-    ids=["pooling with indices", "chunks"],
-)
-def test_operations_with_several_outputs_are_refused(module: nn.Module) -> None:
-    with pytest.raises(UnsupportedModule):
-        trace(module, torch.randn(3, 4))
-
-
-def test_a_refusal_tells_what_is_supported_and_what_to_do() -> None:
-    with pytest.raises(
-        UnsupportedModule, match=r"Supported are chains of linear, conv2d, .*relu.*layers\.py.*leave"
-    ) as e:
-        trace(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(3, 4))
-    assert "BatchNorm1d" in str(e.value)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["2.weight", "4.bias"])
-def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
-    module = mlp((9, 7), 3)
-    with torch.no_grad():
-        module.get_parameter(name).view(-1)[1] = value
-    with pytest.raises(InvalidWeights, match=rf"'{name}' has NaN or infinite"):
-        trace(module, torch.randn(3, 12))
-
-
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        (torch.randn(3, 11), r"Sequential does not accept an input of shape \[2, 11\]"),
-        (torch.randn(3, 12, dtype=torch.float64), r"torch\.float64"),
-        (torch.randn(3, 1, 4, 4), r"\[2, 1, 4, 4\].*calibration data"),
+        ({"residual": False}, r"add.Tensor reading step 0 and step \d", r"mean"),
+        (
+            {"stride": 2, "residual": False},
+            r"conv2d 'second' .*padding=\[1, 1\]\)",
+            r"conv2d 'second' .*stride=\[2, 2\]",
+        ),
+        ({"kernel": 1}, r"conv2d 'second' \(padding=\[1, 1\]\) reading step 1", r"conv2d 'second' reading step 1"),
+        ({"bias": False}, r"conv2d 'second' \(padding", r"conv2d 'second' without bias \(padding"),
+        ({"norm": True}, r"add\.Tensor", r"batch_norm"),
+        ({"twice": True}, r"nothing more", r"relu reading step \d"),
     ],
 )
-def test_an_input_that_does_not_fit_is_refused(example: Tensor, message: str) -> None:
-    with pytest.raises(InvalidCalibration, match=message):
-        trace(mlp((9, 7), 3), example)
+def test_the_first_difference_is_shown_side_by_side(choices: dict[str, Any], mine: str, theirs: str) -> None:
+    other = traced(**choices)
+    difference = first_difference(traced(), other)
+    assert difference is not None
+    assert re.search(mine, difference[0])
+    assert re.search(theirs, difference[1])
+    assert first_difference(other, traced()) == (difference[1], difference[0])
 
 
-class Layers(nn.Module):
+class Renamed(nn.Module):
     """Two linear layers with the given names."""
 
     def __init__(self, first: str, second: str) -> None:
@@ -247,56 +210,42 @@ class Layers(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("name", ["input", "relu_1"])
-def test_names_of_layers_do_not_collide_with_other_names(name: str) -> None:
-    graph = trace(Layers(name, "last"), torch.randn(3, 4)).graph
-    assert len({group.name for group in graph.groups}) == 3
-    graph = trace(Layers("first", name), torch.randn(3, 4)).graph
-    assert len({node.name for node in graph.nodes}) == 3
+def test_other_names_of_layers_are_a_difference() -> None:
+    x = torch.randn(2, 4)
+    difference = first_difference(trace(Renamed("a", "b"), x).graph, trace(Renamed("a", "c"), x).graph)
+    assert difference == ("linear 'b' reading step 1", "linear 'c' reading step 1")
 
 
-@pytest.mark.parametrize("name", ["code", "graph"])
-def test_names_that_modules_of_torch_use_themselves_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedModule, match=f"'{name}' is a name that modules of torch use themselves; rename"):
-        trace(Layers(name, "last"), torch.randn(3, 4))
+class Heads(nn.Module):
+    """Attention whose neurons are its heads; their number and size may differ."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.packed = nn.Linear(6, 3 * heads * size)
+        self.out = nn.Linear(heads * size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.packed(x).unflatten(-1, (3, self.heads, self.size)).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)).mean(1)
+        return out
 
 
-def test_a_bare_layer_gets_the_name_of_its_kind() -> None:
-    module = nn.Linear(4, 3)
-    network = trace(module, torch.randn(3, 4))
-    assert list(build_module(network.graph, network.weights).state_dict()) == ["linear.weight", "linear.bias"]
+def test_groups_are_compared_too() -> None:
+    x = torch.randn(2, 5, 6)
+    four, two = (trace(Heads(heads, 4), x).graph for heads in (4, 2))
+    assert first_difference(four, two) is None
+    groups = [group.name for group in four.groups]
+    assert "packed" in groups
+    fewer = LayerGraph(four.nodes, four.output, four.groups[:-1], four.widths, four.rows, four.columns)
+    assert first_difference(four, fewer) == (f"{len(groups)} neuron groups", f"{len(groups) - 1} neuron groups")
+    other = LayerGraph(four.nodes, four.output, four.groups[::-1], four.widths, four.rows, four.columns)
+    difference = first_difference(four, other)
+    assert difference is not None
+    assert all("neuron group '" in side for side in difference)
 
 
-def test_dropout_that_is_always_on_is_refused() -> None:
-    with pytest.raises(UnsupportedModule, match="dropout"):
-        trace(Written(lambda m, x: m.second(F.dropout(m.first(x)))), torch.randn(3, 4))
-
-
-def test_spelling_makes_no_difference() -> None:
-    spelled = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2))
-
-    class Function(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.max_pool2d(self[0](x), 2)
-
-    x = torch.randn(2, 1, 8, 8)
-    assert trace(spelled, x).graph == trace(Function(nn.Conv2d(1, 2, 3)), x).graph
-
-
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)), (5, 5)),
-        (nn.Sequential(nn.Conv2d(2, 3, 3)), (6, 6)),
-    ],
-    ids=["pooled images without channels", "images without channels as a batch"],
-)
-def test_images_without_channels_are_followed_or_refused(module: nn.Module, shape: tuple[int, ...]) -> None:
-    try:
-        network = trace(module, torch.randn(3, *shape))
-    except (UnsupportedModule, InvalidCalibration):
-        return
-    for node in network.graph.layers:
-        columns = network.weights[node.name].shape[1] - node.bias
-        assert network.columns_per_neuron(node) * network.width(network.graph.read_by(node.name)) == columns
-    assert len(network.input_shape) > 2
+def test_describe() -> None:
+    assert describe(LINEAR) == "linear 'fc'"
+    window = Node("p", "max_pool2d", {"self": {"value": "a"}, "kernel_size": [2, 2], "stride": [2, 1]})
+    assert describe(window) == "max_pool2d (kernel_size=[2, 2], stride=[2, 1])"

@@ -1,4 +1,4 @@
-"""Layers as matrices: rows against torch's own unfolding, and rows times matrix against the layer's own output."""
+"""Layers as matrices: rows against torch's own unfolding, and rows times matrix against the operator's own output."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from mtz_core.graph import trace
-from mtz_core.layers import LAYERS, OPERATIONS, from_matrix, to_matrix, with_ones
+from mtz_core.graph import Node, run_node
+from mtz_core.layers import LAYERS, Convolution, with_ones
+from mtz_core.tracing import trace
 
 side = st.integers(1, 3)
 geometries = st.fixed_dictionaries(
@@ -35,125 +36,178 @@ def test_patches_are_the_unfolded_input(
     geometry: dict[str, tuple[int, int]], size: tuple[int, int], channels_last: bool
 ) -> None:
     assume(fits(geometry, size))
-    settings = {key: list(value) for key, value in geometry.items()}
+    arguments = {key: list(value) for key, value in geometry.items() if key != "kernel_size"}
     x = torch.randn(3, 2, *size, dtype=torch.float64)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    layer = LAYERS["conv2d"]
+    layer, weight = LAYERS["conv2d"], (5, 2, *geometry["kernel_size"])
     unfolded = F.unfold(x, **geometry).transpose(1, 2)
-    count = layer.positions(settings, x)
+    count = layer.positions(x, weight, arguments)
     assert count == unfolded.shape[1]
     positions = torch.randperm(count)[: max(1, count // 2)].sort().values
-    rows = layer.rows(settings, x, positions)
+    rows = layer.rows(x, weight, arguments, positions)
     assert torch.equal(rows, unfolded[:, positions].flatten(0, 1))
-
-    module = nn.Conv2d(2, 5, **geometry).double()  # type: ignore[arg-type]
-    matrix = to_matrix(module.weight.detach(), module.bias.detach() if module.bias is not None else None)
-    found = with_ones(rows, bias=True) @ matrix.T
-    torch.testing.assert_close(found, layer.output_rows(module(x).detach(), positions))
 
 
 def test_rows_of_a_view_come_from_the_view() -> None:
     whole = torch.randn(4, 3, 6, 6)
-    settings = {"kernel_size": [2, 2], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
-    positions = torch.arange(25)
-    rows = LAYERS["conv2d"].rows(settings, whole[1:3, 1:], positions)
+    rows = LAYERS["conv2d"].rows(whole[1:3, 1:], (5, 2, 2, 2), {}, torch.arange(25))
     assert torch.equal(rows, F.unfold(whole[1:3, 1:].contiguous(), 2).transpose(1, 2).flatten(0, 1))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_rows_are_its_inputs(bias: bool) -> None:
-    module = nn.Linear(4, 3, bias=bias)
-    x, layer, positions = torch.randn(5, 4), LAYERS["linear"], torch.arange(1)
-    matrix = to_matrix(module.weight.detach(), module.bias.detach() if bias else None)
-    assert layer.positions({}, x) == 1
-    rows = with_ones(layer.rows({}, x, positions), bias)
-    torch.testing.assert_close(rows @ matrix.T, layer.output_rows(module(x).detach(), positions))
+def product(rows: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """What every group's rows make of every group's part of the matrix, one group after the other."""
+    if bias is not None:
+        matrix = torch.cat([matrix, bias[:, None]], dim=1)
+    fed = with_ones(rows, groups, bias is not None)
+    assert fed.shape[1] == groups * matrix.shape[1]
+    parts = [x @ m.T for x, m in zip(fed.chunk(groups, 1), matrix.chunk(groups), strict=True)]
+    return torch.cat(parts, dim=1)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("module", [nn.Linear, nn.Conv2d])
-def test_a_matrix_and_back_is_the_identity(module: Any, bias: bool) -> None:
-    layer = module(4, 3, **({"kernel_size": (2, 3)} if module is nn.Conv2d else {}), bias=bias)
-    kind = "conv2d" if module is nn.Conv2d else "linear"
-    settings = {"kernel_size": [2, 3], "stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]}
-    matrix = to_matrix(layer.weight.detach(), layer.bias.detach() if bias else None)
-    weight, again = from_matrix(matrix, bias)
-    shape = LAYERS[kind].weight_shape(settings, weight.shape[1])
-    assert torch.equal(weight.reshape(-1, *shape), layer.weight)
-    assert (again is None) if not bias else torch.equal(again, layer.bias)  # type: ignore[arg-type]
-    x = torch.randn(2, 4, 9, 9) if kind == "conv2d" else torch.randn(2, 4)
-    rebuilt = LAYERS[kind].module(settings, weight.reshape(-1, *shape), again)
-    assert torch.equal(rebuilt(x), LAYERS[kind].run(settings, x, weight.reshape(-1, *shape), again))
-
-
-MODULES: dict[str, nn.Module] = {
-    "relu": nn.ReLU(),
-    "leaky_relu": nn.LeakyReLU(0.3),
-    "elu": nn.ELU(0.7),
-    "celu": nn.CELU(0.6),
-    "selu": nn.SELU(inplace=True),
-    "gelu": nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU(),
-    "mish": nn.Mish(),
-    "sigmoid": nn.Sigmoid(),
-    "tanh": nn.Tanh(),
-    "softplus": nn.Softplus(beta=2, threshold=5),
-    "hardtanh": nn.Hardtanh(-0.5, 0.7),
-    "hardswish": nn.Hardswish(),
-    "hardsigmoid": nn.Hardsigmoid(),
-    "hardshrink": nn.Hardshrink(0.3),
-    "softshrink": nn.Softshrink(0.2),
-    "log_sigmoid": nn.LogSigmoid(),
-    "relu6": nn.ReLU6(),
-    "max_pool2d": nn.MaxPool2d((2, 3), stride=(1, 2), padding=1, dilation=(2, 1), ceil_mode=True),
-    "avg_pool2d": nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True, count_include_pad=False, divisor_override=5),
-    "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d((2, None)),
-    "dropout": nn.Dropout(0.3),
-    "feature_dropout": nn.Dropout2d(0.3),
-    "alpha_dropout": nn.AlphaDropout(0.3),
-    "flatten": nn.Flatten(),
-    "softmax": nn.Softmax(dim=1),
-    "log_softmax": nn.LogSoftmax(dim=1),
+CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "1d": (nn.Conv1d(2, 5, 3), (2, 9)),
+    "1d, everything": (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (4, 11)),
+    "1d, same": (nn.Conv1d(2, 5, 4, padding="same", dilation=3), (2, 9)),
+    "2d, strided": (nn.Conv2d(2, 5, (3, 2), stride=(1, 2)), (2, 7, 8)),
+    "2d, dilated": (nn.Conv2d(2, 5, 3, dilation=(2, 1)), (2, 7, 8)),
+    "2d, padded": (nn.Conv2d(2, 5, (1, 3), padding=(2, 1)), (2, 5, 4)),
+    "2d, same": (nn.Conv2d(2, 5, (2, 3), padding="same"), (2, 7, 8)),
+    "2d, valid": (nn.Conv2d(2, 5, (2, 3), padding="valid", stride=2), (2, 7, 8)),
+    "2d, no bias": (nn.Conv2d(2, 5, 3, bias=False), (2, 7, 8)),
+    "2d, grouped": (nn.Conv2d(6, 9, 3, groups=3, padding=1), (6, 5, 5)),
+    "2d, grouped, no bias": (nn.Conv2d(6, 4, 2, groups=2, bias=False), (6, 5, 5)),
+    "2d, depthwise": (nn.Conv2d(4, 4, 3, groups=4, stride=2), (4, 7, 8)),
+    "2d, depthwise, twice the channels": (nn.Conv2d(4, 8, 3, groups=4, padding="same"), (4, 5, 5)),
+    "3d": (nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 4, 5, 4)),
+    "3d, same": (nn.Conv3d(2, 3, 2, padding="same"), (2, 3, 4, 3)),
+    "transposed 1d": (nn.ConvTranspose1d(2, 5, 3), (2, 7)),
+    "transposed 1d, everything": (
+        nn.ConvTranspose1d(2, 5, 3, stride=3, padding=1, output_padding=2, dilation=2),
+        (2, 7),
+    ),
+    "transposed 2d, strided": (nn.ConvTranspose2d(2, 5, 2, stride=2), (2, 4, 3)),
+    "transposed 2d, padded": (nn.ConvTranspose2d(2, 5, (3, 4), padding=(1, 2)), (2, 4, 5)),
+    "transposed 2d, output padding": (
+        nn.ConvTranspose2d(2, 5, 3, stride=2, padding=1, output_padding=(1, 0)),
+        (2, 4, 5),
+    ),
+    "transposed 2d, dilated, no bias": (nn.ConvTranspose2d(2, 5, 3, dilation=(1, 2), bias=False), (2, 4, 5)),
+    "transposed 3d": (nn.ConvTranspose3d(2, 3, 2, stride=(1, 2, 1), padding=(0, 1, 0)), (2, 2, 3, 3)),
+}
+LINEARS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(4, 3), (4,)),
+    "linear, no bias": (nn.Linear(4, 3, bias=False), (4,)),
+    "linear on tokens": (nn.Linear(4, 3), (5, 4)),
+    "linear on places": (nn.Linear(4, 3), (2, 5, 4)),
 }
 
 
-def test_every_known_operation_is_tried() -> None:
-    assert MODULES.keys() == OPERATIONS.keys()
+class AddMM(nn.Module):
+    """A linear layer that holds its weights the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
 
 
-@pytest.mark.parametrize("kind", MODULES)
-def test_a_traced_operation_does_what_its_module_does(kind: str) -> None:
-    network = nn.Sequential(nn.Conv2d(2, 3, 2), MODULES[kind])
-    x = 2 * torch.randn(4, 2, 8, 9)
-    graph = trace(network, x).graph
-    step = graph.nodes[1]
-    value = network[0](x).detach()
-    for training in (False, True):
-        network.train(training)
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            expected = MODULES[kind](value.clone())
-            torch.manual_seed(3)
-            assert torch.equal(OPERATIONS[step.kind].run(step.kind, step.settings, value.clone(), training), expected)
+class Later(nn.Module):
+    """A linear layer behind another module, so that it reads what is no input of the network."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.part(x)
+        return out.mean(1)
 
 
-@given(st.lists(st.floats(-3, 3), min_size=1, max_size=8), st.integers(0, 99))
-def test_the_nearest_target_is_the_nearest_value_that_the_operation_cannot_tell_apart(
-    values: list[float], seed: int
-) -> None:
-    y = torch.tensor(values, dtype=torch.float64)
-    present = 2 * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    target = OPERATIONS["relu"].nearest_target(y, present)
-    assert torch.equal(target.relu(), y.relu())
-    for t, p, value in zip(target.tolist(), present.tolist(), values, strict=True):
-        assert t == (value if value > 0 else min(p, 0.0))
+MODULES = CONVOLUTIONS | LINEARS | {"addmm": (AddMM(), (4,)), "embedding": (Later(nn.Embedding(9, 4)), (5,))}
 
 
-@pytest.mark.parametrize("kind", OPERATIONS)
-def test_operations_clip_only_below_their_floor(kind: str) -> None:
-    operation = OPERATIONS[kind]
-    y, present = torch.randn(5, 4), torch.randn(5, 4)
-    assert operation.clips == (kind == "relu")
-    if not operation.clips:
-        assert torch.equal(operation.nearest_target(y, present), y)
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_rows_times_the_matrix_are_the_outputs(name: str) -> None:
+    module, shape = MODULES[name]
+    x = torch.randint(0, 9, (3, *shape)) if name == "embedding" else torch.randn(3, *shape)
+    network = trace(module, x)
+    (node,) = network.graph.layers
+    layer = node.layer
+    state = {key: tensor.double() for key, tensor in network.state.items()}
+    x = x if name == "embedding" else x.double()
+    y = run_node(node, {node.source: x}, state, len(x))
+    weight, bias = state[node.weight], None if node.bias is None else state[node.bias]
+    matrix, kernel = layer.matrix(weight), tuple(weight.shape)
+    count = layer.positions(x, kernel, node.arguments)
+    assert layer.output_rows(y, torch.arange(count)).shape == (3 * count, matrix.shape[0])
+    assert y.shape[layer.channel_axis(y.ndim)] == matrix.shape[0]
+    for positions in (torch.arange(count), torch.randperm(count)[: max(1, count // 3)].sort().values):
+        rows = layer.rows(x, kernel, node.arguments, positions).double()
+        found = product(rows, matrix, bias, layer.groups(node.arguments))
+        torch.testing.assert_close(found, layer.output_rows(y, positions))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_matrix_and_back_is_the_identity(name: str) -> None:
+    module, shape = MODULES[name]
+    x = torch.randint(0, 9, (3, *shape)) if name == "embedding" else torch.randn(3, *shape)
+    network = trace(module, x)
+    (node,) = network.graph.layers
+    weight = network.state[node.weight]
+    matrix = node.layer.matrix(weight)
+    assert torch.equal(node.layer.from_matrix(matrix, tuple(weight.shape)), weight)
+    other = torch.randn_like(matrix)
+    assert torch.equal(node.layer.matrix(node.layer.from_matrix(other, tuple(weight.shape))), other)
+
+
+@pytest.mark.parametrize("kind", ["linear", "addmm", "conv2d", "conv_transpose2d.input", "embedding"])
+def test_a_matrix_of_fewer_neurons_becomes_a_weight_of_fewer_neurons(kind: str) -> None:
+    like: dict[str, tuple[int, ...]] = {"conv2d": (6, 4, 3, 2), "conv_transpose2d.input": (4, 6, 3, 2)}
+    shape = like.get(kind, (6, 4) if kind == "linear" else (4, 6))
+    layer = LAYERS[kind]
+    matrix = layer.matrix(torch.randn(shape))
+    fewer = layer.from_matrix(matrix[:2], shape)
+    assert torch.equal(layer.matrix(fewer), matrix[:2])
+    assert fewer.ndim == len(shape)
+    narrower = layer.from_matrix(matrix[:, : matrix.shape[1] // 2], shape)
+    assert torch.equal(layer.matrix(narrower), matrix[:, : matrix.shape[1] // 2])
+
+
+def test_settings_as_one_number_are_those_of_every_axis() -> None:
+    layer, x = LAYERS["conv2d"], torch.randn(2, 2, 9, 9)
+    given: dict[str, Any] = {"stride": 2, "padding": [1], "dilation": 2}
+    spelt: dict[str, Any] = {"stride": [2, 2], "padding": [1, 1], "dilation": [2, 2]}
+    positions = torch.arange(layer.positions(x, (3, 2, 3, 3), spelt))
+    assert layer.positions(x, (3, 2, 3, 3), given) == len(positions)
+    rows = [layer.rows(x, (3, 2, 3, 3), arguments, positions) for arguments in (given, spelt)]
+    assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_ones_are_put_behind_every_group(groups: int) -> None:
+    rows = torch.randn(5, 6)
+    assert with_ones(rows, groups, bias=False) is rows
+    split = with_ones(rows, groups, bias=True).unflatten(1, (groups, -1))
+    assert torch.equal(split[..., :-1], rows.unflatten(1, (groups, -1)))
+    assert bool((split[..., -1] == 1).all())
+
+
+def test_every_layer_is_tried() -> None:
+    kinds = set()
+    for module, shape in MODULES.values():
+        x = torch.randint(0, 9, (3, *shape)) if isinstance(module, Later) else torch.randn(3, *shape)
+        kinds |= {node.kind for node in trace(module, x).graph.nodes}
+    assert LAYERS.keys() <= kinds
+
+
+def test_a_node_of_a_graph_finds_its_layer() -> None:
+    node = Node("c", "conv3d", {"groups": 2})
+    assert isinstance(node.layer, Convolution)
+    assert node.layer.spatial == 3
+    assert node.layer.groups(node.arguments) == 2

@@ -51,7 +51,7 @@ def test_select_takes_the_principal_block_in_order(size: tuple[int, int, int]) -
 
 
 @given(sizes)
-def test_schur_complement_and_compensation(size: tuple[int, int, int]) -> None:
+def test_schur_complement_and_answer(size: tuple[int, int, int]) -> None:
     hessian, _, shared, own = draw(size)
     matrix = dense(hessian)
     change = torch.arange(2.0 * len(shared), dtype=torch.float64).reshape(len(shared), 2) - 1
@@ -59,11 +59,11 @@ def test_schur_complement_and_compensation(size: tuple[int, int, int]) -> None:
     schur = matrix[shared][:, shared] - matrix[shared][:, own] @ inverse @ matrix[own][:, shared]
     answer = -inverse @ matrix[own][:, shared] @ change
     for form in (hessian, DenseHessian(matrix)):
-        torch.testing.assert_close(form.schur(shared, own).dense(), schur)
-        torch.testing.assert_close(form.compensation(shared, own, change), answer)
+        torch.testing.assert_close(form.eliminate(shared, own).curvature.dense(), schur)
+        torch.testing.assert_close(form.eliminate(shared, own).answer(change), answer)
 
 
-def test_compensation_is_the_cheapest_answer() -> None:
+def test_own_inputs_give_the_cheapest_answer() -> None:
     hessian, _, _, _ = draw((6, 9, 3))
     shared, own = torch.tensor([4, 0]), torch.tensor([1, 2, 3, 5])
     change = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
@@ -73,8 +73,9 @@ def test_compensation_is_the_cheapest_answer() -> None:
         whole[shared], whole[own] = change, answer
         return float((whole * hessian.product(whole)).sum())
 
-    best = hessian.compensation(shared, own, change)
-    assert cost(best) == pytest.approx(float((change * hessian.schur(shared, own).product(change)).sum()))
+    left = hessian.eliminate(shared, own)
+    best = left.answer(change)
+    assert cost(best) == pytest.approx(float((change * left.curvature.product(change)).sum()))
     for _ in range(20):
         assert cost(best + 0.1 * torch.randn_like(best)) > cost(best)
 
@@ -102,13 +103,23 @@ def test_weighted_sum_stays_in_rows_while_they_are_few() -> None:
     assert isinstance(weighted_sum([rows(5), rows(5)], [0.5, 0.5]), DenseHessian)
 
 
+def test_a_batch_of_hessians_is_each_by_itself() -> None:
+    matrices = [dense(draw((4, 6, seed))[0]) for seed in range(3)]
+    vectors = torch.randn(3, 4, 2, dtype=torch.float64)
+    batch = DenseHessian(torch.stack(matrices))
+    assert batch.size == 4
+    for i, matrix in enumerate(matrices):
+        torch.testing.assert_close(batch.product(vectors)[i], matrix @ vectors[i])
+        torch.testing.assert_close(batch.solve(vectors)[i], torch.linalg.inv(matrix) @ vectors[i])
+
+
 def test_a_singular_hessian_is_refused_with_its_size_and_a_remedy() -> None:
     singular = DenseHessian(torch.ones(4, 4, dtype=torch.float64) - torch.eye(4, dtype=torch.float64))
     index = torch.arange(4)
     for ask in (
         lambda: singular.solve(torch.ones(4, 1, dtype=torch.float64)),
-        lambda: singular.schur(index[:1], index[1:]),
-        lambda: singular.compensation(index[:1], index[1:], torch.ones(1, 1, dtype=torch.float64)),
+        lambda: singular.eliminate(index[:1], index[1:]),
+        lambda: DenseHessian(torch.stack([torch.eye(4).double(), singular.matrix])).solve(torch.ones(2, 4, 1).double()),
     ):
         with pytest.raises(SingularHessian, match=r"size \d.*not positive definite.*[Rr]aise `damping`") as refusal:
             ask()
@@ -120,5 +131,5 @@ def test_wide_hessians_are_never_squared() -> None:
     vectors = torch.randn(200_000, 2, dtype=torch.float64)
     torch.testing.assert_close(wide.product(wide.solve(vectors)), vectors)
     shared, own = torch.arange(100_000), torch.arange(100_000, 200_000)
-    left = weighted_sum([wide.schur(shared, own), wide.select(shared)], [0.5, 0.5])
+    left = weighted_sum([wide.eliminate(shared, own).curvature, wide.select(shared)], [0.5, 0.5])
     assert left.solve(vectors[shared]).shape == (100_000, 2)

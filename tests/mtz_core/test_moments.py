@@ -119,3 +119,45 @@ def test_dead_inputs_are_normal(count: int) -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(InvalidCalibration, match="no calibration rows"):
         Moments(INPUTS).hessian(1e-3)
+
+
+@given(st.integers(1, 12), st.integers(1, 4), cuts)
+def test_groups_side_by_side_are_moments_each_by_itself(count: int, groups: int, at: list[int]) -> None:
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randn(count, groups * INPUTS, generator=generator, dtype=torch.float64)
+    moments = Moments(INPUTS, groups)
+    edges = [0, *sorted(min(cut, count) for cut in at), count]
+    for start, end in itertools.pairwise(edges):
+        moments.add(rows[start:end])
+    assert moments.count == count
+    each = [folded(part) for part in rows.chunk(groups, 1)]
+    expected = torch.stack([part.T @ part for part in rows.chunk(groups, 1)])
+    if groups > 1:
+        assert moments.gram is not None
+        torch.testing.assert_close(moments.gram, expected)
+    found = moments.hessian(0.0).dense().reshape(groups, INPUTS, INPUTS)
+    torch.testing.assert_close(found, torch.stack([one.hessian(0.0).dense() for one in each]))
+    mean = sum(one.damping(1.0) for one in each) / groups
+    assert moments.damping(0.1) == pytest.approx(0.1 * mean)
+
+
+def test_moments_of_groups_merge_and_come_back() -> None:
+    rows = data(8).repeat(1, 2)
+    whole, other = Moments(INPUTS, 2), Moments(INPUTS, 2)
+    whole.add(rows[:5])
+    other.add(rows[5:])
+    whole.merge(other)
+    assert whole.gram is not None
+    torch.testing.assert_close(whole.gram, torch.stack([data(8).T @ data(8)] * 2))
+    again = Moments.from_gram(whole.gram, whole.count)
+    assert (again.inputs, again.groups, again.count) == (INPUTS, 2, 8)
+    assert torch.equal(again.hessian(0.1).dense(), whole.hessian(0.1).dense())
+
+
+@pytest.mark.parametrize("count", [4, 12], ids=["rows", "gram"])
+def test_asking_for_a_hessian_leaves_the_moments_alone(count: int) -> None:
+    moments = folded(data(count))
+    first = moments.hessian(0.1).dense().clone()
+    assert torch.equal(moments.hessian(0.1).dense(), first)
+    moments.add(data(3))
+    assert_same(moments, folded(torch.cat([data(count), data(3)])))

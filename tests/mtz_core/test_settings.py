@@ -38,6 +38,13 @@ def test_counts_that_do_not_fit_are_refused(share: dict[str, int], message: str)
         ZipConfig(share=share).counts(WIDTHS)
 
 
+def test_counts_are_of_the_narrowest_of_many() -> None:
+    widths = {"conv1": (20, 16, 18), "fc1": (500, 300, 7)}
+    assert ZipConfig(share=0.5).counts(widths) == {"conv1": 8, "fc1": 4}
+    with pytest.raises(InvalidConfig, match=r"share\.fc1: 8 is impossible\. Allowed: 0 to 7"):
+        ZipConfig(share={"fc1": 8}).counts(widths)
+
+
 def test_networks_without_hidden_layers_have_nothing_to_name() -> None:
     assert ZipConfig().counts({}) == {}
     with pytest.raises(InvalidConfig, match="Hidden layers: none"):
@@ -57,6 +64,9 @@ def test_networks_without_hidden_layers_have_nothing_to_name() -> None:
         ({"damping": float("nan")}, r"damping: nan"),
         ({"patches": 0}, r"patches: 0.*1 or more"),
         ({"sweeps": -1}, r"sweeps: -1.*0 or more"),
+        ({"descents": -1}, r"descents: -1.*0 or more"),
+        ({"keep_separate": "layer1"}, r"keep_separate: 'layer1' is no list"),
+        ({"keep_separate": ["layer1", 2]}, r"keep_separate: .*path of a submodule"),
         ({"balance": {"a": 1.0, "b": 0.0}}, r"balance: .*positive"),
         ({"balance": {"a": float("nan"), "b": 1.0}}, r"balance: .*positive"),
         ({"balance": {"a": float("inf"), "b": 1.0}}, r"balance: .*positive"),
@@ -67,7 +77,9 @@ def test_impossible_values_are_refused(settings: dict[str, Any], message: str) -
         ZipConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"share": "all"}, {"damping": "small"}, {"patches": 1.5}, {"balance": [1, 2]}])
+@pytest.mark.parametrize(
+    "settings", [{"share": "all"}, {"damping": "small"}, {"patches": 1.5}, {"balance": [1, 2]}, {"descents": 0.5}]
+)
 def test_values_of_another_type_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):
         ZipConfig(**settings).counts(WIDTHS)
@@ -81,7 +93,9 @@ def test_counts_are_whole_numbers(count: Any) -> None:
 
 def test_balance_sums_to_one() -> None:
     assert ZipConfig().balance_of(["a", "b"]) == [0.5, 0.5]
+    assert ZipConfig().balance_of(list("abcde")) == [0.2] * 5
     assert ZipConfig(balance={"b": 3, "a": 1}).balance_of(["a", "b"]) == [0.25, 0.75]
+    assert ZipConfig(balance={"b": 2, "a": 1, "c": 5}).balance_of(["a", "b", "c"]) == [0.125, 0.25, 0.625]
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "c"], ["a", "b", "c"]])
