@@ -47,11 +47,10 @@ def residual_network(classes: int) -> nn.Module:
 
 
 def plain_network(classes: int) -> nn.Module:
-    """Three times convolution, normalisation, ReLU (16, 32 and 64 channels), then global average pooling."""
+    """Three times strided convolution, normalisation, ReLU (16, 32 and 64 channels), then global average pooling."""
     parts: list[nn.Module] = []
     inputs = 1
-    for stage, width in enumerate(WIDTHS):
-        stride = 2 if stage else 1
-        parts += [nn.Conv2d(inputs, width, 3, stride=stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    for width in WIDTHS:
+        parts += [nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], classes))
