@@ -30,7 +30,18 @@ _HOMES = {
     "zip_networks": "zipping",
 }
 
-__all__ = ["LayerReport", "MtzError", "ZipConfig", "ZipReport", "ZippedNetwork", "add_network", "load", "register_operation", "trace", "zip_networks"]
+__all__ = [
+    "LayerReport",
+    "MtzError",
+    "ZipConfig",
+    "ZipReport",
+    "ZippedNetwork",
+    "add_network",
+    "load",
+    "register_operation",
+    "trace",
+    "zip_networks",
+]
 
 
 def __getattr__(name: str) -> Any:

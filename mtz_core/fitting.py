@@ -49,12 +49,11 @@ def following_clip(network: Network, layer: Node) -> Clip | None:
     operation = operation_of(behind.kind) if behind is not None else None
     if operation is None or not operation.clips:
         return None
+    defaults = {"running_mean": 0 * width, "running_var": width, "weight": width, "bias": 0 * width}
     mean, variance, scale, shift = (
         network.state[reader.arguments[name]["state"]] if reader.arguments.get(name) else default
-        for name, default in (("running_mean", None), ("running_var", None), ("weight", width), ("bias", 0 * width))
+        for name, default in defaults.items()
     )
-    if mean is None or variance is None:
-        return None
     deviation = (variance + float(reader.arguments["eps"])).sqrt()
     threshold = torch.where(scale == 0, torch.inf, mean + (operation.floor - shift) * deviation / scale)
     return Clip(threshold, scale >= 0)
@@ -218,9 +217,7 @@ class _Sharing:
     only one of them has answer with ``−H_pp⁻¹ H_ps δ``, unless the method is the paper's.
     """
 
-    def __init__(
-        self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
         self.parts, self.run = parts, run
         self.balance = [balance[task] for task in run.owners]
         common = [c for c in columns.runs if len(set(c.owners) & set(run.owners)) > 1]
@@ -301,9 +298,7 @@ class _GroupedSharing:
     CHUNK = 2**22
     """Values of Hessians that are held at once."""
 
-    def __init__(
-        self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
         self.parts, self.run = parts, run
         self.balance = [balance[task] for task in run.owners]
 

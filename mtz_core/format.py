@@ -140,7 +140,16 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
     return structure, {name: tensors[name] for name in shapes}
 
 
-_MALFORMED = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, StopIteration, RuntimeError)
+_MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    StopIteration,
+    RuntimeError,
+)
 
 
 def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedStructure:

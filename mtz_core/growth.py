@@ -1,8 +1,8 @@
 """Add a network to a zipped one: the newcomer takes over shared neurons as they are, the other tasks do not change.
 
 Existing neurons play the part of the other network: a neuron of the newcomer that joins one takes its weights on every
-input that the newcomer shares with one of its owners, at the cost ``½ (s_u − s_j)ᵀ M (s_u − s_j)`` to the newcomer alone; its
-weights on its own inputs answer, and everything that is not shared is refitted, as in `mtz_core.zipping`.
+input that the newcomer shares with one of its owners, at the cost ``½ (s_u − s_j)ᵀ M (s_u − s_j)`` to the newcomer
+alone; its weights on its own inputs answer, and everything that is not shared is refitted, as in `mtz_core.zipping`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mtz_core.activations import as_batches, original_moments
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.fitting import Part, following_clip
 from mtz_core.graph import Network, Node, first_difference
-from mtz_core.matching import Pairing, assign, assign_greedily
 from mtz_core.linalg import DenseHessian, Elimination, Hessian
+from mtz_core.matching import Pairing, assign, assign_greedily
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import (
@@ -48,13 +48,15 @@ def add_network(
 ) -> ZippedNetwork:
     """Zip one more network into a zipped one, whose tasks go on computing exactly what they do.
 
-    `config.share` is relative to the newcomer's neurons, or to the zipped network's where those are fewer. Nothing that is
-    given is modified. Raises `MtzError` in its kinds, as `zip_networks`.
+    `config.share` is relative to the newcomer's neurons, or to the zipped network's where those are fewer. Nothing that
+    is given is modified. Raises `MtzError` in its kinds, as `zip_networks`.
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     check_task_name(task)
     if task in zipped.tasks:
-        raise InvalidConfig(f"task {task!r} is in this zipped network already. Take it out first, or name it differently.")
+        raise InvalidConfig(
+            f"task {task!r} is in this zipped network already. Take it out first, or name it differently."
+        )
     batches = as_batches(calibration, task)
     traced = trace_task(task, network, batches[0], config)
     _check(zipped, task, traced)

@@ -1,9 +1,9 @@
 """Labels: every element of every value of a network carries the name of the neuron that it comes from.
 
 A label is a whole number; two labels are *tied* when elements that carry them are added, multiplied, normalised by one
-constant, or read by one weight: their neurons cannot be permuted apart. Reshaping, slicing and concatenating move labels
-as they move values, so these operators are simply run on the labels. What is left at the end, the classes of tied
-labels, are the neurons of the neuron groups (see `mtz_core.neurons`).
+constant, or read by one weight: their neurons cannot be permuted apart. Reshaping, slicing and concatenating move
+labels as they move values, so these operators are simply run on the labels. What is left at the end, the classes of
+tied labels, are the neurons of the neuron groups (see `mtz_core.neurons`).
 
 Labels are those of a batch of one example. `FIXED` (−1) marks what belongs to no neuron, such as padding.
 """

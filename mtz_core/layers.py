@@ -28,11 +28,22 @@ Arguments = Mapping[str, Any]
 
 
 class Layer(Protocol):
-    """One type of layer. `input`, `weight` and `bias` are the names of the operator's arguments."""
+    """One type of layer."""
 
-    input: str
-    weight: str
-    bias: str | None
+    @property
+    def input(self) -> str:
+        """The name of the operator's argument for its input."""
+        ...
+
+    @property
+    def weight(self) -> str:
+        """The name of the one for its weight."""
+        ...
+
+    @property
+    def bias(self) -> str | None:
+        """The name of the one for its bias; None if it has none."""
+        ...
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
         """The weight as a matrix."""
@@ -201,161 +212,11 @@ class Convolution:
     ) -> Float[Tensor, "n inputs"]:
         window = self._window(x, weight, arguments)
         index = window.index(positions)
-        channels_last = window.x.movedim(1, -1).flatten(1, -2)  # whole channels are copied at once: several times faster
+        channels_last = window.x.movedim(1, -1).flatten(
+            1, -2
+        )  # whole channels are copied at once: several times faster
         taken = channels_last.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
         return taken.transpose(2, 3).flatten(0, 1).flatten(1)
-
-    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
-        """The outputs at the same positions."""
-        ...
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """``y = x Wᵀ + b`` on the last axis; `transposed` for operators that hold ``Wᵀ``."""
-
-    input: str = "input"
-    weight: str = "weight"
-    bias: str | None = "bias"
-    transposed: bool = False
-
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
-        return weight.T if self.transposed else weight
-
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
-        return matrix.T.contiguous() if self.transposed else matrix
-
-    def channel_axis(self, ndim: int) -> int:
-        return ndim - 1
-
-    def groups(self, arguments: Arguments) -> int:
-        return 1
-
-    def positions(self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments) -> int:
-        return prod(x.shape[1:-1])
-
-    def rows(
-        self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
-    ) -> Float[Tensor, "n in"]:
-        return _at(x, positions)
-
-    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
-        return _at(y, positions)
-
-
-def _at(x: Float[Tensor, "batch ... features"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n features"]:
-    if x.ndim == 2:
-        return x
-    flat = x.flatten(1, -2)
-    return (flat if len(positions) == flat.shape[1] else flat[:, positions]).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class EmbeddingLayer:
-    """A table of tokens: the rows are one-hot, a token's vector is a column of the matrix."""
-
-    input: str = "indices"
-    weight: str = "weight"
-    bias: str | None = None
-
-    def matrix(self, weight: Float[Tensor, "tokens out"]) -> Float[Tensor, "out tokens"]:
-        return weight.T
-
-    def from_matrix(self, matrix: Float[Tensor, "out tokens"], like: tuple[int, ...]) -> Float[Tensor, "tokens out"]:
-        return matrix.T.contiguous()
-
-    def channel_axis(self, ndim: int) -> int:
-        return ndim - 1
-
-    def groups(self, arguments: Arguments) -> int:
-        return 1
-
-    def positions(self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
-        return prod(x.shape[1:])
-
-    def rows(
-        self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
-    ) -> Float[Tensor, "n tokens"]:
-        return F.one_hot(x.reshape(len(x), -1)[:, positions].flatten(), weight[0]).to(torch.get_default_dtype())
-
-    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
-        return y.reshape(len(y), -1, y.shape[-1])[:, positions].flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution over `spatial` axes; a transposed one is a convolution over its input with zeros put in between."""
-
-    spatial: int
-    transposed: bool = False
-    input: str = "input"
-    weight: str = "weight"
-    bias: str | None = "bias"
-
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
-        return (self._turn(weight) if self.transposed else weight).flatten(1)
-
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
-        weight = matrix.reshape(len(matrix), -1, *like[2:])
-        return self._turn(weight) if self.transposed else weight
-
-    def _turn(self, weight: Tensor) -> Tensor:
-        """Between ``[in, out, kernel]`` and ``[out, in, mirrored kernel]``."""
-        return weight.transpose(0, 1).flip(*range(2, weight.ndim))
-
-    def channel_axis(self, ndim: int) -> int:
-        return 1
-
-    def groups(self, arguments: Arguments) -> int:
-        return int(arguments.get("groups", 1))
-
-    def _all(self, arguments: Arguments, name: str, default: int) -> list[int]:
-        value = arguments.get(name, default)
-        value = [value] if isinstance(value, int) else list(value)
-        return value * self.spatial if len(value) == 1 else value
-
-    def _patches(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> Tensor:
-        """All patches ``[batch, *positions, channels, *kernel]`` as a view on the padded input."""
-        kernel = weight[2:]
-        stride, dilation = self._all(arguments, "stride", 1), self._all(arguments, "dilation", 1)
-        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        padding = arguments.get("padding", 0)
-        if padding == "same":
-            before = [r // 2 for r in reach]
-            after = [r - b for r, b in zip(reach, before, strict=True)]
-        else:
-            before = [0] * self.spatial if padding == "valid" else self._all(arguments, "padding", 0)
-            after = before
-        if self.transposed:
-            x = _spread(x, stride)
-            before = [r - p for r, p in zip(reach, before, strict=True)]
-            extra = self._all(arguments, "output_padding", 0)
-            after = [b + e for b, e in zip(before, extra, strict=True)]
-            stride = [1] * self.spatial
-        if any(before) or any(after):
-            ends = zip(reversed(before), reversed(after), strict=True)
-            x = F.pad(x, [end for pair in ends for end in pair])
-        sizes = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True)]
-        steps = x.stride()[2:]
-        return x.as_strided(
-            (x.shape[0], *sizes, x.shape[1], *kernel),
-            (
-                x.stride(0),
-                *(step * s for step, s in zip(steps, stride, strict=True)),
-                x.stride(1),
-                *(step * d for step, d in zip(steps, dilation, strict=True)),
-            ),
-        )
-
-    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
-        return prod(self._patches(x[:1], weight, arguments).shape[1 : 1 + self.spatial])
-
-    def rows(
-        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
-    ) -> Float[Tensor, "n inputs"]:
-        patches = self._patches(x, weight, arguments)
-        index = torch.unravel_index(positions, patches.shape[1 : 1 + self.spatial])
-        return patches[(slice(None), *index)].flatten(0, 1).flatten(1)
 
     def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)

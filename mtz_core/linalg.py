@@ -41,8 +41,8 @@ def _factorise(matrix: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
 class Elimination:
     """What is left of a Hessian ``A`` on shared inputs when own ones compensate.
 
-    `curvature` is the Schur complement ``A_ss − A_sp A_pp⁻¹ A_ps``; `answer` maps a change of the shared inputs' weights
-    to the best one of the own inputs', ``δ_p = −A_pp⁻¹ A_ps δ``. Both come from one factorisation.
+    `curvature` is the Schur complement ``A_ss − A_sp A_pp⁻¹ A_ps``; `answer` maps a change of the shared inputs'
+    weights to the best one of the own inputs', ``δ_p = −A_pp⁻¹ A_ps δ``. Both come from one factorisation.
     """
 
     curvature: Hessian

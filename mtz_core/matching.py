@@ -1,4 +1,4 @@
-"""Which neurons of the networks become one: functional difference, assignment, and coordinate descent over neuron groups.
+"""Which neurons of the networks become one: functional difference, assignment, descent over neuron groups.
 
 The cost of sharing neuron i of A with neuron j of B is their functional difference (He, Zhou, Thiele 2018,
 section 3.2, generalised to own inputs that compensate),
@@ -6,14 +6,14 @@ section 3.2, generalised to own inputs that compensate),
     d(i, j) = ½ (s_i − s_j)ᵀ P (s_i − s_j),   P = (M_A⁻¹/α_A + M_B⁻¹/α_B)⁻¹,
 
 with `s` a neuron's weights on shared inputs and `M` what is left of the layer-wise Hessian on them, summed over all
-layers that write the neuron group. All ``N_A × N_B`` values come from one factorisation and one matrix product per layer.
-More than two networks are matched one at a time against what the others have in common, which is the same formula with
-the shared weights of the others for A and the sum of their Hessians for M_A.
+layers that write the neuron group. All ``N_A × N_B`` values come from one factorisation and one matrix product per
+layer. More than two networks are matched one at a time against what the others have in common, which is the same
+formula with the shared weights of the others for A and the sum of their Hessians for M_A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +42,9 @@ class Pairing:
     members: Int64[np.ndarray, "neurons tasks"]
 
     @classmethod
-    def from_tuples(cls, tasks: tuple[str, ...], widths: Sequence[int], tuples: Int64[np.ndarray, "k tasks"]) -> Pairing:
+    def from_tuples(
+        cls, tasks: tuple[str, ...], widths: Sequence[int], tuples: Int64[np.ndarray, "k tasks"]
+    ) -> Pairing:
         """The pairing in which the given tuples are shared and every other neuron stays its task's own."""
         rows = [tuples[(tuples >= 0).any(axis=1)]]
         for t, width in enumerate(widths):
@@ -51,10 +53,9 @@ class Pairing:
             own[:, t] = rest
             rows.append(own)
         members = np.concatenate(rows).astype(np.int64)
-        absent = members < 0
-        keys = [members[:, t] for t in reversed(range(len(tasks)))]
-        keys += [absent[:, t] for t in reversed(range(len(tasks)))]
-        return cls(tasks, members[np.lexsort([*keys, absent.sum(axis=1)])])
+        absent = (members < 0).astype(np.int64)
+        keys = np.concatenate([absent.sum(axis=1)[:, None], absent, members], axis=1)
+        return cls(tasks, members[np.lexsort(keys.T[::-1])])
 
     @property
     def shared(self) -> int:
@@ -67,8 +68,8 @@ class GroupMatch:
     """The pairing of one neuron group and its predicted cost, the total functional difference of its shared neurons.
 
     `curve[k - 1]` is what the cheapest k would cost if as many as possible were matched: a picture of what sharing less
-    or more means. `total` is the predicted cost of all groups once this pairing was taken, in `sweep` of the descent; it
-    is NaN in the first pass (sweep 0) as long as groups are missing.
+    or more means. `total` is the predicted cost of all groups once this pairing was taken, in `sweep` of the descent;
+    it is NaN in the first pass (sweep 0) as long as groups are missing.
     """
 
     group: str
@@ -340,7 +341,7 @@ def _pairing_cost(layers: _Layers, pairing: Pairing) -> float:
     return total
 
 
-def _restrict(layers: _Layers, tasks: Sequence[int], neurons: Sequence[np.ndarray] | None = None) -> _Layers:
+def _restrict(layers: _Layers, tasks: Iterable[int], neurons: Sequence[np.ndarray] | None = None) -> _Layers:
     """The views of some tasks, and of some of their neurons."""
     return [
         [
@@ -450,8 +451,8 @@ def match(
 
     `moments[task][layer]` are the second moments of the original network's layer inputs. Groups are paired in
     topological order. Where a group's pairing depends on later ones (a residual sum is written by layers that read it),
-    the groups are matched again in turn, at most `config.descents` times, and a pairing is taken only if the predicted cost
-    of all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
+    the groups are matched again in turn, at most `config.descents` times, and a pairing is taken only if the predicted
+    cost of all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
     """
     matcher = Matcher(dict(sorted(networks.items())), moments, config)
     pairings: dict[str, Pairing] = {}

@@ -18,8 +18,8 @@ from mtz_core.linalg import DenseHessian, Hessian, RowsHessian
 class Moments:
     """Second moment ``E[x xᵀ]`` of rows ``x``.
 
-    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came. A layer of several `groups` side
-    by side has one moment for each, its rows lie side by side, and they are folded at once.
+    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came. A layer of several `groups`
+    side by side has one moment for each, its rows lie side by side, and they are folded at once.
     """
 
     def __init__(self, inputs: int, groups: int = 1) -> None:

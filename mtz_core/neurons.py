@@ -71,9 +71,9 @@ def analyse(
             found.values[node.name] = _label(found, node, state, trainable)
         except (NotUnderstood, RuntimeError, ValueError, IndexError) as error:
             if not node.separate:
-                reason = str(error).strip().splitlines()[0]
+                where, reason = node.module or "the network itself", str(error).strip().splitlines()[0]
                 raise UnsupportedModule(
-                    f"{node.module or 'the network itself'!r}: operator {node.kind} cannot be zipped: {reason}. {REMEDY}"
+                    f"{where!r}: operator {node.kind} cannot be zipped: {reason}. {REMEDY}"
                 ) from error
             found.values[node.name] = _opaque(found, node, state)
     return _collect(found, nodes, output)
@@ -95,14 +95,12 @@ def _label(found: _Labelling, node: Node, state: Mapping[str, Tensor], trainable
         raise NotUnderstood("zipping does not know this operator")
     out = _run_meta(node, arguments)
     if is_matrix:
-        weight = arguments[LAYERS[node.kind].weight]
-        if not isinstance(node.arguments[LAYERS[node.kind].weight], Mapping) or not (
-            node.arguments[LAYERS[node.kind].weight].keys() == {"state"}
-        ):
+        name = LAYERS[node.kind].weight
+        if "state" not in node.arguments[name]:
             raise NotUnderstood("its weights are computed, not stored")
-        return Value(out, _label_layer(found, node, arguments, out, weight))
+        return Value(out, _label_layer(found, node, arguments, out, arguments[name]))
     assert operation is not None
-    labels = operation.rule(found.ties, node, arguments, out)
+    labels: Any = operation.rule(found.ties, node, arguments, out)
     constant = all(value.constant for value in values)
     if isinstance(out, (list, tuple)):
         return [Value(o, part, constant) for o, part in zip(out, labels, strict=True)]
@@ -111,7 +109,7 @@ def _label(found: _Labelling, node: Node, state: Mapping[str, Tensor], trainable
 
 def _makes_constants(kind: str, values: Sequence[Value]) -> bool:
     """Whether an operator is a function of tensors, or one that is known to do nothing but make some."""
-    return kind.partition(".")[0] in CREATION or bool(values) and not operator(kind)._schema.is_mutable
+    return kind.partition(".")[0] in CREATION or (bool(values) and not operator(kind)._schema.is_mutable)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -182,7 +180,9 @@ def _opaque(found: _Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
             found.ties.pin(value.labels, torch.arange(value.labels.numel()).reshape(value.labels.shape))
     schema = operator(node.kind)._schema
     if schema.is_mutable or not any(isinstance(value, Value) for value in _flat(arguments)):
-        raise UnsupportedModule(f"{node.module!r}: operator {node.kind} is no function of tensors. Leave the network out.")
+        raise UnsupportedModule(
+            f"{node.module!r}: operator {node.kind} is no function of tensors. Leave the network out."
+        )
     out = _run_meta(node, arguments)
     parts = [Value(meta, _nothing(meta)) for meta in _listed(out)]
     return parts if isinstance(out, (list, tuple)) else parts[0]
@@ -259,7 +259,10 @@ def _collect(found: _Labelling, nodes: Sequence[Node], output: str) -> Analysis:
     names = {node.name for node in layers}
     groups, members = _name_groups(alike, nodes, tables, names)
     grouped = {n.name for n in layers if n.layer.groups(n.arguments) > 1}
-    groups = [replace(g, readers=tuple(n.name for n in layers if n.name in {*g.readers, *grouped & {*g.writers}})) for g in groups]
+    groups = [
+        replace(g, readers=tuple(n.name for n in layers if n.name in {*g.readers, *grouped & {*g.writers}}))
+        for g in groups
+    ]
     members[KERNEL] = [int(ties.resolve(torch.tensor([THE_KERNEL])))]
     if entry in occurrences and entry not in written:
         readers = tuple(nodes[n].name for n, side, _ in occurrences[entry] if side == "columns" and nodes[n].is_layer)
@@ -312,7 +315,9 @@ def _name_groups(
 def _axis(labels: np.ndarray, place: Mapping[int, tuple[str, int]]) -> Axis:
     groups = list(dict.fromkeys(place[label][0] for label in labels.tolist() if label in place))
     number = {name: i for i, name in enumerate(groups)}
-    where = [(number[place[label][0]], place[label][1]) if label in place else (FIXED, FIXED) for label in labels.tolist()]
+    where = [
+        (number[place[label][0]], place[label][1]) if label in place else (FIXED, FIXED) for label in labels.tolist()
+    ]
     table = np.array(where, dtype=np.int64).reshape(-1, 2)
     return Axis(tuple(groups), table[:, 0], table[:, 1])
 
@@ -326,13 +331,12 @@ def _classes(
         for label, colour in zip(found.ties.resolve(labels).tolist(), colours.tolist(), strict=True):
             marks.setdefault(label, []).append((colour, 0))
     for number, name in enumerate(constants):
-        value = found.constants[name]
-        labels, counts = np.unique(found.ties.resolve(value.labels).numpy(), return_counts=True)
-        for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
+        occurring, counts = np.unique(found.ties.resolve(found.constants[name].labels).numpy(), return_counts=True)
+        for label, count in zip(occurring.tolist(), counts.tolist(), strict=True):
             marks.setdefault(label, []).append((-1 - number, count))
     classes = {}
-    for name, labels in members.items():
+    for name, neurons in members.items():
         kinds: dict[tuple[Any, ...], int] = {}
-        keys = [tuple(sorted(marks.get(label, []))) for label in labels]
+        keys = [tuple(sorted(marks.get(label, []))) for label in neurons]
         classes[name] = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
     return classes

@@ -1,8 +1,8 @@
 """Operators that zipping understands beside layers, and what each does to the neurons that its operands carry.
 
-To teach zipping a new operator, give `register_operation` its ATen name and one of the rules below: `pointwise` for what
-acts on every element alone, `movement` for what only moves elements, `reduction` and `along` for sums and soft-max over
-axes, `window(n)` for what works on the last n axes of each channel.
+To teach zipping a new operator, give `register_operation` its ATen name and one of the rules below: `pointwise` for
+what acts on every element alone, `movement` for what only moves elements, `reduction` and `along` for sums and soft-max
+over axes, `window(n)` for what works on the last n axes of each channel.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _meet(ties: Ties, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pin_by(ties: Ties, labels: Tensor, other: Tensor, shape: Sequence[int]) -> None:
-    """Pin neurons that meet something else (of this shape, with `other` labels) that changes but belongs to no neuron."""
+    """Pin neurons that meet something (of this shape, with `other` labels) that changes but belongs to no neuron."""
     axes = {axis for axis in varying(labels) if -axis <= len(shape) and shape[axis] > 1}
     if not axes or bool((other >= 0).all()):
         return
@@ -327,12 +327,16 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), Operation(along)),
     "relu": Operation(pointwise, floor=0.0, keeps=True),
     **{f"{pool}{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for pool in ("max_pool", "avg_pool")},
-    **{f"adaptive_{pool}{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for pool in ("max_pool", "avg_pool")},
+    **{
+        f"adaptive_{pool}{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for pool in ("max_pool", "avg_pool")
+    },
     **{f"max_pool{n}d_with_indices": Operation(window(n), keeps=True) for n in (1, 2, 3)},
     "upsample_linear1d": Operation(window(1), keeps=True),
     "upsample_nearest1d": Operation(window(1), keeps=True),
     **{f"upsample_{mode}2d": Operation(window(2), keeps=True) for mode in ("nearest", "bilinear", "bicubic")},
-    **{f"{mode}_pad{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for mode in ("reflection", "replication")},
+    **{
+        f"{mode}_pad{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for mode in ("reflection", "replication")
+    },
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), Operation(nothing)),
     "batch_norm": Operation(batch_norm),
     "instance_norm": Operation(instance_norm),

@@ -31,9 +31,7 @@ def build_module(network: Network) -> fx.GraphModule:
     drawing = fx.Graph()
     x = drawing.placeholder("x")
     drawn: dict[str, fx.Node] = {INPUT: x}
-    shapes: dict[str, Any] = {
-        INPUT: torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta")
-    }
+    shapes: dict[str, Any] = {INPUT: torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta")}
     metas = {name: tensor.to("meta") for name, tensor in network.state.items()}
     count: list[fx.Node] = []
     for node in network.graph.nodes:
@@ -112,7 +110,9 @@ def _module(node: Node, network: Network, shapes: Mapping[str, Any]) -> tuple[st
             affine="weight" in node.arguments,
             device="meta",
         )
-        names = {n: node.arguments[n] for n in ("weight", "bias", "running_mean", "running_var") if node.arguments.get(n)}
+        names = {
+            n: node.arguments[n] for n in ("weight", "bias", "running_mean", "running_var") if node.arguments.get(n)
+        }
         return _filled(part, names, network, {"num_batches_tracked": torch.zeros((), dtype=torch.int64)})
     if not node.is_layer:
         return None
@@ -126,7 +126,9 @@ def _module(node: Node, network: Network, shapes: Mapping[str, Any]) -> tuple[st
     elif kind.startswith("conv"):
         transposed = "transpose" in kind
         groups = arguments.get("groups", 1)
-        inputs, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1] * groups, weight.shape[0])
+        inputs, outputs = (
+            (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1] * groups, weight.shape[0])
+        )
         build = getattr(nn, f"Conv{'Transpose' if transposed else ''}{weight.ndim - 2}d")
         settings = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
         part = build(inputs, outputs, tuple(weight.shape[2:]), bias=bias, device="meta", **settings)
@@ -140,7 +142,10 @@ def _filled(
     part: nn.Module, names: Mapping[str, Any], network: Network, extra: Mapping[str, Tensor]
 ) -> tuple[str, nn.Module] | None:
     """A module with the network's tensors, at the path where they come from; None if they come from several."""
-    paths = {reference["state"].removesuffix(f".{name}") if reference["state"] != name else "" for name, reference in names.items()}
+    paths = {
+        reference["state"].removesuffix(f".{name}") if reference["state"] != name else ""
+        for name, reference in names.items()
+    }
     if len(paths) != 1 or "" in paths or any(not r["state"].endswith(f".{name}") for name, r in names.items()):
         return None
     for name, reference in names.items():

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration
-from mtz_core.graph import evaluation_mode
 from mtz_core.settings import RetrainConfig
+from mtz_core.tracing import evaluation_mode
 from mtz_core.zipped import ZippedNetwork
 
 

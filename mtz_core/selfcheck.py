@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mtz_core.errors import UnsupportedModule
-from mtz_core.graph import INPUT, Axis, LayerGraph, Network, forget, run_node
+from mtz_core.graph import INPUT, Axis, Network, forget, run_node
 from mtz_core.neurons import Analysis
 
 TOLERANCE = 1e-4

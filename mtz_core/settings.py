@@ -27,12 +27,12 @@ class ZipConfig:
     `method`: ``refit`` (default: own inputs compensate, layers are refitted to the originals' outputs on what the
     zipped network really feeds them, optimal assignment) or ``paper`` (MTZ as published: neither, greedy matching).
     `share`: the fraction of each hidden layer's neurons to share, of the narrower network's width, or a count per
-    layer. `damping`: λ of every Hessian, relative to the mean of its diagonal. `balance`: weight of each task
-    in the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
-    sampled from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its
-    targets then relaxed to what the following activation can tell apart. `descents`: how often ``refit`` matches neuron
-    groups again whose pairings depend on each other, or more than two networks. `keep_separate`: paths of submodules that
-    stay task-specific, and whose operators need not be understood.
+    layer. `damping`: λ of every Hessian, relative to the mean of its diagonal. `balance`: weight of each task in the
+    shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian, sampled
+    from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its targets
+    then relaxed to what the following activation can tell apart. `descents`: how often ``refit`` matches neuron groups
+    again whose pairings depend on each other, or more than two networks. `keep_separate`: paths of submodules that stay
+    task-specific, and whose operators need not be understood.
     """
 
     method: Method = "refit"

@@ -1,9 +1,9 @@
 """What a zipped network is made of, beside its values: who owns which neuron, names and shapes of blocks, the report.
 
 A zipped network is, for each of its tasks, that task's own graph with that task's neurons in their own order. What is
-shared is weights: a layer's matrix is a grid of *blocks*, one for each set of tasks that own its rows and each set that own
-its columns, as far as the two have a task in common. A task's dense matrix is its blocks, put into its own order; what
-several tasks use is one tensor.
+shared is weights: a layer's matrix is a grid of *blocks*, one for each set of tasks that own its rows and each set that
+own its columns, as far as the two have a task in common. A task's dense matrix is its blocks, put into its own order;
+what several tasks use is one tensor.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Members = Mapping[str, "Int64[np.ndarray, 'neurons tasks']"]
 class LayerReport:
     """What zipping did to one layer.
 
-    `neurons` are the rows of its matrix per task, `shared` of them stored once for several tasks; `cost` is the predicted loss of the shared ones,
-    ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``; `error` per task is the measured relative squared error of the layer's
-    output on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original network. `note` says why nothing is shared
-    where that is not by choice.
+    `neurons` are the rows of its matrix per task, `shared` of them stored once for several tasks; `cost` is the
+    predicted loss of the shared ones, ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``; `error` per task is the measured
+    relative squared error of the layer's output on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original
+    network. `note` says why nothing is shared where that is not by choice.
     """
 
     layer: str
@@ -67,7 +67,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ZipReport:
-    """Per layer what was shared, and sizes: parameters, and bytes of everything stored (statistics and constants too)."""
+    """Per layer what was shared, and sizes: parameters, and bytes of all that is stored (statistics, too)."""
 
     method: str
     layers: tuple[LayerReport, ...]
@@ -185,7 +185,7 @@ def own_name(tensor: str, task: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TaskStructure:
-    """One task's side of a zipped network: its graph, the shapes of its tensors, what it reads, its original's bytes."""
+    """One task's side of a zipped network: graph, shapes of all tensors, what it reads, its original's bytes."""
 
     graph: LayerGraph
     shapes: Mapping[str, tuple[int, ...]]
@@ -256,7 +256,12 @@ class ZippedStructure:
 
     def reported(self, tensors: Mapping[str, Tensor], layers: Sequence[LayerReport]) -> ZippedStructure:
         """The same structure with a report on these tensors."""
-        own = (own_name(name, t) for t, network in self.networks.items() for name in network.own if name in network.trainable)
+        own = (
+            own_name(name, t)
+            for t, network in self.networks.items()
+            for name in network.own
+            if name in network.trainable
+        )
         report = ZipReport(
             method=self.report.method,
             layers=tuple(layers),
@@ -282,7 +287,9 @@ class ZippedStructure:
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every other tensor that it stores."""
         return {
-            own_name(name, task): network.shapes[name] for task, network in self.networks.items() for name in network.own
+            own_name(name, task): network.shapes[name]
+            for task, network in self.networks.items()
+            for name in network.own
         }
 
 
@@ -308,7 +315,7 @@ def cut(
     bias: bool,
     known: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """One task's dense matrix (the bias as its last column) as blocks that a zipped network stores, but `known` ones."""
+    """One task's dense matrix (bias as last column) as the blocks that a zipped network stores, but for `known`."""
     blocks: dict[str, Tensor] = {}
     for run in rows.of(task):
         parts = {block_name(layer, run.owners, part.owners): part.places[task] for part in columns.of(task)}
@@ -319,4 +326,3 @@ def cut(
         if bias and bias_name(layer, run.owners) not in known:
             blocks[bias_name(layer, run.owners)] = matrix[torch.from_numpy(run.places[task]), -1].clone()
     return blocks
-

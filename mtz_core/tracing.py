@@ -1,7 +1,7 @@
 """Trace any ``nn.Module`` into a `Network`: its operators, its tensors, and which neurons are tied.
 
-Tracing goes through ``torch.export``: it sees the operators that really run, however the module spells them, knows every
-shape, and needs no specification by hand. The module is exported for two batch sizes; numbers that differ between
+Tracing goes through ``torch.export``: it sees the operators that really run, however the module spells them, knows
+every shape, and needs no specification by hand. The module is exported for two batch sizes; numbers that differ between
 the two are numbers that count examples. What the graph cannot express is refused, with the module's path and the
 operator; nothing is guessed, and every graph is checked by permuting its neurons (see `mtz_core.selfcheck`).
 """
@@ -30,9 +30,7 @@ SIZES = (2, 3)
 """The batch sizes that a module is exported for."""
 
 
-def trace(
-    module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate: Sequence[str] = ()
-) -> Network:
+def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate: Sequence[str] = ()) -> Network:
     """The graph and tensors of a module, found by exporting it on an example input. The module is not modified.
 
     `keep_separate` are paths of submodules whose layers will not be shared and whose operators need not be understood.
@@ -133,7 +131,7 @@ def _check_weights(module: nn.Module) -> None:
             raise InvalidWeights(f"parameter {name!r} has NaN or infinite values. Train or export the network again.")
     if len(devices) > 1:
         raise UnsupportedModule(
-            f"the network lies on several devices ({', '.join(sorted(map(str, devices)))}). Move it to one with `.to()`."
+            f"the network is on several devices ({', '.join(sorted(map(str, devices)))}). Move it to one, with `.to()`."
         )
 
 
@@ -310,9 +308,9 @@ class _Reader:
             if argument.name not in both[0] or argument.name in _PLACES:
                 continue
             first, second = both[0][argument.name], both[1][argument.name]
-            if not isinstance(first, fx.Node) and first == argument.default_value and second == first:
-                if argument.name not in _KEPT:
-                    continue
+            same = not isinstance(first, fx.Node) and first == second == argument.default_value
+            if same and argument.has_default_value() and argument.name not in _KEPT:
+                continue
             arguments[argument.name] = self._argument(a, first, second)
         return arguments
 
@@ -359,7 +357,9 @@ def unsupported(module: nn.Module | None, path: str, kind: str, why: str) -> Uns
     """A refusal that names the module's path, the operator, the reason and the ways out."""
     part = module.get_submodule(path) if module is not None and path in dict(module.named_modules()) else module
     what = f" ({type(part).__name__})" if part is not None else ""
-    return UnsupportedModule(f"{path or 'the network itself'!r}{what}: operator {kind} cannot be zipped: {why}. {REMEDY}")
+    return UnsupportedModule(
+        f"{path or 'the network itself'!r}{what}: operator {kind} cannot be zipped: {why}. {REMEDY}"
+    )
 
 
 def _reachable(nodes: list[Node], output: str) -> list[Node]:

@@ -53,9 +53,7 @@ class ZippedNetwork(nn.Module):
         names = (*self.structure.block_shapes(), *self.structure.own_shapes())
         return {name: self._get(name).detach() for name in names}
 
-    def forward(
-        self, x: Shaped[Tensor, "batch ..."], task: str | Sequence[str]
-    ) -> Float[Tensor, "batch ..."]:
+    def forward(self, x: Shaped[Tensor, "batch ..."], task: str | Sequence[str]) -> Float[Tensor, "batch ..."]:
         """The output of one task, or of every example's own task where `task` lists one per example.
 
         Raises `InvalidConfig` for a task that is not in here, and for a mixed batch whose outputs differ in shape.
@@ -122,9 +120,9 @@ class ZippedNetwork(nn.Module):
         self._check_task(task)
         part = self.structure.networks[task]
         state = {name: tensor.detach().clone() for name, tensor in self.state_of(task).items()}
-        return build_module(
-            Network(part.graph, state, part.trainable, part.input_shape, part.input_dtype)
-        ).train(self.training)
+        return build_module(Network(part.graph, state, part.trainable, part.input_shape, part.input_dtype)).train(
+            self.training
+        )
 
     def without(self, task: str) -> ZippedNetwork:
         """The zipped network of the other tasks, which compute exactly what they did.

@@ -1,15 +1,15 @@
 """Zipping: the walk over a network that makes one of several.
 
-Nodes are run in topological order, in the originals and in the zipped network, on every task's calibration data. At every
-layer: refit it to the originals' outputs on the inputs that the zipped network really feeds it, whatever sums and
-normalisations those came through; merge the paired neurons; let own weights compensate; store the blocks. (`method="paper"`
-skips refit and compensation.)
+Nodes are run in topological order, in the originals and in the zipped network, on every task's calibration data. At
+every layer: refit it to the originals' outputs on the inputs that the zipped network really feeds it, whatever sums and
+normalisations those came through; merge the paired neurons; let own weights compensate; store the blocks.
+(`method="paper"` skips refit and compensation.)
 
 A layer's targets are exact only as far as the next activation can tell: behind a ReLU, any negative value is as good as
-any other, also through a batch normalisation. So a layer is fitted in sweeps. The first takes the originals' outputs; each
-later one replaces every target that the activation would clip by the nearest value that it clips alike, and solves again.
-Both halves of a sweep lower the same squared error (each task's taken relative to the amplitude of its own fit), and the
-Hessians, the expensive part, stay.
+any other, also through a batch normalisation. So a layer is fitted in sweeps. The first takes the originals' outputs;
+each later one replaces every target that the activation would clip by the nearest value that it clips alike, and solves
+again. Both halves of a sweep lower the same squared error (each task's taken relative to the amplitude of its own fit),
+and the Hessians, the expensive part, stay.
 """
 
 from __future__ import annotations
