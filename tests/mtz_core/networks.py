@@ -4,11 +4,18 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mtz_core import ZipConfig, ZippedNetwork
+from mtz_core.activations import as_batches, original_moments
+from mtz_core.graph import Network
+from mtz_core.matching import GroupMatch, match
+from mtz_core.tracing import trace
+from mtz_core.zipping import finish, merge
 
 TASKS = ("digits", "fashion")
 
@@ -44,6 +51,26 @@ class Case:
 
     def calibration(self, count: int = 60) -> dict[str, Tensor]:
         return {task: self.examples(count, seed=10 + i) for i, task in enumerate(TASKS)}
+
+
+@cache
+def traced_pair(case: Case) -> Mapping[str, Network]:
+    """The case's pair, traced once for all tests: tracing takes most of the time of a small network."""
+    return {task: trace(network, case.examples(2)) for task, network in case.pair().items()}
+
+
+def match_traced(
+    networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig
+) -> list[GroupMatch]:
+    """All steps of the matching of networks that are traced already."""
+    moments = {task: original_moments(n, as_batches(calibration[task], task), config) for task, n in networks.items()}
+    return list(match(networks, moments, config))
+
+
+def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig) -> ZippedNetwork:
+    """What `zip_networks` makes of networks that are traced already."""
+    pairings = {found.group: found.pairing for found in match_traced(networks, calibration, config)}
+    return finish(merge(networks, pairings, {task: as_batches(x, task) for task, x in calibration.items()}, config))
 
 
 def mlp(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtz_core import ZipConfig
-from mtz_core.activations import as_batches, original_moments
 from mtz_core.errors import IncompatibleNetworks
 from mtz_core.linalg import DenseHessian, RowsHessian
 from mtz_core.matching import (
@@ -23,13 +22,12 @@ from mtz_core.matching import (
     check_compatible,
     energy,
     functional_difference,
-    match,
     relative_balance,
 )
 from mtz_core.settings import Method
 from mtz_core.structure import NOT_A_MEMBER
 from mtz_core.tracing import trace
-from tests.mtz_core.networks import TASKS, Case, hidden_layers, lenet5, mlp, permuted
+from tests.mtz_core.networks import TASKS, Case, hidden_layers, lenet5, match_traced, mlp, permuted, traced_pair
 
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), dtype=torch.float64)
@@ -177,13 +175,6 @@ def test_pairing_of_three_networks_orders_by_who_owns_the_neuron() -> None:
     assert shuffled.members.tolist() == expected
 
 
-def run_match(networks: dict[str, nn.Module], calibration: dict[str, Tensor], config: ZipConfig) -> list[GroupMatch]:
-    batches = {task: as_batches(data, task) for task, data in calibration.items()}
-    traced = {task: trace(network, batches[task][0]) for task, network in networks.items()}
-    moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    return list(match(traced, moments, config))
-
-
 def pairs(found: GroupMatch, order: Sequence[int] = (0, 1)) -> set[tuple[int, ...]]:
     members = found.pairing.members[: found.pairing.shared]
     return {tuple(int(row[i]) for i in order) for row in members}
@@ -198,8 +189,8 @@ def test_permuting_neurons_permutes_the_match(case: Case, method: Method, share:
     layers = [*hidden_layers(case), "last"]
     layers[-1] = [name for name, part in networks[TASKS[1]].named_modules() if isinstance(part, nn.Linear)][-1]
     changed, orders = permuted(networks[TASKS[1]], layers, seed=5)
-    before = run_match(networks, calibration, config)
-    after = run_match(networks | {TASKS[1]: changed}, calibration, config)
+    before = match_traced(traced_pair(case), calibration, config)
+    after = match_traced({**traced_pair(case), TASKS[1]: trace(changed, case.examples(2))}, calibration, config)
     for found, again in zip(before, after, strict=True):
         order = orders[found.group].tolist()
         assert pairs(found) == {(i, order[j]) for i, j in pairs(again)}
@@ -210,16 +201,16 @@ def test_permuting_neurons_permutes_the_match(case: Case, method: Method, share:
 @pytest.mark.parametrize("method", ["paper", "refit"])
 @pytest.mark.parametrize("case", [MLP, LENET5], ids=lambda case: case.name)
 def test_neither_the_order_nor_the_names_of_two_tasks_matter(case: Case, method: Method) -> None:
-    networks, calibration = case.pair(), case.calibration(20)
-    before = run_match(
+    networks, calibration = traced_pair(case), case.calibration(20)
+    before = match_traced(
         networks, calibration, ZipConfig(method=method, share=0.6, balance=dict(zip(TASKS, (1.0, 3.0), strict=True)))
     )
-    listed = run_match(
-        dict(reversed(networks.items())),
-        dict(reversed(calibration.items())),
+    listed = match_traced(
+        {task: networks[task] for task in reversed(TASKS)},
+        {task: calibration[task] for task in reversed(TASKS)},
         ZipConfig(method=method, share=0.6, balance=dict(zip(TASKS, (1.0, 3.0), strict=True))),
     )
-    renamed = run_match(
+    renamed = match_traced(
         dict(zip(reversed(TASKS), networks.values(), strict=True)),
         dict(zip(reversed(TASKS), calibration.values(), strict=True)),
         ZipConfig(method=method, share=0.6, balance=dict(zip(TASKS, (3.0, 1.0), strict=True))),
@@ -233,14 +224,14 @@ def test_neither_the_order_nor_the_names_of_two_tasks_matter(case: Case, method:
 
 @pytest.mark.parametrize("method", ["paper", "refit"])
 def test_a_network_is_matched_with_itself(method: Method) -> None:
-    network, data = MLP.network(1), MLP.examples(60)
-    for found in run_match({"a": network, "b": network}, {"a": data, "b": data}, ZipConfig(method=method)):
+    network, data = traced_pair(MLP)[TASKS[0]], MLP.examples(60)
+    for found in match_traced({"a": network, "b": network}, {"a": data, "b": data}, ZipConfig(method=method)):
         assert all(i == j for i, j in pairs(found))
         assert found.cost == pytest.approx(0, abs=1e-9)
 
 
 def test_curves_rise_to_the_cost_of_sharing_everything() -> None:
-    for found in run_match(MLP.pair(), MLP.calibration(), ZipConfig()):
+    for found in match_traced(traced_pair(MLP), MLP.calibration(), ZipConfig()):
         assert len(found.curve) == found.pairing.shared
         assert found.curve[-1] == pytest.approx(found.cost)
         steps = np.diff([0.0, *found.curve])
@@ -248,8 +239,7 @@ def test_curves_rise_to_the_cost_of_sharing_everything() -> None:
 
 
 def test_optimal_matching_costs_no_more_than_any_other_pairs() -> None:
-    networks, calibration = MLP.pair(), MLP.calibration()
-    (first, *_) = run_match(networks, calibration, ZipConfig(share={"0": 4}))
+    (first, *_) = match_traced(traced_pair(MLP), MLP.calibration(), ZipConfig(share={"0": 4}))
     assert first.group == "0"
     assert first.pairing.shared == 4
     assert first.cost <= first.curve[3] + 1e-12
@@ -274,7 +264,7 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
     parallel = inverse(sum(inverse(h) * e**0.5 / 0.5 for h, e in zip(hessians, energies, strict=True)))
     difference = matrices[0][:, None] - matrices[1][None]
     cost = 0.5 * torch.einsum("abi,ij,abj->ab", difference, parallel, difference).numpy()
-    found, *_ = run_match(networks, calibration, ZipConfig(damping=damping, share=0.5))
+    found, *_ = match_traced(traced_pair(MLP), calibration, ZipConfig(damping=damping, share=0.5))
     expected = assign(cost, 4)
     assert pairs(found) == {(int(i), int(j)) for i, j in expected}
     assert found.cost == pytest.approx(total(cost, expected))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtz_core import ZipConfig, ZippedNetwork, zip_networks
+from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.retrain import RetrainStep, distillation_loss, retrain
 from mtz_core.settings import RetrainConfig
-from tests.mtz_core.networks import TASKS, Case, dropout, mlp
+from tests.mtz_core.networks import TASKS, Case, dropout, mlp, traced_pair, zip_traced
 
 MLP = Case("mlp", mlp, (12,), (16, 12), other_classes=5)
 DROPOUT = Case("dropout", dropout, (12,), (9, 7))
@@ -23,7 +23,7 @@ CONFIG = RetrainConfig(iterations=40, batch_size=32, learning_rate=5e-3, validat
 
 def setting(case: Case = MLP) -> tuple[ZippedNetwork, dict[str, nn.Module], dict[str, Tensor], dict[str, Tensor]]:
     networks = case.pair()
-    zipped = zip_networks(networks, case.calibration(30), ZipConfig(method="paper"))
+    zipped = zip_traced(traced_pair(case), case.calibration(30), ZipConfig(method="paper"))
     training = {task: case.examples(200, seed=30 + i) for i, task in enumerate(TASKS)}
     validation = {task: case.examples(60, seed=40 + i) for i, task in enumerate(TASKS)}
     return zipped, networks, training, validation
@@ -78,11 +78,11 @@ def test_the_loss_falls_and_the_best_network_is_kept() -> None:
 @pytest.mark.parametrize("rate", [1.0, 100.0])
 def test_an_absurd_learning_rate_leaves_the_merged_network(rate: float) -> None:
     zipped, networks, training, validation = setting()
-    before = zipped.blocks()
+    before = zipped.tensors()
     before = {name: block.clone() for name, block in before.items()}
     steps = list(retrain(zipped, networks, training, validation, replace(CONFIG, learning_rate=rate)))
     assert [step.best for step in steps] == [True] + [False] * (len(steps) - 1)
-    assert all(torch.equal(block, before[name]) for name, block in zipped.blocks().items())
+    assert all(torch.equal(block, before[name]) for name, block in zipped.tensors().items())
 
 
 def test_training_stops_when_nothing_improves() -> None:
@@ -109,7 +109,7 @@ def test_training_losses_are_means_since_the_last_judgement() -> None:
 def retrained(case: Case) -> tuple[list[RetrainStep], dict[str, Tensor]]:
     zipped, networks, training, validation = setting(case)
     steps = list(retrain(zipped, networks, training, validation, CONFIG))
-    return steps, zipped.blocks()
+    return steps, zipped.tensors()
 
 
 def test_the_same_twice() -> None:
@@ -129,13 +129,13 @@ def test_another_seed_draws_other_batches() -> None:
 
 def test_shared_blocks_learn_from_both_tasks() -> None:
     zipped, networks, training, validation = setting()
-    before = {name: block.clone() for name, block in zipped.blocks().items()}
+    before = {name: block.clone() for name, block in zipped.tensors().items()}
     frozen = zipped(training["fashion"], "fashion").detach()
     perfect = {"digits": networks["digits"], "fashion": Perfect(lambda x: zipped_before(x, "fashion"))}
     zipped_before = copy.deepcopy(zipped)
     assert torch.equal(perfect["fashion"](training["fashion"]), frozen)
     list(retrain(zipped, perfect, training, validation, replace(CONFIG, iterations=10)))
-    changed = {name for name, block in zipped.blocks().items() if not torch.equal(block, before[name])}
+    changed = {name for name, block in zipped.tensors().items() if not torch.equal(block, before[name])}
     assert {"0/weight/digits+fashion/digits+fashion", "4/weight/digits/digits+fashion"} <= changed
     assert not torch.equal(zipped(training["fashion"], "fashion"), frozen)
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,24 @@ from mtz_core.errors import (
     InvalidWeights,
     UnsupportedModule,
 )
-from mtz_core.graph import Network, trace
+from mtz_core.graph import Network
 from mtz_core.linalg import DenseHessian
-from mtz_core.matching import Pairing, relative_balance
+from mtz_core.matching import Pairing, energy, relative_balance
 from mtz_core.settings import Method
+from mtz_core.structure import positions_of
 from mtz_core.zipping import finish, merge
-from tests.mtz_core.networks import CASES, TASKS, Case, hidden_layers, lenet5, mlp, permuted, strided
+from tests.mtz_core.networks import (
+    CASES,
+    TASKS,
+    Case,
+    hidden_layers,
+    lenet5,
+    mlp,
+    permuted,
+    strided,
+    traced_pair,
+    zip_traced,
+)
 
 METHODS: tuple[Method, ...] = ("paper", "refit")
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), other_classes=5, dtype=torch.float64)
@@ -57,8 +69,8 @@ def test_sharing_nothing_gives_back_both_originals_exactly(case: Case, method: M
 @with_both_methods
 @on_all_networks
 def test_a_network_zipped_with_itself_keeps_its_outputs_at_half_the_size(case: Case, method: Method) -> None:
-    network, data = case.network(1), case.examples(30)
-    zipped = zip_networks({"a": network, "b": network}, {"a": data, "b": data}, ZipConfig(method=method))
+    network, data, traced = case.network(1), case.examples(30), traced_pair(case)[TASKS[0]]
+    zipped = zip_traced({"a": traced, "b": traced}, {"a": data, "b": data}, ZipConfig(method=method))
     x = case.examples(7, seed=99)
     for task in ("a", "b"):
         torch.testing.assert_close(zipped(x, task), network(x), rtol=0, atol=1e-4)
@@ -75,15 +87,15 @@ def test_a_network_zipped_with_itself_keeps_its_outputs_at_half_the_size(case: C
 @on_all_networks
 def test_what_is_shared_is_stored_once(case: Case, method: Method) -> None:
     networks = case.pair()
-    zipped = zip_networks(networks, case.calibration(20), ZipConfig(method=method, share=1.0))
+    zipped = zip_traced(traced_pair(case), case.calibration(20), ZipConfig(method=method, share=1.0))
     report = zipped.report
-    blocks = zipped.blocks()
+    blocks = zipped.tensors()
     assert report.stored_parameters == sum(block.numel() for block in blocks.values())
     assert report.stored_bytes == sum(block.numel() * block.element_size() for block in blocks.values())
     assert report.original_parameters == sum(p.numel() for n in networks.values() for p in n.parameters())
-    assert [layer.layer for layer in report.layers] == [node.name for node in zipped.structure.graph.layers]
+    assert [layer.layer for layer in report.layers] == [node.name for node in zipped.structure.layers]
     assert sum(layer.parameters for layer in report.layers) == report.stored_parameters
-    assert sum(layer.original_parameters for layer in report.layers) == report.original_parameters
+    assert sum(sum(layer.original_parameters.values()) for layer in report.layers) == report.original_parameters
     assert report.stored_fraction == report.stored_parameters / report.original_parameters
     *hidden, output = report.layers
     assert [layer.layer for layer in hidden] == hidden_layers(case)
@@ -105,8 +117,8 @@ def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case) -> No
     config = ZipConfig(share=0.6, patches=3)
     first, second = (zip_networks(networks, calibration, config) for _ in range(2))
     assert first.report == second.report
-    assert first.blocks().keys() == second.blocks().keys()
-    assert all(torch.equal(block, second.blocks()[name]) for name, block in first.blocks().items())
+    assert first.tensors().keys() == second.tensors().keys()
+    assert all(torch.equal(block, second.tensors()[name]) for name, block in first.tensors().items())
     for task, network in networks.items():
         assert modes[task] == [part.training for part in network.modules()]
         assert all(torch.equal(value, states[task][name]) for name, value in network.state_dict().items())
@@ -127,10 +139,10 @@ def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case) -> No
 def test_how_calibration_data_are_split_makes_no_difference(case: Case, method: Method) -> None:
     networks, calibration = case.pair(), case.calibration(50)
     config = ZipConfig(method=method, share=0.7, patches=4)
-    whole = zip_networks(networks, calibration, config)
+    whole = zip_traced(traced_pair(case), calibration, config)
     split = zip_networks(networks, {task: iter(torch.split(x, 13)) for task, x in calibration.items()}, config)
-    for name, block in whole.blocks().items():
-        torch.testing.assert_close(block, split.blocks()[name], rtol=1e-6, atol=1e-8)
+    for name, block in whole.tensors().items():
+        torch.testing.assert_close(block, split.tensors()[name], rtol=1e-6, atol=1e-8)
 
 
 @with_both_methods
@@ -142,7 +154,7 @@ def test_permuting_neurons_changes_no_output(case: Case, share: float, method: M
     changed, _ = permuted(networks[TASKS[1]], layers, seed=5)
     torch.testing.assert_close(changed(x), networks[TASKS[1]](x))
     config = ZipConfig(method=method, share=share)
-    zipped = zip_networks(networks, calibration, config)
+    zipped = zip_traced(traced_pair(case), calibration, config)
     again = zip_networks(networks | {TASKS[1]: changed}, calibration, config)
     for task in TASKS:
         torch.testing.assert_close(again(x, task), zipped(x, task), rtol=1e-6, atol=1e-8)
@@ -150,41 +162,52 @@ def test_permuting_neurons_changes_no_output(case: Case, share: float, method: M
 
 @with_both_methods
 @pytest.mark.parametrize("case", [MLP, LENET5, STRIDED], ids=lambda case: case.name)
-def test_the_order_of_the_tasks_changes_no_output(case: Case, method: Method) -> None:
-    networks, calibration, x = case.pair(), case.calibration(20), case.examples(7, seed=99)
+def test_the_order_of_the_tasks_makes_no_difference_and_their_names_change_no_output(
+    case: Case, method: Method
+) -> None:
+    networks, calibration, x = traced_pair(case), case.calibration(20), case.examples(7, seed=99)
     config = ZipConfig(method=method, share=0.7, balance={TASKS[0]: 2.0, TASKS[1]: 1.0})
-    zipped = zip_networks(networks, calibration, config)
-    again = zip_networks(dict(reversed(networks.items())), calibration, config)
-    assert again.tasks == tuple(reversed(zipped.tasks))
+    zipped = zip_traced(networks, calibration, config)
+    again = zip_networks(dict(reversed(case.pair().items())), calibration, config)
+    assert again.tasks == zipped.tasks == TASKS
+    assert again.report == zipped.report
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in zipped.tensors().items())
+    other = dict(zip(TASKS, reversed(TASKS), strict=True))
+    config = replace(config, balance={TASKS[0]: 1.0, TASKS[1]: 2.0})
+    renamed = zip_traced(
+        {other[t]: n for t, n in networks.items()}, {other[t]: x for t, x in calibration.items()}, config
+    )
     for task in TASKS:
-        torch.testing.assert_close(again(x, task), zipped(x, task), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(renamed(x, other[task]), zipped(x, task), rtol=1e-6, atol=1e-8)
 
 
 @with_both_methods
 def test_counts_per_layer_are_honoured(method: Method) -> None:
     networks = LENET5.pair()
     config = ZipConfig(method=method, share={"3": 2, "7": 9})
-    zipped = zip_networks(networks, LENET5.calibration(), config)
+    zipped = zip_traced(traced_pair(LENET5), LENET5.calibration(), config)
     assert {layer.layer: layer.shared for layer in zipped.report.layers} == {"0": 0, "3": 2, "7": 9, "9": 0}
-    assert zipped.structure.layouts["3"] == ((TASKS, 2), (TASKS[:1], 4), (TASKS[1:], 2))
+    assert [(run.owners, run.size) for run in zipped.structure.rows["3"].runs] == [
+        (TASKS, 2),
+        (TASKS[:1], 4),
+        (TASKS[1:], 2),
+    ]
     for task, network in networks.items():
         for name in ("0.weight", "0.bias"):
             assert torch.equal(zipped.network(task).state_dict()[name], network.state_dict()[name])
 
 
 def test_a_heavier_task_keeps_more_of_its_function() -> None:
-    networks, calibration = MLP.pair(), MLP.calibration()
-
     def error(weight: float) -> float:
         config = ZipConfig(balance={TASKS[0]: weight, TASKS[1]: 1.0})
-        return zip_networks(networks, calibration, config).report.layers[0].error[TASKS[0]]
+        return zip_traced(traced_pair(MLP), MLP.calibration(), config).report.layers[0].error[TASKS[0]]
 
     assert error(100) < error(1) < error(0.01)
 
 
 def test_refitting_fits_better_than_the_paper() -> None:
-    networks, calibration = MLP.pair(), MLP.calibration(200)
-    reports = {m: zip_networks(networks, calibration, ZipConfig(method=m)).report.layers[-1] for m in METHODS}
+    networks, calibration = traced_pair(MLP), MLP.calibration(200)
+    reports = {m: zip_traced(networks, calibration, ZipConfig(method=m)).report.layers[-1] for m in METHODS}
     assert all(reports["refit"].error[task] < reports["paper"].error[task] for task in TASKS)
 
 
@@ -193,7 +216,7 @@ def test_refitting_fits_better_than_the_paper() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_few_calibration_examples_are_enough(count: int, share: float, method: Method) -> None:
     networks, calibration = MLP.pair(), MLP.calibration(count)
-    zipped = zip_networks(networks, calibration, ZipConfig(method=method, share=share))
+    zipped = zip_traced(traced_pair(MLP), calibration, ZipConfig(method=method, share=share))
     for task, network in networks.items():
         assert bool(torch.isfinite(zipped(MLP.examples(9), task)).all())
         if share == 0:
@@ -202,7 +225,7 @@ def test_few_calibration_examples_are_enough(count: int, share: float, method: M
 
 def test_few_examples_are_fitted_almost_exactly() -> None:
     networks, calibration = MLP.pair(), MLP.calibration(3)
-    zipped = zip_networks(networks, calibration, ZipConfig(damping=1e-9, sweeps=0))
+    zipped = zip_traced(traced_pair(MLP), calibration, ZipConfig(damping=1e-9, sweeps=0))
     for task, network in networks.items():
         torch.testing.assert_close(zipped(calibration[task], task), network(calibration[task]), rtol=1e-4, atol=1e-4)
 
@@ -227,13 +250,12 @@ def test_dead_inputs_are_normal(bias: bool, count: int, method: Method) -> None:
 
 def random_pairings(networks: Mapping[str, Network], share: float, seed: int) -> dict[str, Pairing]:
     generator = np.random.default_rng(seed)
-    graph = networks[TASKS[0]].graph
     pairings = {}
-    for group in graph.hidden_groups:
-        widths = [network.width(group) for network in networks.values()]
+    for group in networks[TASKS[0]].graph.hidden_groups:
+        widths = [network.graph.widths[group.name] for network in networks.values()]
         count = round(share * min(widths))
         pairs = np.stack([generator.permutation(width)[:count] for width in widths], axis=1)
-        pairings[group.name] = Pairing.from_pairs(TASKS, widths, pairs)
+        pairings[group.name] = Pairing.from_tuples(TASKS, widths, pairs)
     return pairings
 
 
@@ -254,7 +276,8 @@ class Side:
 
 def unfold(layer: nn.Module, x: Tensor) -> np.ndarray:
     if isinstance(layer, nn.Conv2d):
-        unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        padded = F.pad(x, layer._reversed_padding_repeated_twice)
+        unfolded = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
         x = unfolded.transpose(1, 2).flatten(0, 1)
     rows: np.ndarray = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1).detach().numpy()
     return rows
@@ -277,42 +300,46 @@ def seen(network: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 def side(
     task: str, name: str, module: nn.Module, zipped: ZippedNetwork, pairings: Mapping[str, Pairing], x: Tensor
 ) -> Side:
-    plain = zipped.network(task)
-    layer = plain.get_submodule(name)
-    graph = zipped.structure.graph
-    rows, columns = graph.written_by(name).name, graph.read_by(name).name
+    """Rows and columns in the order of the pairing, shared ones first, the bias last."""
+    layer = zipped.network(task).get_submodule(name)
+    graph = zipped.structure.networks[task].graph
     original = matrix(module.get_submodule(name))
-    neurons = pairings[rows].neurons(task) if rows in pairings else np.arange(len(original))
-    per_neuron = zipped.structure.columns_per_neuron[name]
-    width = (original.shape[1] - 1) // per_neuron
-    order = pairings[columns].neurons(task) if columns in pairings else np.arange(width)
-    shared = pairings[columns].neurons_shared(task) if columns in pairings else width
-    last = original.shape[1] - 1
-    index = np.append((order[:, None] * per_neuron + np.arange(per_neuron)).ravel(), last)
+    (rows,), (columns,) = graph.rows[name].groups, graph.columns[name].groups
+    neurons, _ = own_order(pairings.get(rows), task, len(original))
+    table = positions_of(graph.columns[name], columns)
+    order, shared = own_order(pairings.get(columns), task, len(table))
+    index = np.append(table[order].ravel(), original.shape[1] - 1)
     read, outputs = seen(module, name, x)
     if outputs.dim() == 4:
         outputs = outputs.permute(0, 2, 3, 1).flatten(0, 2)
     return Side(
         original=unfold(layer, read)[:, index],
-        fed=unfold(layer, seen(plain, name, x)[0]),
+        fed=unfold(layer, seen(zipped.network(task), name, x)[0])[:, index],
         outputs=outputs.detach().numpy()[:, neurons],
         prior=original[neurons][:, index],
-        zipped=matrix(layer),
-        shared=np.append(np.arange(shared * per_neuron), last),
+        zipped=matrix(layer)[neurons][:, index],
+        shared=np.append(np.arange(shared * table.shape[1]), len(index) - 1),
     )
+
+
+def own_order(pairing: Pairing | None, task: str, width: int) -> tuple[np.ndarray, int]:
+    """A task's neurons with the shared ones first, and how many these are: all of the input's, none of the output's."""
+    if pairing is None:
+        return np.arange(width), width
+    members = pairing.members[:, TASKS.index(task)]
+    return members[members >= 0], int((members[: pairing.shared] >= 0).sum())
 
 
 def effective_balance(sides: list[Side], config: ZipConfig) -> list[float]:
     balance = config.balance_of(TASKS)
     if config.method == "paper":
         return balance
-    refitted, hessians = [], []
+    energies = []
     for part in sides:
         hessian = part.fed.T @ part.fed / len(part.fed)
         hessian += part.damping(part.fed, config.damping) * np.eye(len(hessian))
-        hessians.append(DenseHessian(torch.from_numpy(hessian)))
-        refitted.append(torch.from_numpy(solve(*ridge(part, config))))
-    return relative_balance(balance, refitted, hessians)
+        energies.append(energy(torch.from_numpy(solve(*ridge(part, config))), DenseHessian(torch.from_numpy(hessian))))
+    return relative_balance(balance, energies)
 
 
 def ridge(part: Side, config: ZipConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -380,10 +407,9 @@ def expected_paper(sides: list[Side], balance: list[float], count: int, config: 
 def merged(
     case: Case, share: float, count: int, config: ZipConfig
 ) -> tuple[ZippedNetwork, dict[str, Pairing], list[tuple[LayerReport, list[Side]]]]:
-    modules = case.pair()
+    modules, traced = case.pair(), traced_pair(case)
     calibration = {task: case.examples(count + i, seed=10 + i) for i, task in enumerate(TASKS)}
     batches = {task: as_batches(data, task) for task, data in calibration.items()}
-    traced = {task: trace(module, batches[task][0]) for task, module in modules.items()}
     pairings = random_pairings(traced, share, seed=3)
     zipped = finish(merge(traced, pairings, batches, config))
     layers = [
@@ -450,6 +476,13 @@ def test_layers_that_nothing_clips_are_not_swept() -> None:
 # Bad input
 
 
+class Cumulative(nn.Module):
+    """An operator that zipping does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(dim=1)
+
+
 def good() -> dict[str, nn.Module]:
     return {task: mlp((9, 7), 3) for task in TASKS}
 
@@ -478,32 +511,31 @@ BAD_INPUT: dict[str, tuple[dict[str, nn.Module], dict[str, Any], dict[str, Any],
     "empty data": (good(), data() | {"fashion": torch.zeros(0, 12)}, {}, InvalidCalibration, "'fashion' are empty"),
     "NaN data": (good(), data() | {"fashion": torch.full((3, 12), float("nan"))}, {}, InvalidCalibration, "'fashion'"),
     "integers": (good(), data() | {"digits": torch.ones(3, 12).int()}, {}, InvalidCalibration, r"'digits'.*int32"),
-    "wrong shape": (good(), data() | {"digits": torch.randn(3, 11)}, {}, InvalidCalibration, r"\[2, 11\]"),
+    "wrong shape": (good(), data() | {"digits": torch.randn(3, 11)}, {}, InvalidCalibration, r"'digits'.*\[3, 11\]"),
     "other dtype": (good(), data() | {"digits": torch.randn(3, 12).double()}, {}, InvalidCalibration, r"float64"),
     "missing data": (good(), {"digits": torch.randn(3, 12)}, {}, InvalidConfig, r"\['digits'\].*'fashion'"),
     "surplus data": (good(), data() | {"cats": torch.randn(3, 12)}, {}, InvalidConfig, r"calibration .*'cats'"),
-    "one network": ({"a": mlp((9,), 3)}, {"a": torch.randn(3, 12)}, {}, IncompatibleNetworks, r"two networks, not 1"),
-    "no network": ({}, {}, {}, IncompatibleNetworks, r"two networks, not 0"),
+    "one network": (
+        {"a": mlp((9,), 3)},
+        {"a": torch.randn(3, 12)},
+        {},
+        IncompatibleNetworks,
+        r"or more networks, not 1",
+    ),
+    "no network": ({}, {}, {}, IncompatibleNetworks, r"or more networks, not 0"),
     "unsupported": (
-        good() | {"fashion": nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3))},
+        good() | {"fashion": nn.Sequential(nn.Linear(12, 3), Cumulative())},
         data(),
         {},
         UnsupportedModule,
-        r"'1' \(BatchNorm1d\)",
+        r"'fashion': '1': operator cumsum.*keep_separate",
     ),
     "other topology": (
         good() | {"fashion": mlp((9,), 3)},
         data(),
         {},
         IncompatibleNetworks,
-        r"digits has .* where fashion has ended",
-    ),
-    "other inputs": (
-        good() | {"fashion": mlp((9, 7), 3, inputs=8)},
-        data() | {"fashion": torch.randn(9, 8)},
-        {},
-        IncompatibleNetworks,
-        r"digits \[12\], fashion \[8\]",
+        r"digits has .* where fashion has nothing more",
     ),
     "other precision": (
         good() | {"fashion": mlp((9, 7), 3).double()},
