@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mtz_core.activations import layer_rows, sample_positions
 from mtz_core.graph import Network, Node
-from mtz_core.linalg import DenseHessian, Elimination, Hessian, weighted_sum
-from mtz_core.matching import relative_balance
+from mtz_core.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
+from mtz_core.matching import energy, relative_balance
 from mtz_core.moments import Moments
 from mtz_core.operations import operation_of
 from mtz_core.settings import ZipConfig
@@ -119,9 +119,8 @@ class Part:
         """``E‖y‖²`` of the outputs."""
         assert self.hessian is not None
         if self.groups == 1:
-            return float((self.matrix.T * self.hessian.product(self.matrix.T)).sum())
-        stacked = self._stacked(self.matrix).mT
-        return float((stacked * self.hessian.product(stacked)).sum())
+            return energy(self.matrix, self.hessian)
+        return float(self.hessian.energies(self._stacked(self.matrix).mT).sum())
 
     def refit(self, clip: Clip | None) -> None:
         """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
@@ -145,7 +144,8 @@ class Part:
         gradient.sub_((self.matrix - prior).mul_(self.damping))
         del present, prior
         if self.groups == 1:
-            self.matrix += self.hessian.solve(gradient.T).T
+            for part in chunks(*gradient.shape):
+                self.matrix[part] += self.hessian.solve(gradient[part].T).T
         else:
             self.matrix += self.hessian.solve(self._stacked(gradient).mT).mT.flatten(0, 1)
         self.changed = True
@@ -261,12 +261,13 @@ class _Sharing:
 
     def apply(self) -> float:
         """Give the rows their common weights; returns the cost."""
-        if self.total is None:
-            return 0.0
-        rows = {task: torch.from_numpy(self.run.places[task]) for task in self.parts}
+        return sum(self._apply(part) for part in chunks(self.run.size, self.size)) if self.size else 0.0
+
+    def _apply(self, some: slice) -> float:
+        assert self.total is not None
+        rows = {task: torch.from_numpy(self.run.places[task][some]) for task in self.parts}
         weights = {task: part.matrix[rows[task]][:, self.shared[task]] for task, part in self.parts.items()}
-        count = self.run.size
-        mean = torch.zeros(count, self.size, dtype=torch.float64)
+        mean = torch.zeros(some.stop - some.start, self.size, dtype=torch.float64)
         owners = torch.zeros(self.size, dtype=torch.float64)
         for task, own in weights.items():
             mean.index_add_(1, self.places[task], own)
@@ -277,14 +278,12 @@ class _Sharing:
             distance = torch.zeros_like(mean)
             distance[:, self.places[task]] = own - mean[:, self.places[task]]
             pull += alpha * self.curvatures[task].product(distance.T).T
-            del distance
-        merged = mean.add_(self.total.solve(pull.T).T)
-        del pull
+        merged = mean + self.total.solve(pull.T).T
         cost = 0.0
         for (task, own), alpha in zip(weights.items(), self.balance, strict=True):
             part = self.parts[task]
             change = (merged[:, self.places[task]] - own).T
-            cost += 0.5 * alpha * float((change * self.left[task].curvature.product(change)).sum())
+            cost += 0.5 * alpha * float(self.left[task].curvature.energies(change).sum())
             part.matrix[rows[task][:, None], self.shared[task]] = merged[:, self.places[task]]
             if not part.paper and len(self.own[task]):
                 part.matrix[rows[task][:, None], self.own[task]] += self.left[task].answer(change).T
@@ -295,9 +294,6 @@ class _Sharing:
 class _GroupedSharing:
     """The same for a convolution in groups: every row has a Hessian of its own group, and no input is own."""
 
-    CHUNK = 2**22
-    """Values of Hessians that are held at once."""
-
     def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
         self.parts, self.run = parts, run
         self.balance = [balance[task] for task in run.owners]
@@ -305,11 +301,10 @@ class _GroupedSharing:
     def apply(self) -> float:
         """Give the rows their common weights; returns the cost."""
         inputs = next(iter(self.parts.values())).matrix.shape[1]
-        step = max(1, self.CHUNK // inputs**2)
-        return sum(self._apply(start, start + step) for start in range(0, self.run.size, step))
+        return sum(self._apply(part) for part in chunks(self.run.size, inputs**2))
 
-    def _apply(self, start: int, end: int) -> float:
-        rows = {task: torch.from_numpy(self.run.places[task][start:end]) for task in self.parts}
+    def _apply(self, some: slice) -> float:
+        rows = {task: torch.from_numpy(self.run.places[task][some]) for task in self.parts}
         hessians = []
         for task, part in self.parts.items():
             assert isinstance(part.hessian, DenseHessian)
@@ -324,7 +319,7 @@ class _GroupedSharing:
         cost = 0.0
         for (task, part), alpha, hessian, weights in zip(self.parts.items(), self.balance, hessians, own, strict=True):
             change = (merged - weights)[..., None]
-            cost += 0.5 * alpha * float((change.mT @ hessian @ change).sum())
+            cost += 0.5 * alpha * float(DenseHessian(hessian).energies(change).sum())
             part.matrix[rows[task]] = merged
             part.changed = True
         return cost

@@ -291,4 +291,4 @@ class _Adoption:
             assert isinstance(part.hessian, DenseHessian)
             hessians = part.hessian.matrix[self.rows // (len(part.matrix) // part.groups)]
             return 0.5 * float(torch.einsum("in,nij,jn->", change, hessians, change))
-        return 0.5 * float((change * self.curvature.product(change)).sum())
+        return 0.5 * float(self.curvature.energies(change).sum())

@@ -248,7 +248,8 @@ def _spread(x: Tensor, stride: list[int]) -> Tensor:
     """The input with ``stride − 1`` zeros between neighbours."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    between: Any = (..., *(slice(None, None, s) for s in stride))
+    spread[between] = x
     return spread
 
 

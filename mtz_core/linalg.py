@@ -11,7 +11,7 @@ Nothing here hides a numerical failure: a factorisation that fails raises `Singu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +67,10 @@ class DenseHessian:
         """``A v``."""
         return self.matrix @ vectors
 
+    def energies(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
+        """``vᵀ A v`` of every column."""
+        return (vectors * self.product(vectors)).sum(dim=-2)
+
     def solve(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """``A⁻¹ v``. Raises `SingularHessian`."""
         return torch.cholesky_solve(vectors, self._factor)
@@ -114,6 +118,10 @@ class RowsHessian:
         """``A v``."""
         return self.rows.T @ (self.rows @ vectors) + self.damping * vectors
 
+    def energies(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
+        """``vᵀ A v = ‖X v‖² + λ ‖v‖²`` of every column."""
+        return (self.rows @ vectors).square().sum(dim=0) + self.damping * vectors.square().sum(dim=0)
+
     def solve(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """``A⁻¹ v = (v − Xᵀ (X Xᵀ + λ I)⁻¹ X v) / λ``. Raises `SingularHessian`."""
         inner = torch.cholesky_solve(self.rows @ vectors, self._factor)
@@ -144,6 +152,16 @@ class RowsHessian:
 
 
 Hessian = DenseHessian | RowsHessian
+
+
+CHUNK = 2**24
+"""Values of weights that are held in float64 at once, where a layer's can be taken neuron by neuron."""
+
+
+def chunks(count: int, values: int) -> Iterator[slice]:
+    """Slices of `count` things of this many values each, as many at a time as `CHUNK` allows."""
+    step = max(1, CHUNK // max(values, 1))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def weighted_sum(hessians: Sequence[Hessian], weights: Sequence[float]) -> Hessian:

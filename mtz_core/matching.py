@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.graph import LayerGraph, Network, NeuronGroup, Node, first_difference
-from mtz_core.linalg import DenseHessian, Hessian, weighted_sum
+from mtz_core.linalg import DenseHessian, Hessian, chunks, weighted_sum
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import NOT_A_MEMBER, arrange, can_share, positions_of
@@ -88,17 +88,31 @@ def functional_difference(
 ) -> Float[Tensor, "a/slots b/slots"]:
     """``d(i, j)`` for all pairs at once, each neuron having `slots` consecutive rows. Raises `SingularHessian`."""
     (rows_a, rows_b), (m_a, m_b), (alpha_a, alpha_b) = weights, curvatures, balance
-    if rows_a.shape[1] == 0:
-        return rows_a.new_zeros(len(rows_a) // slots, len(rows_b) // slots)
-    centre = torch.cat([rows_a, rows_b]).mean(dim=0)  # only differences count: less cancellation near the centre
-    rows = torch.cat([rows_a - centre, rows_b - centre])
+    a, b, inputs = len(rows_a) // slots, len(rows_b) // slots, rows_a.shape[1]
+    distance = torch.zeros(a, b, dtype=torch.float64)
+    if inputs == 0:
+        return distance
     total = weighted_sum([m_a, m_b], [alpha_a, alpha_b])
-    image = alpha_a * alpha_b * m_a.product(total.solve(m_b.product(rows.T))).T  # P sᵀ, P = αβ M_A (αM_A+βM_B)⁻¹ M_B
-    rows, image = rows.reshape(len(rows) // slots, -1), image.reshape(len(image) // slots, -1)
-    norms = (rows * image).sum(dim=1)
-    a = len(rows_a) // slots
-    inner = rows[:a] @ image[a:].T
-    return (0.5 * (norms[:a, None] + norms[None, a:]) - inner).clamp_(min=0)
+    # Only differences count: there is less cancellation near the centre.
+    centre = (rows_a.sum(dim=0, dtype=torch.float64) + rows_b.sum(dim=0, dtype=torch.float64)) / (slots * (a + b))
+
+    def centred(rows: Tensor, part: slice) -> Float[Tensor, "n s"]:
+        return rows[part.start * slots : part.stop * slots].to(torch.float64) - centre
+
+    def image(rows: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:  # P s, P = αβ M_A (αM_A + βM_B)⁻¹ M_B
+        return alpha_a * alpha_b * m_a.product(total.solve(m_b.product(rows.T))).T
+
+    for part in chunks(a, slots * inputs):
+        rows = centred(rows_a, part)
+        distance[part] += 0.5 * (rows * image(rows)).sum(dim=1).reshape(-1, slots).sum(dim=1)[:, None]
+    for part in chunks(b, slots * inputs):
+        rows = centred(rows_b, part)
+        images = image(rows)
+        distance[:, part] += 0.5 * (rows * images).sum(dim=1).reshape(-1, slots).sum(dim=1)
+        images = images.reshape(-1, slots * inputs)
+        for other in chunks(a, slots * inputs):
+            distance[other, part] -= centred(rows_a, other).reshape(-1, slots * inputs) @ images.T
+    return distance.clamp_(min=0)
 
 
 def relative_balance(balance: Sequence[float], energies: Sequence[float]) -> list[float]:
@@ -112,7 +126,8 @@ def relative_balance(balance: Sequence[float], energies: Sequence[float]) -> lis
 
 def energy(matrix: Float[Tensor, "out in"], hessian: Hessian) -> float:
     """``E‖y‖²`` of outputs ``y = W x``."""
-    return float((matrix.T * hessian.product(matrix.T)).sum())
+    parts = chunks(*matrix.shape)
+    return sum(float(hessian.energies(matrix[part].to(torch.float64).T).sum()) for part in parts)
 
 
 def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:
@@ -281,7 +296,7 @@ class Matcher:
         balance = self.config.balance_of(self.tasks)
         if self.refit:
             if node.name not in self._energies:
-                matrices = [network.matrix(node).to(torch.float64) for network in self.networks.values()]
+                matrices = (network.matrix(node) for network in self.networks.values())
                 self._energies[node.name] = list(map(energy, matrices, hessians.values()))
             balance = relative_balance(balance, self._energies[node.name])
         sides = []
@@ -293,7 +308,7 @@ class Matcher:
             own = np.setdiff1d(np.arange(hessian.size), shared)
             index = torch.from_numpy(shared)
             positions = torch.from_numpy(positions_of(network.graph.rows[node.name], name))
-            rows = network.matrix(node)[positions.flatten()][:, index].to(torch.float64)
+            rows = network.matrix(node)[positions.flatten()][:, index]
             curvature = hessian.select(index)
             if self.refit and len(own):
                 curvature = hessian.eliminate(index, torch.from_numpy(own)).curvature
@@ -308,26 +323,36 @@ def _average(hessian: Hessian) -> Hessian:
     return hessian
 
 
-def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]]) -> tuple[Float[Tensor, "n s"], Hessian]:
-    """Shared weights ``(Σ α M)⁻¹ Σ α M s``, and ``Σ α M``."""
-    total = weighted_sum([side.curvature for side in sides], [side.balance for side in sides])
+def _tuple_rows(side: _Side, neurons: Int64[np.ndarray, " k"]) -> Float[Tensor, "k*slots s"]:
+    return side.rows[torch.from_numpy(neurons)].flatten(0, 1).to(torch.float64)
+
+
+def _total(sides: Sequence[_Side]) -> Hessian:
+    """``Σ α M``."""
+    return weighted_sum([side.curvature for side in sides], [side.balance for side in sides])
+
+
+def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]], total: Hessian) -> Float[Tensor, "n s"]:
+    """Shared weights ``(Σ α M)⁻¹ Σ α M s``."""
     mean = torch.stack(list(rows)).mean(dim=0)  # solving for the distance from the mean keeps equal neurons equal
     pull = [s.balance * s.curvature.product((r - mean).T) for s, r in zip(sides, rows, strict=True)]
-    return mean + total.solve(torch.stack(pull).sum(dim=0)).T, total
+    return mean + total.solve(torch.stack(pull).sum(dim=0)).T
 
 
 def _tuple_costs(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"]) -> Float[np.ndarray, " k"]:
     """The predicted cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``."""
     costs = torch.zeros(len(tuples), dtype=torch.float64)
     for sides in layers:
-        if not len(tuples) or not sides[0].rows.shape[-1]:
+        _, slots, inputs = sides[0].rows.shape
+        if not inputs:
             continue
-        rows = [side.rows[torch.from_numpy(tuples[:, t])].flatten(0, 1) for t, side in enumerate(sides)]
-        centre, _ = _centre(sides, rows)
-        for side, own in zip(sides, rows, strict=True):
-            change = (centre - own).T
-            losses = 0.5 * side.balance * (change * side.curvature.product(change)).sum(dim=0)
-            costs += losses.reshape(len(tuples), -1).sum(dim=1)
+        total = _total(sides)
+        for part in chunks(len(tuples), slots * inputs):
+            rows = [_tuple_rows(side, tuples[part, t]) for t, side in enumerate(sides)]
+            centre = _centre(sides, rows, total)
+            for side, own in zip(sides, rows, strict=True):
+                losses = 0.5 * side.balance * side.curvature.energies((centre - own).T)
+                costs[part] += losses.reshape(-1, slots).sum(dim=1)
     return costs.numpy()
 
 
@@ -406,9 +431,9 @@ def _pair_costs(
         if tuples is None:
             rows, curvature, balance = others[0].rows.flatten(0, 1), others[0].curvature, others[0].balance
         else:
-            picked = [o.rows[torch.from_numpy(tuples[:, t])].flatten(0, 1) for t, o in zip(tasks, others, strict=True)]
-            rows, curvature = _centre(others, picked) if one.rows.shape[-1] else (picked[0], others[0].curvature)
-            balance = 1.0
+            picked = [_tuple_rows(side, tuples[:, t]) for t, side in zip(tasks, others, strict=True)]
+            curvature, balance = _total(others), 1.0
+            rows = _centre(others, picked, curvature) if one.rows.shape[-1] else picked[0]
         cost = functional_difference(
             (rows, one.rows.flatten(0, 1)), (curvature, one.curvature), (balance, one.balance), one.rows.shape[1]
         )

@@ -71,7 +71,11 @@ def build_module(network: Network) -> fx.GraphModule:
         else:
             drawn[node.name] = drawing.call_function(operator(node.kind), (), arguments)
     drawing.output(drawn[network.graph.output])
-    return fx.GraphModule(root, drawing)
+    plain = fx.GraphModule(root, drawing)
+    for name, _ in root.named_buffers():
+        if name.startswith("constant_"):
+            plain._non_persistent_buffers_set.add(name)  # they are part of the forward pass, not of a state to load
+    return plain
 
 
 def _counts(node: Node) -> bool:

@@ -43,6 +43,7 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
         raise InvalidCalibration(
             f"an example of shape {list(example.shape[1:])} has no features for a network to read."
         )
+    _check_names(module)
     _check_paths(module, keep_separate)
     _check_weights(module)
     examples = torch.cat([example[:1]] * max(SIZES))
@@ -102,6 +103,15 @@ def _export(module: nn.Module, examples: Tensor) -> torch.export.ExportedProgram
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _check_names(module: nn.Module) -> None:
+    for name, _ in (*module.named_parameters(), *module.named_buffers()):
+        for part in name.split("."):
+            if hasattr(fx.GraphModule, part):
+                raise UnsupportedModule(
+                    f"{name!r}: {part!r} is a name that torch modules use themselves. Rename that part of the network."
+                )
 
 
 def _check_paths(module: nn.Module, keep_separate: Sequence[str]) -> None:
