@@ -52,7 +52,7 @@ Rule = Callable[[Ties, Node, Arguments, Tensor], "Int64[Tensor, '...'] | Sequenc
 class Operation:
     """An operator: its rule, and below which `floor` all its inputs give the same output (0 for a ReLU).
 
-    One that `keeps` its only operand's channels acts on each of them alone and in its place.
+    One that `keeps` channels acts on each of them alone and in its place.
     """
 
     rule: Rule

@@ -23,6 +23,12 @@ class Order:
     axis: int = 1
     index: Tensor | None = None
 
+    def same(self, other: Order) -> bool:
+        """Whether two values are ordered alike."""
+        if self.index is None or other.index is None:
+            return self.index is other.index
+        return self.axis == other.axis and torch.equal(self.index, other.index)
+
     def apply(self, value: Tensor) -> Tensor:
         """The task's own value."""
         return value if self.index is None else value.index_select(self.axis, self.index.to(value.device))
@@ -99,11 +105,11 @@ def _order(
     if all(order.index is None for order in given):
         return Order()
     operation = operation_of(node.kind)
-    if len(given) != 1 or operation is None:
+    if operation is None:
         return None
-    if operation.keeps:
+    if operation.keeps and all(order.same(given[0]) for order in given):
         return given[0]
-    return _moved(node, given[0], shape) if operation.rule is movement else None
+    return _moved(node, given[0], shape) if operation.rule is movement and len(given) == 1 else None
 
 
 def _moved(node: Node, order: Order, shape: tuple[int, ...]) -> Order | None:

@@ -81,7 +81,7 @@ def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: P
             rows = torch.from_numpy(_order(analysis.rows[node.name], permutations))
             columns = torch.from_numpy(_order(analysis.columns[node.name], permutations))
             weight = network.state[node.weight]
-            matrix = node.layer.matrix(weight)[rows][:, columns]
+            matrix = node.layer.matrix(weight)[rows[:, None], columns]
             state[node.weight] = node.layer.from_matrix(matrix, tuple(weight.shape))
         values[node.name] = run_node(node, values, state, len(examples))
         forget(graph, values, node)

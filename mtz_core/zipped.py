@@ -15,7 +15,7 @@ from mtz_core import format
 from mtz_core.errors import InvalidConfig, InvalidZippedFile
 from mtz_core.graph import INPUT, Network, Node, forget, run, run_node
 from mtz_core.plain import build_module
-from mtz_core.prefix import Order, common_prefix
+from mtz_core.prefix import Order, Prefix, common_prefix
 from mtz_core.structure import Arrangement, ZippedStructure, ZipReport, bias_name, block_name, cut, own_name
 
 
@@ -36,6 +36,7 @@ class ZippedNetwork(nn.Module):
         for name, tensor in tensors.items():
             if name not in learning:
                 self.register_buffer(_attribute(name), tensor)
+        self._prefix: Prefix | None = None
         self._orders: dict[tuple[str, str], tuple[Tensor | None, Tensor | None]] = {}
 
     @property
@@ -87,7 +88,9 @@ class ZippedNetwork(nn.Module):
         if len({(network.input_shape, network.input_dtype) for network in networks.values()}) != 1:
             raise InvalidConfig("the tasks read different inputs. Call the network once per task.")
         first = self.tasks[0]
-        prefix = common_prefix(self.structure)
+        if self._prefix is None:
+            self._prefix = common_prefix(self.structure)
+        prefix = self._prefix
         shared: dict[str, Any] = {INPUT: x}
         state = self.state_of(first)
         for node in networks[first].graph.nodes:

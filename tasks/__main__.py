@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(stage: str, model: str | None) -> None:
     import torch
 
+    from tasks.factories import find_factory
     from tasks.params import InvalidParams, load_params
     from tasks.workspace import Workspace
 
@@ -60,6 +61,9 @@ def _run(stage: str, model: str | None) -> None:
         raise InvalidParams(f"there is no model {model!r}; models: {', '.join(params.models)}.")
     torch.set_num_threads(params.runtime.threads)
     torch.use_deterministic_algorithms(True)
+    if stage in GROUP_STAGES:
+        for name in params.models:
+            find_factory(params, name)
     module = importlib.import_module(f"tasks.{stage}")
     module.run(params, workspace, *([model] if model is not None else []))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from torch import nn
 
@@ -14,15 +15,22 @@ class InvalidFactory(MtzError):
     """A network's factory cannot be imported, or does not return a network."""
 
 
+def find_factory(params: Params, model: str) -> Callable[..., object]:
+    """The factory of a model's network; importing it may teach zipping operators. Raises `InvalidFactory`."""
+    name = params.models[model].network
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory: Callable[..., object] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidFactory(f"models.{model}.network: {name} cannot be imported: {error}.") from error
+    return factory
+
+
 def build_network(params: Params, model: str) -> nn.Module:
     """The untrained network of a model. Raises `InvalidFactory`."""
     settings = params.models[model]
     where = f"models.{model}.network"
-    module_name, _, attribute = settings.network.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InvalidFactory(f"{where}: {settings.network} cannot be imported: {error}.") from error
+    factory = find_factory(params, model)
     try:
         network = factory(**settings.arguments)
     except Exception as error:  # a user's factory may raise anything

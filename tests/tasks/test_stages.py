@@ -201,7 +201,7 @@ def test_empty_calibration_data(project: Path, capsys: pytest.CaptureFixture[str
 def test_calibration_data_of_the_wrong_shape(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(Path("data/a/train.parquet"), np.zeros((3, 20, 20), np.uint8), np.zeros(3, np.int64))
     message = refused(capsys, "collect", "a")
-    assert "models.a: Sequential does not accept an input of shape [2, 1, 20, 20]" in message
+    assert "models.a: Sequential does not accept an input of shape [3, 1, 20, 20]" in message
 
 
 def test_labels_that_are_no_classes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,3 +300,67 @@ def test_a_service_out_of_reach_may_be_tried_again(project: Path, capsys: pytest
     message = capsys.readouterr().err
     assert message.startswith("error: S3 bucket 'mtz' at http://127.0.0.1:9") and "Traceback" not in message
     assert not Path("registration.json").exists()
+
+
+NETWORKS = '''
+import torch
+from torch import nn
+from mtz_core import register_operation
+from mtz_core.operations import Operation, pointwise
+
+register_operation("erfinv", Operation(pointwise))
+
+
+class Block(nn.Module):
+    def __init__(self, width, middle):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, middle, 3, padding=1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(),
+            nn.Conv2d(middle, middle, 3, padding=1, groups=middle), nn.Conv2d(middle, width, 1),
+        )
+
+    def forward(self, x):
+        return x + torch.erfinv(0.5 * torch.tanh(self.branch(x)))
+
+
+def residual(width, classes):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, stride=2), Block(width, 2 * width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(width, classes),
+    )
+'''
+
+
+def test_three_residual_networks_of_different_widths(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Depthwise convolutions, normalisation, a registered operator, other classes: through all stages but the last."""
+    (project / "own_networks.py").write_text(NETWORKS)
+    monkeypatch.syspath_prepend(str(project))
+    build = __import__("own_networks").residual
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    shutil.copytree(project / "data/b", project / "data/c")
+    params["models"] = {}
+    for number, (name, width) in enumerate({"c": 6, "a": 4, "b": 4}.items()):
+        torch.manual_seed(number)
+        save_file(build(width, 10 + number).state_dict(), project / f"networks/{name}.safetensors")
+        params["models"][name] = {
+            "network": "own_networks:residual",
+            "arguments": {"width": width, "classes": 10 + number},
+            "weights": f"networks/{name}.safetensors",
+            "data": f"data/{name}",
+        }
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for stage in (*STAGES[:2], ("collect", "c"), *STAGES[2:4], ("hessians", "c"), *STAGES[4:]):
+        assert main(list(stage)) == 0, capsys.readouterr().err
+    zipped = mtz_core.load(project / "retrained")
+    assert zipped.tasks == ("a", "b", "c")
+    images = torch.rand(5, 1, 28, 28)
+    assert [zipped(images, task=task).shape[1] for task in zipped.tasks] == [11, 12, 10]
+    assert zipped.report.stored_fraction < 0.7
+    metrics = json.loads((project / "metrics.json").read_text())
+    assert set(metrics["tasks"]) == {"a", "b", "c"}
+    assert metrics["stored"]["bytes"] < metrics["stored"]["original_bytes"]
+    descent = json.loads((project / "pairing/pairing.json").read_text())["descent"]
+    totals = [step["total_cost"] for step in descent]
+    assert totals == sorted(totals, reverse=True)
