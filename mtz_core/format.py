@@ -177,7 +177,9 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         members[name] = table
     report = manifest["report"]
     layers = tuple(LayerReport(**layer) for layer in report["layers"])
-    return ZippedStructure(tasks, networks, members, ZipReport(**{**report, "layers": layers}))
+    return ZippedStructure(
+        tasks, networks, members, ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
+    )
 
 
 def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:

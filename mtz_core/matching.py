@@ -13,6 +13,7 @@ formula with the shared weights of the others for A and the sum of their Hessian
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,8 +69,8 @@ class GroupMatch:
     """The pairing of one neuron group and its predicted cost, the total functional difference of its shared neurons.
 
     `curve[k - 1]` is what the cheapest k would cost if as many as possible were matched: a picture of what sharing less
-    or more means. `total` is the predicted cost of all groups once this pairing was taken, in `sweep` of the descent;
-    it is NaN in the first pass (sweep 0) as long as groups are missing.
+    or more means. `total` is the predicted cost of all groups once this pairing was taken, in `sweep` of the descent
+    (0: before it); NaN where there is no descent, or groups are missing yet.
     """
 
     group: str
@@ -77,7 +78,7 @@ class GroupMatch:
     cost: float
     curve: tuple[float, ...]
     sweep: int = 0
-    total: float = float("nan")
+    total: float = math.nan
 
 
 def functional_difference(
@@ -467,6 +468,11 @@ def _settle(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"], config: ZipCo
     return tuples
 
 
+def descent(matches: Iterable[GroupMatch]) -> tuple[float, ...]:
+    """The predicted cost of all groups before coordinate descent, and after every pairing that it took."""
+    return tuple(match.total for match in matches if not math.isnan(match.total))
+
+
 def match(
     networks: Mapping[str, Network],
     moments: Mapping[str, Mapping[str, Moments]],
@@ -482,16 +488,15 @@ def match(
     matcher = Matcher(dict(sorted(networks.items())), moments, config)
     pairings: dict[str, Pairing] = {}
     coupled = False
-    spent = 0.0
     for name in matcher.groups:
         coupled = coupled or not all(matcher.reads(node) <= pairings.keys() for node in matcher.writers[name])
         found = matcher.match(name, pairings)
         pairings[name] = found.pairing
-        spent += found.cost
-        yield found if coupled else replace(found, total=spent)
+        yield found
     if not coupled or config.method == "paper":
         return
     costs = {name: matcher.cost(name, pairings) for name in matcher.groups}
+    yield replace(found, cost=costs[name], total=sum(costs.values()))
     for sweep in range(1, config.descents + 1):
         fell = False
         for name in matcher.groups:
@@ -504,8 +509,3 @@ def match(
                 yield replace(found, cost=changed[name], sweep=sweep, total=sum(costs.values()))
         if not fell:
             break
-
-
-def identity_pairing(tasks: tuple[str, ...], width: int) -> Pairing:
-    """Every neuron shared with its namesake."""
-    return Pairing(tasks, np.repeat(np.arange(width)[:, None], len(tasks), axis=1))

@@ -67,7 +67,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ZipReport:
-    """Per layer what was shared, and sizes: parameters, and bytes of all that is stored (statistics, too)."""
+    """Per layer what was shared, and sizes: parameters, and bytes of all that is stored (statistics, too).
+
+    `descent` is the predicted cost of sharing before and after every step of the coordinate descent over neuron groups;
+    empty where no pairing depends on a later one.
+    """
 
     method: str
     layers: tuple[LayerReport, ...]
@@ -75,6 +79,7 @@ class ZipReport:
     original_parameters: int
     stored_bytes: int
     original_bytes: int
+    descent: tuple[float, ...] = ()
 
     @property
     def stored_fraction(self) -> float:
@@ -269,6 +274,7 @@ class ZippedStructure:
             original_parameters=sum(network.parameters for network in self.networks.values()),
             stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             original_bytes=sum(network.bytes for network in self.networks.values()),
+            descent=self.report.descent,
         )
         return replace(self, report=report)
 

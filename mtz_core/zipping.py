@@ -14,7 +14,7 @@ and the Hessians, the expensive part, stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from mtz_core.activations import as_batches, original_moments
 from mtz_core.errors import InvalidConfig, MtzError
 from mtz_core.fitting import Part, fit, following_clip
 from mtz_core.graph import INPUT, Network, Node, forget, run_node
-from mtz_core.matching import Pairing, check_compatible, match, shared_counts, why_separate
+from mtz_core.matching import Pairing, check_compatible, descent, match, shared_counts, why_separate
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import (
     TASK_NAME,
@@ -61,9 +61,10 @@ def zip_networks(
     check_compatible(traced)
     shared_counts(traced, config)
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    pairings = {found.group: found.pairing for found in match(traced, moments, config)}
+    matches = list(match(traced, moments, config))
     del moments
-    return finish(merge(traced, pairings, batches, config))
+    pairings = {found.group: found.pairing for found in matches}
+    return finish(merge(traced, pairings, batches, config, descent(matches)))
 
 
 def check_task_name(task: object) -> None:
@@ -141,11 +142,12 @@ def merge(
     pairings: Mapping[str, Pairing],
     batches: Mapping[str, list[Tensor]],
     config: ZipConfig,
+    costs: Sequence[float] = (),
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks, yielding a report as each layer is done and the zipped network at the end.
 
-    `pairings` has an entry for every hidden group. Memory beyond weights: the calibration data at the width of the
-    live values, twice, and the moments of the current layer.
+    `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. Memory beyond
+    weights: the calibration data at the width of the live values, twice, and the moments of the current layer.
     """
     networks = dict(sorted(networks.items()))
     check_compatible(networks)
@@ -153,7 +155,7 @@ def merge(
         tasks=tuple(networks),
         networks={task: TaskStructure.of(network) for task, network in networks.items()},
         members={name: pairing.members for name, pairing in pairings.items()},
-        report=ZipReport(config.method, (), 0, 0, 0, 0),
+        report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
     )
     streams = {task: Stream(network, batches[task]) for task, network in networks.items()}
     tensors: dict[str, Tensor] = {}

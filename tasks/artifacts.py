@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtz_core.matching import GroupMatch, Pairing
+from mtz_core.matching import GroupMatch, Pairing, descent
 from mtz_core.moments import Moments
 from tasks.files import InvalidArtifact, read_json, whole_file, write_json, write_table
 from tasks.workspace import Workspace
@@ -136,24 +136,21 @@ def write_matches(workspace: Workspace, tasks: Sequence[str], matches: Sequence[
                 }
                 for name, match in last.items()
             },
-            "descent": [
-                {"sweep": match.sweep, "group": match.group, "total_cost": match.total}
-                for match in matches
-                if match.sweep
-            ],
+            "descent": list(descent(matches)),
         },
     )
     rows = ((name, count, cost) for name, match in last.items() for count, cost in enumerate((0.0, *match.curve)))
     write_table(workspace.curves, ("layer", "shared", "cost"), rows)
 
 
-def read_pairings(workspace: Workspace) -> dict[str, Pairing]:
-    """The pairing of every neuron group, as `write_matches` wrote it. Raises `InvalidArtifact`."""
+def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float]]:
+    """The pairing of every neuron group and how the total cost fell, from `write_matches`. Raises `InvalidArtifact`."""
     content = read_json(workspace.pairing)
     try:
-        return {
+        pairings = {
             name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
             for name, group in content["groups"].items()
         }
+        return pairings, [float(cost) for cost in content["descent"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArtifact(f"{workspace.pairing} does not hold a pairing: {error!r}. Run match again.") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mtz_core import matching
 from tasks.artifacts import read_moments, write_matches
 from tasks.models import load_traced
@@ -18,7 +20,7 @@ def run(params: Params, workspace: Workspace) -> None:
     matches = []
     for match in matching.match(networks, moments, params.zip_config()):
         widths = " and ".join(str(network.graph.widths[match.group]) for network in networks.values())
-        again = f", sweep {match.sweep}: all groups cost {match.total:.4g}" if match.sweep else ""
+        again = "" if math.isnan(match.total) else f"; all groups {match.total:.4g} (round {match.sweep})"
         say(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
         matches.append(match)
     write_matches(workspace, list(networks), matches)

@@ -20,7 +20,8 @@ def run(params: Params, workspace: Workspace) -> None:
     networks = {model: load_traced(params, workspace, model) for model in params.models}
     batches = {model: as_batches(calibration(params, workspace, model), model) for model in params.models}
     started = time.perf_counter()
-    for step in zipping.merge(networks, read_pairings(workspace), batches, params.zip_config()):
+    pairings, descent = read_pairings(workspace)
+    for step in zipping.merge(networks, pairings, batches, params.zip_config(), descent):
         if isinstance(step, ZippedNetwork):
             zipped = step
             break
