@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import pytest
@@ -253,10 +254,23 @@ TABLE: dict[str, tuple[nn.Module, tuple[int, ...], Sequence[Group]]] = {
 }
 
 
+@cache
+def traced(name: str) -> Network:
+    """A network of the table, its constants all different."""
+    module, shape, _ = TABLE[name]
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            torch.nn.init.normal_(part.weight)
+            torch.nn.init.normal_(part.bias)
+            assert part.running_mean is not None
+            torch.nn.init.normal_(part.running_mean)
+    return trace(module, torch.randn(2, *shape))
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_groups_of_a_network(name: str) -> None:
-    module, shape, expected = TABLE[name]
-    graph = trace(module, torch.randn(2, *shape)).graph
+    expected = TABLE[name][2]
+    graph = traced(name).graph
     found = [
         (
             group.name if group.hidden else f"({group.name})",
@@ -303,8 +317,7 @@ def test_groups_of_a_chain(case: Case) -> None:
 
 
 def test_axes_of_groups_side_by_side() -> None:
-    network = trace(TABLE["grouped"][0], torch.randn(2, 2, 6, 6))
-    graph = network.graph
+    graph = traced("grouped").graph
     assert graph.rows["0"].neuron.tolist() == [0, 0, 0, 1, 1, 1]
     assert graph.rows["2"].neuron.tolist() == [0, 0, 1, 1]
     assert graph.columns["2"].groups == (KERNEL,)
@@ -312,7 +325,7 @@ def test_axes_of_groups_side_by_side() -> None:
 
 
 def test_what_belongs_to_no_neuron_is_fixed() -> None:
-    graph = trace(TABLE["shortcut padded with zeros"][0], torch.randn(2, 2, 6, 6)).graph
+    graph = traced("shortcut padded with zeros").graph
     first = graph.rows["first"]
     assert [first.groups[group] for group in first.group] == ["first", *["stem"] * 4, *["first"] * 2]
     module = nn.Sequential(nn.Linear(4, 5), nn.ConstantPad1d((2, 0), 1.0), nn.Linear(7, 3))
@@ -366,15 +379,8 @@ def within(classes: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_neurons_of_a_group_can_be_permuted(name: str) -> None:
-    module, shape, _ = TABLE[name]
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            torch.nn.init.normal_(part.weight)
-            torch.nn.init.normal_(part.bias)
-            assert part.running_mean is not None
-            torch.nn.init.normal_(part.running_mean)
-    x = torch.randn(4, *shape)
-    network = trace(module, x)
+    network = traced(name)
+    x = torch.randn(4, *network.input_shape)
     analysis = analysed(network)
     y = run(network.graph, network.state, x)
     for group in network.graph.hidden_groups:
@@ -385,8 +391,7 @@ def test_neurons_of_a_group_can_be_permuted(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["residual sum", "attention, packed", "grouped", "shortcut padded with zeros"])
 def test_a_graph_analysed_again_is_the_same(name: str) -> None:
-    module, shape, _ = TABLE[name]
-    network = trace(module, torch.randn(2, *shape))
+    network = traced(name)
     again = analysed(network).graph
     assert (again.groups, again.widths) == (network.graph.groups, network.graph.widths)
     for side in ("rows", "columns"):
@@ -403,16 +408,15 @@ def classes_of(module: nn.Module, shape: tuple[int, ...], group: str) -> list[in
 
 
 def test_channels_that_read_inputs_of_their_own_stay_in_their_place() -> None:
-    module, shape, _ = TABLE["grouped on the input"]
-    assert classes_of(module, shape, "0") == [0, 1]
+    assert analysed(traced("grouped on the input")).classes["0"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["residual sum", "attention, packed", "gated", "depthwise", "u-net"])
 def test_hidden_neurons_are_all_alike_where_nothing_tells_them_apart(name: str) -> None:
-    module, shape, groups = TABLE[name]
-    for group, *_, width in groups:
+    classes = analysed(traced(name)).classes
+    for group, *_, width in TABLE[name][2]:
         if not group.startswith("("):
-            assert classes_of(module, shape, group) == [0] * width
+            assert classes[group].tolist() == [0] * width
 
 
 def test_channels_stay_in_their_normalisation_group() -> None:
