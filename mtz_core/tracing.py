@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
 from mtz_core.graph import GETITEM, INPUT, Network, Node, leaves, operator, run_node
 from mtz_core.layers import LAYERS, Convolution
-from mtz_core.neurons import REMEDY, analyse
+from mtz_core.neurons import analyse
 from mtz_core.operations import operation_of
 from mtz_core.selfcheck import check
 
@@ -50,7 +50,7 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
     with evaluation_mode(module), _plain_attention():
         expected = _output(module, examples)
         programs = [_export(module, examples[:size].clone()) for size in SIZES]
-    reader = _Reader(module, programs, keep_separate)
+    reader = _Reader(module, programs)
     nodes, output = reader.nodes()
     nodes = _reachable(nodes, output)
     parameters = frozenset(dict(module.named_parameters()))
@@ -172,12 +172,9 @@ def _plain_attention() -> Iterator[None]:
 class _Reader:
     """Reads two exported programs of one module side by side."""
 
-    def __init__(
-        self, module: nn.Module, programs: Sequence[torch.export.ExportedProgram], keep_separate: Sequence[str]
-    ) -> None:
+    def __init__(self, module: nn.Module, programs: Sequence[torch.export.ExportedProgram]) -> None:
         self.module = module
         self.programs = programs
-        self.keep_separate = keep_separate
         self.names: dict[str, str] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
 
@@ -353,7 +350,13 @@ class _Reader:
         return str(stack[-1][0]) if stack else ""
 
     def _unsupported(self, node: fx.Node, why: str) -> UnsupportedModule:
-        return unsupported(self.module, self._path(node), str(node.target), why)
+        """A refusal that names the module's path, the operator, the reason and the way out."""
+        path = self._path(node)
+        part = dict(self.module.named_modules()).get(path, self.module)
+        return UnsupportedModule(
+            f"{path or 'the network itself'!r} ({type(part).__name__}): operator {node.target} cannot be zipped: "
+            f"{why}. Write this part of the network differently, or leave the network out of the group."
+        )
 
 
 _PLACES = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
@@ -361,15 +364,6 @@ _PLACES = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blo
 
 _KEPT = frozenset({"train", "training", "eps", "momentum", "p"})
 """Arguments that are stored even if they have their default value."""
-
-
-def unsupported(module: nn.Module | None, path: str, kind: str, why: str) -> UnsupportedModule:
-    """A refusal that names the module's path, the operator, the reason and the ways out."""
-    part = module.get_submodule(path) if module is not None and path in dict(module.named_modules()) else module
-    what = f" ({type(part).__name__})" if part is not None else ""
-    return UnsupportedModule(
-        f"{path or 'the network itself'!r}{what}: operator {kind} cannot be zipped: {why}. {REMEDY}"
-    )
 
 
 def _reachable(nodes: list[Node], output: str) -> list[Node]:
