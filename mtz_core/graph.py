@@ -298,5 +298,8 @@ def describe(node: Node) -> str:
     """A node in words: its kind, a layer's name, and how its window moves."""
     name = f" {node.name!r}" if node.kind in LAYERS else ""
     bias = " without bias" if node.is_layer and node.bias is None else ""
-    settings = ", ".join(f"{key}={value}" for key, value in sorted(node.arguments.items()) if key in _SETTINGS)
+    given = {key: value for key, value in sorted(node.arguments.items()) if key in _SETTINGS}
+    if given.get("stride") == given.get("kernel_size"):
+        given.pop("stride", None)  # a pooling's default, which some ways of writing it spell out
+    settings = ", ".join(f"{key}={value}" for key, value in given.items())
     return f"{node.kind}{name}{bias}" + (f" ({settings})" if settings else "")

@@ -18,7 +18,7 @@ from torch import Tensor
 from mtz_core.errors import UnsupportedModule
 from mtz_core.graph import FIXED, GETITEM, INPUT, KERNEL, Axis, LayerGraph, NeuronGroup, Node, operator, resolve
 from mtz_core.labels import THE_INPUT, THE_KERNEL, Ties, compress
-from mtz_core.layers import LAYERS
+from mtz_core.layers import LAYERS, Convolution
 from mtz_core.operations import CREATION, NotUnderstood, Value, operation_of
 
 REMEDY = (
@@ -194,6 +194,10 @@ def _label_layer(found: _Labelling, node: Node, arguments: Mapping[str, Any], ou
     The rows of a depthwise or grouped convolution belong to the neurons that their group reads.
     """
     layer, ties = LAYERS[node.kind], found.ties
+    if {"alpha", "beta"} & node.arguments.keys():
+        raise NotUnderstood("it scales what it adds")
+    if isinstance(layer, Convolution) and layer.transposed and layer.groups(node.arguments) > 1:
+        raise NotUnderstood("it is a transposed convolution in groups")
     x: Value = arguments[layer.input]
     groups = layer.groups(node.arguments)
     columns, count = layer.matrix(weight.meta).shape[1], out.shape[layer.channel_axis(out.ndim)]

@@ -139,7 +139,9 @@ def _distinct(values: Tensor) -> Tensor:
 def movement(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Any:
     """The operator is run on the labels themselves; what it fills up belongs to no neuron."""
     moved = {name: _movable(argument) for name, argument in arguments.items()}
-    if node.kind.partition(".")[0] in ("pad", "constant_pad_nd"):
+    if node.kind == "pad" and arguments.get("mode", "constant") != "constant":
+        return compress(operator(node.kind)(**{**moved, "self": moved["self"].double()}).long())
+    if node.kind in ("pad", "constant_pad_nd"):
         moved["value"] = FIXED
     result = operator(node.kind)(**moved)
     return [compress(part) for part in result] if isinstance(result, (list, tuple)) else compress(result)
@@ -177,6 +179,12 @@ def along(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Te
     value: Value = arguments["self"]
     ties.symmetric(value.labels, _axes(arguments, value.labels.ndim))
     return ties.resolve(value.labels)
+
+
+def gated(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+    """A gated linear unit: the first half of an axis is multiplied by what the second half lets through."""
+    first, second = arguments["self"].everywhere.chunk(2, dim=arguments.get("dim", -1))
+    return compress(ties.resolve(_meet(ties, first, second)))
 
 
 def window(axes: int) -> Rule:
@@ -304,10 +312,26 @@ _POINTWISE = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus"),
     *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "log_sigmoid", "threshold", "prelu", "rrelu"),
     *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
-    *("add", "sub", "rsub", "mul", "div", "true_divide", "pow", "maximum", "minimum", "fmod", "remainder", "atan2"),
+    *(
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "true_divide",
+        "pow",
+        "maximum",
+        "minimum",
+        "max.other",
+        "min.other",
+        "floor_divide",
+        "fmod",
+        "remainder",
+        "atan2",
+    ),
     *("neg", "abs", "sign", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "square"),
     *("sin", "cos", "erf", "floor", "ceil", "round", "clamp", "clamp_min", "clamp_max", "clip", "addcmul", "addcdiv"),
-    *("where", "masked_fill", "nan_to_num", "lerp", "contiguous", "clone", "detach", "alias", "type_as", "to", "float"),
+    *("where", "masked_fill", "nan_to_num", "lerp", "contiguous", "clone", "detach", "alias", "type_as", "to"),
     *("_to_copy", "zeros_like", "ones_like", "full_like", "eq", "ne", "lt", "le", "gt", "ge"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__"),
 )
@@ -318,7 +342,22 @@ _MOVEMENT = (
     *("repeat_interleave", "roll", "flip", "tile", "index", "index_select", "gather", "pad", "constant_pad_nd"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "view_as", "reshape_as", "tensor_split"),
 )
-_REDUCTION = ("sum", "mean", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod")
+_REDUCTION = (
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "prod",
+    "any",
+    "all",
+    "max.dim",
+    "min.dim",
+)
 
 OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(_POINTWISE, Operation(pointwise, keeps=True)),
@@ -338,6 +377,9 @@ OPERATIONS: dict[str, Operation] = {
         f"{mode}_pad{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for mode in ("reflection", "replication")
     },
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), Operation(nothing)),
+    **{f"_upsample_nearest_exact{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3)},
+    **{f"upsample_{mode}3d": Operation(window(3), keeps=True) for mode in ("nearest", "trilinear")},
+    "glu": Operation(gated),
     "batch_norm": Operation(batch_norm),
     "instance_norm": Operation(instance_norm),
     "layer_norm": Operation(layer_norm),

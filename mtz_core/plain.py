@@ -111,7 +111,7 @@ def _module(node: Node, network: Network, shapes: Mapping[str, Any]) -> tuple[st
             shapes[node.sources[0]].shape[1],
             eps=node.arguments["eps"],
             momentum=node.arguments["momentum"],
-            affine="weight" in node.arguments,
+            affine=node.arguments.get("weight") is not None,
             device="meta",
         )
         names = {
@@ -126,7 +126,8 @@ def _module(node: Node, network: Network, shapes: Mapping[str, Any]) -> tuple[st
     if kind == "linear":
         part = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, device="meta")
     elif kind == "embedding":
-        part = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+        padding = arguments["padding_idx"] if arguments.get("padding_idx", -1) >= 0 else None
+        part = nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=padding, device="meta")
     elif kind.startswith("conv"):
         transposed = "transpose" in kind
         groups = arguments.get("groups", 1)

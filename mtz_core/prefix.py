@@ -100,6 +100,8 @@ def _order(
         (run,) = arrangement.runs
         index = np.empty(run.size, dtype=np.int64)
         index[run.places[task]] = run.places[structure.tasks[0]]
+        if not _groups_agree(structure, node, index, given[0]):
+            return None
         same = bool((index == np.arange(run.size)).all())
         return Order() if same else Order(1 if node.layer.channel_axis(3) == 1 else -1, torch.from_numpy(index))
     if all(order.index is None for order in given):
@@ -110,6 +112,19 @@ def _order(
     if operation.keeps and all(order.same(given[0]) for order in given):
         return given[0]
     return _moved(node, given[0], shape) if operation.rule is movement and len(given) == 1 else None
+
+
+def _groups_agree(structure: ZippedStructure, node: Node, index: np.ndarray, source: Order) -> bool:
+    """Whether a convolution in groups reads, for every row, the same neurons as the first task's row does."""
+    groups = node.layer.groups(node.arguments)
+    if groups == 1:
+        return True
+    _, inputs, *_ = structure.networks[structure.tasks[0]].shapes[node.weight]
+    read = np.arange(groups * inputs) if source.index is None else source.index.numpy()
+    group = np.arange(len(index)) // (len(index) // groups)
+    theirs = index // (len(index) // groups)
+    expected = theirs[:, None] * inputs + np.arange(inputs)
+    return bool((read.reshape(groups, inputs)[group] == expected).all())
 
 
 def _moved(node: Node, order: Order, shape: tuple[int, ...]) -> Order | None:

@@ -8,6 +8,7 @@ operator; nothing is guessed, and every graph is checked by permuting its neuron
 
 from __future__ import annotations
 
+import keyword
 import operator as python_operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,16 @@ from torch.nn.parameter import is_lazy
 
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
 from mtz_core.graph import GETITEM, INPUT, Network, Node, leaves, operator, run_node
-from mtz_core.layers import LAYERS, Convolution
+from mtz_core.layers import LAYERS
 from mtz_core.neurons import analyse
 from mtz_core.operations import operation_of
 from mtz_core.selfcheck import check
 
 SIZES = (2, 3)
 """The batch sizes that a module is exported for."""
+
+CHECKED_SIZE = 5
+"""The one that the graph is checked with: on no straight line through the others by chance."""
 
 
 def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate: Sequence[str] = ()) -> Network:
@@ -46,8 +50,8 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
     _check_names(module)
     _check_paths(module, keep_separate)
     _check_weights(module)
-    examples = torch.cat([example[:1]] * max(SIZES))
-    with evaluation_mode(module), _plain_attention():
+    examples = _generic(example, CHECKED_SIZE)
+    with evaluation_mode(module), _buffers_kept(module), _plain_attention():
         expected = _output(module, examples)
         programs = [_export(module, examples[:size].clone()) for size in SIZES]
     reader = _Reader(module, programs)
@@ -71,6 +75,29 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
     return network
+
+
+def _generic(example: Shaped[Tensor, "batch ..."], count: int) -> Shaped[Tensor, "count ..."]:
+    """The first example, and others near it: inputs that are all zero, or all alike, would prove little."""
+    first, generator = example[:1].detach().cpu(), torch.Generator().manual_seed(0)
+    shape = (count - 1, *example.shape[1:])
+    if not example.is_floating_point():  # tokens: such as occur in the example
+        drawn = torch.randint(first.numel(), shape, generator=generator)
+        return torch.cat([first, first.flatten()[drawn]]).to(example.device)
+    deviation = float(first.std()) if first.numel() > 1 else 0.0
+    noise = torch.randn(shape, generator=generator, dtype=first.dtype)
+    return torch.cat([first, first + noise * (deviation or 1.0)]).to(example.device)
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass writes into buffers."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _output(module: nn.Module, examples: Tensor) -> Tensor:
@@ -105,10 +132,14 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+"""Names of parts that modules which are built from graphs cannot have."""
+
+
 def _check_names(module: nn.Module) -> None:
     for name, _ in (*module.named_parameters(), *module.named_buffers()):
         for part in name.split("."):
-            if hasattr(fx.GraphModule, part):
+            if part in _RESERVED or keyword.iskeyword(part):
                 raise UnsupportedModule(
                     f"{name!r}: {part!r} is a name that torch modules use themselves. Rename that part of the network."
                 )
@@ -123,6 +154,9 @@ def _check_paths(module: nn.Module, keep_separate: Sequence[str]) -> None:
 
 
 def _check_weights(module: nn.Module) -> None:
+    for path, part in module.named_modules():
+        if "quantized" in type(part).__module__:
+            raise UnsupportedModule(f"{path!r} ({type(part).__name__}) is quantised. Zip the network before it is.")
     devices = set()
     for name, tensor in module.named_parameters():
         if is_lazy(tensor):
@@ -139,6 +173,9 @@ def _check_weights(module: nn.Module) -> None:
             raise UnsupportedModule(f"parameter {name!r} has no values (it is on the meta device). Load its weights.")
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidWeights(f"parameter {name!r} has NaN or infinite values. Train or export the network again.")
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
+            raise InvalidWeights(f"buffer {name!r} has NaN values. Train or export the network again.")
     if len(devices) > 1:
         raise UnsupportedModule(
             f"the network is on several devices ({', '.join(sorted(map(str, devices)))}). Move it to one, with `.to()`."
@@ -300,8 +337,8 @@ class _Reader:
         else:
             schema = getattr(node.target, "_schema", None)
             aliasing = schema is not None and any(a.alias_info is not None for a in schema.arguments)
-            reshaping = schema is not None and schema.name in ("aten::reshape", "aten::contiguous", "aten::flatten")
-            source = node.args[0] if (aliasing or reshaping) and node.args else None
+            passing = schema is not None and schema.name.removeprefix("aten::") in _MAY_PASS
+            source = node.args[0] if (aliasing or passing) and node.args else None
         return source if isinstance(source, fx.Node) else None
 
     def _arguments(self, a: fx.Node, b: fx.Node) -> dict[str, Any]:
@@ -358,6 +395,12 @@ class _Reader:
             f"{why}. Write this part of the network differently, or leave the network out of the group."
         )
 
+
+_MAY_PASS = frozenset(
+    {"reshape", "contiguous", "flatten", "reshape_as", "unflatten", "broadcast_to", "ravel", "type_as", "movedim"}
+    | {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+)
+"""Operators whose schema does not say so, but which may give back their operand itself, or a view of it."""
 
 _PLACES = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
 """Arguments that say where and how a tensor lies, which is the running network's business."""
@@ -437,6 +480,5 @@ def _is_layer(node: Node, trainable: frozenset[str], uses: Mapping[str, int]) ->
     for tensor in (weight, bias):
         if tensor is not None and (tensor.get("state") not in trainable or uses[tensor["state"]] > 1):
             return False
-    if isinstance(layer, Convolution) and layer.transposed and layer.groups(node.arguments) > 1:
-        return False
-    return operation_of(node.kind) is None
+    scaled = {"alpha", "beta"} & node.arguments.keys()  # factors of addmm that a matrix does not have
+    return not scaled and operation_of(node.kind) is None
