@@ -184,11 +184,44 @@ def flattened_first(widths: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), mlp(widths, classes, inputs=18), nn.Softmax(dim=1))
 
 
+class Residual(nn.Module):
+    """Two branches on one stream, normalised; three layers write the stream's neurons, four tensors pin them."""
+
+    def __init__(self, widths: Sequence[int], classes: int) -> None:
+        super().__init__()
+        stream, first, second = widths
+        self.stem = nn.Sequential(nn.Conv2d(1, stream, 3, padding=1), nn.BatchNorm2d(stream), nn.ReLU())
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                *(nn.Conv2d(stream, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), nn.ReLU()),
+                *(nn.Conv2d(inner, stream, 1), nn.BatchNorm2d(stream)),
+            )
+            for inner in (first, second)
+        )
+        self.head = nn.Linear(stream, classes)
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                assert part.running_mean is not None
+                assert part.running_var is not None
+                nn.init.normal_(part.running_mean, std=0.3)
+                nn.init.uniform_(part.running_var, 0.5, 2.0)
+                nn.init.normal_(part.weight, mean=1.0, std=0.3)
+                nn.init.normal_(part.bias, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for branch in self.branches:
+            x = F.relu(x + branch(x))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
 CASES = (
     Case("mlp", mlp, (12,), (9, 7)),
     Case("widths and classes differ", mlp, (12,), (9, 7), (6, 10), classes=3, other_classes=5),
     Case("float64", mlp, (12,), (9, 7), (8, 8), dtype=torch.float64),
     Case("no bias", partial(mlp, bias=False), (12,), (9, 7)),
+    Case("no bias, float64", partial(mlp, bias=False), (12,), (9, 7), (8, 8), dtype=torch.float64),
     Case("one neuron", mlp, (12,), (1, 5), (4, 1), classes=1),
     Case("one layer", mlp, (12,), ()),
     Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), other_classes=4),
