@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.activations import as_batches, original_moments
 from mtz_core.graph import Network
-from mtz_core.matching import GroupMatch, match
+from mtz_core.matching import GroupMatch, descent, match
 from mtz_core.tracing import trace
 from mtz_core.zipping import finish, merge
 
@@ -69,8 +69,10 @@ def match_traced(
 
 def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig) -> ZippedNetwork:
     """What `zip_networks` makes of networks that are traced already."""
-    pairings = {found.group: found.pairing for found in match_traced(networks, calibration, config)}
-    return finish(merge(networks, pairings, {task: as_batches(x, task) for task, x in calibration.items()}, config))
+    matches = match_traced(networks, calibration, config)
+    pairings = {found.group: found.pairing for found in matches}
+    batches = {task: as_batches(x, task) for task, x in calibration.items()}
+    return finish(merge(networks, pairings, batches, config, descent(matches)))
 
 
 def mlp(

@@ -1,25 +1,30 @@
 """Functional difference and assignments against slow oracles, and the laws of matching."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtz_core import ZipConfig
+from mtz_core.activations import as_batches, original_moments
 from mtz_core.errors import IncompatibleNetworks
+from mtz_core.graph import Network
 from mtz_core.linalg import DenseHessian, RowsHessian
 from mtz_core.matching import (
     GroupMatch,
+    Matcher,
     Pairing,
     assign,
     assign_greedily,
     check_compatible,
+    descent,
     energy,
     functional_difference,
     relative_balance,
@@ -27,9 +32,20 @@ from mtz_core.matching import (
 from mtz_core.settings import Method
 from mtz_core.structure import NOT_A_MEMBER
 from mtz_core.tracing import trace
-from tests.mtz_core.networks import TASKS, Case, hidden_layers, lenet5, match_traced, mlp, permuted, traced_pair
+from tests.mtz_core.networks import (
+    TASKS,
+    Case,
+    Residual,
+    hidden_layers,
+    lenet5,
+    match_traced,
+    mlp,
+    permuted,
+    traced_pair,
+)
 
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), dtype=torch.float64)
+RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6), dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), dtype=torch.float64)
 
 
@@ -268,6 +284,137 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
     expected = assign(cost, 4)
     assert pairs(found) == {(int(i), int(j)) for i, j in expected}
     assert found.cost == pytest.approx(total(cost, expected))
+
+
+# The cost of pairings in a residual network
+
+
+def random_pairings(networks: Mapping[str, Network], share: float, seed: int) -> dict[str, Pairing]:
+    generator = np.random.default_rng(seed)
+    pairings = {}
+    for group in next(iter(networks.values())).graph.hidden_groups:
+        widths = [network.graph.widths[group.name] for network in networks.values()]
+        tuples = np.stack([generator.permutation(width)[: round(share * min(widths))] for width in widths], axis=1)
+        pairings[group.name] = Pairing.from_tuples(tuple(networks), widths, tuples)
+    return pairings
+
+
+def residual_case(name: str) -> tuple[dict[str, nn.Module], dict[str, Network]]:
+    count = 3 if name == "three" else 2
+    modules = {task: RESIDUAL.network(i + 1, [5 + i, 4, 6 - i]) for i, task in enumerate(("a", "b", "c")[:count])}
+    return modules, {task: trace(module, RESIDUAL.examples(2)) for task, module in modules.items()}
+
+
+GROUPS = {"stem.0": ["stem.0", "branches.0.3", "branches.1.3"], "branches.0.0": ["branches.0.0"]}
+"""The layers that write the neurons; those of the stream are written by three."""
+READS = {"stem.0": None, "branches.0.3": "branches.0.0", "branches.1.3": "branches.1.0", "branches.0.0": "stem.0"}
+"""The neurons that each layer reads; the stem reads the input."""
+
+
+def expected_cost(
+    modules: Mapping[str, nn.Module],
+    data: Mapping[str, Tensor],
+    pairings: Mapping[str, Pairing],
+    group: str,
+    config: ZipConfig,
+) -> float:
+    """``Σ ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)`` , layer by layer and neuron by neuron."""
+    inverse, total = np.linalg.inv, 0.0
+    for name in GROUPS[group]:
+        reads = READS[name]
+        sides = []
+        for t, (task, module) in enumerate(modules.items()):
+            layer = module.get_submodule(name)
+            assert isinstance(layer, nn.Conv2d)
+            rows = patches(module, layer, data[task])
+            matrix = layer.weight.detach().flatten(1).numpy()
+            if layer.bias is not None:
+                matrix = np.column_stack([matrix, layer.bias.detach().numpy()])
+            hessian = rows.T @ rows / len(rows)
+            hessian += config.damping * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
+            alpha = config.balance_of(tuple(modules))[t]
+            if config.method == "refit":
+                alpha /= float(np.einsum("oi,ij,oj->", matrix, hessian, matrix)) ** 0.5
+            kernel = layer.weight[0, 0].numel()
+            neurons = np.arange(layer.in_channels)
+            if reads is not None:
+                members = pairings[reads].members
+                neurons = members[(members >= 0).all(axis=1), t]
+            shared = (neurons[:, None] * kernel + np.arange(kernel)).ravel()
+            if layer.bias is not None:
+                shared = np.append(shared, matrix.shape[1] - 1)
+            own = np.setdiff1d(np.arange(matrix.shape[1]), shared)
+            left = hessian[np.ix_(shared, shared)]
+            if config.method == "refit" and len(own):
+                coupling = hessian[np.ix_(shared, own)]
+                left = left - coupling @ inverse(hessian[np.ix_(own, own)]) @ coupling.T
+            sides.append((alpha * left, matrix[:, shared]))
+        for members in pairings[group].members[: pairings[group].shared]:
+            own_weights = [matrix[neuron] for (_, matrix), neuron in zip(sides, members, strict=True)]
+            pull = sum(left @ weights for (left, _), weights in zip(sides, own_weights, strict=True))
+            common = np.linalg.solve(sum(left for left, _ in sides), pull)
+            total += sum(
+                0.5 * float((common - weights) @ left @ (common - weights))
+                for (left, _), weights in zip(sides, own_weights, strict=True)
+            )
+    return total
+
+
+def patches(module: nn.Module, layer: nn.Conv2d, x: Tensor) -> np.ndarray:
+    """What a layer reads, unfolded, with a trailing 1 where it has a bias."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    module(x)
+    handle.remove()
+    unfolded = F.unfold(F.pad(seen[0], layer._reversed_padding_repeated_twice), layer.kernel_size)
+    rows = unfolded.transpose(1, 2).flatten(0, 1)
+    if layer.bias is not None:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    found: np.ndarray = rows.detach().numpy()
+    return found
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", ["two", "three"])
+@pytest.mark.parametrize("method", ["paper", "refit"])
+def test_the_cost_of_a_pairing_is_summed_over_all_layers_that_write_it(method: Method, name: str, group: str) -> None:
+    modules, networks = residual_case(name)
+    data = {task: RESIDUAL.examples(12, seed=i) for i, task in enumerate(modules)}
+    config = ZipConfig(method=method, damping=0.02, patches=10_000)
+    moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
+    matcher = Matcher(networks, moments, config)
+    assert {name: [node.name for node in matcher.writers[name]] for name in GROUPS} == GROUPS
+    for share in (1.0, 0.5):
+        pairings = random_pairings(networks, share, seed=2)
+        expected = expected_cost(modules, data, pairings, group, config)
+        assert matcher.cost(group, pairings) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_descent_ends_where_no_single_pairing_can_be_improved(count: int) -> None:
+    networks = residual_case("three" if count == 3 else "two")[1]
+    data = {task: RESIDUAL.examples(30, seed=i) for i, task in enumerate(networks)}
+    config = ZipConfig(share=0.7, descents=50, patches=20)
+    matches = match_traced(networks, data, config)
+    costs = descent(matches)
+    assert list(costs) == sorted(costs, reverse=True)
+    moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
+    matcher = Matcher(networks, moments, config)
+    pairings = {found.group: found.pairing for found in matches}
+    total_cost = sum(matcher.cost(name, pairings) for name in pairings)
+    assert total_cost == pytest.approx(costs[-1])
+    for name in pairings:
+        trial = pairings | {name: matcher.match(name, pairings).pairing}
+        assert sum(matcher.cost(other, trial) for other in trial) >= total_cost * (1 - 1e-6)
+
+
+def test_groups_of_a_chain_are_matched_once() -> None:
+    matches = match_traced(traced_pair(LENET5), LENET5.calibration(20), ZipConfig(share=0.5))
+    assert [found.group for found in matches] == ["0", "3", "7"]
+    assert descent(matches) == ()
+
+
+# Networks that fit together, and those that do not
 
 
 def traced(*networks: nn.Module, shape: tuple[int, ...] = (12,), dtype: torch.dtype = torch.float32) -> dict:

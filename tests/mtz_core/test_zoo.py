@@ -5,10 +5,18 @@ from collections.abc import Callable
 import pytest
 
 from tests.mtz_core.zoo import OWN, ZooCase
-from tests.mtz_core.zoo_laws import LAWS
+from tests.mtz_core.zoo_laws import LAWS, zipped_pair
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
 def test_law(case: ZooCase, law: Callable[[ZooCase], None]) -> None:
     law(case)
+
+
+@pytest.mark.parametrize("name", ["resnet-18", "squeeze-excite"])
+def test_matching_coupled_groups_again_lowers_the_cost(name: str) -> None:
+    (case,) = (case for case in OWN if case.name == name)
+    costs = zipped_pair(case, 1.0).report.descent
+    assert len(costs) > 1
+    assert costs[-1] < costs[0]

@@ -3,6 +3,7 @@
 Both are traced once for all laws; tracing checks itself by permuting every neuron group.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork
+from mtz_core.activations import as_batches, original_moments
 from mtz_core.graph import FIXED, INPUT, KERNEL, Axis, Network
+from mtz_core.matching import Matcher, descent
 from mtz_core.tracing import trace
-from tests.mtz_core.networks import zip_traced
+from tests.mtz_core.networks import match_traced, zip_traced
 from tests.mtz_core.zoo import ZooCase
 
 EXAMPLES, PATCHES = 12, 8
@@ -168,6 +171,26 @@ def layers_that_cannot_correspond_share_nothing(case: ZooCase) -> None:
             assert layer.parameters == sum(layer.original_parameters.values()), layer
 
 
+def matching_never_accepts_an_increase(case: ZooCase) -> None:
+    """The costs that the descent reports fall, and the last is that of the pairings that it ends with."""
+    networks = {task: traced(case, task) for task in TASKS}
+    calibration = {task: case.examples(EXAMPLES, seed) for seed, task in enumerate(TASKS)}
+    config = ZipConfig(share=0.6, patches=PATCHES)
+    matches = match_traced(networks, calibration, config)
+    costs = descent(matches)
+    assert zipped_pair(case, 0.6).report.descent == costs
+    assert {found.group for found in matches} == {group.name for group in networks["narrow"].graph.hidden_groups}
+    assert [found.sweep for found in matches] == sorted(found.sweep for found in matches)
+    if not costs:
+        return  # no pairing depends on a later one
+    assert all(after < before for before, after in itertools.pairwise(costs))
+    moments = {task: original_moments(n, as_batches(calibration[task], task), config) for task, n in networks.items()}
+    matcher = Matcher(networks, moments, config)
+    pairings = {found.group: found.pairing for found in matches}
+    recounted = sum(matcher.cost(name, pairings) for name in pairings)
+    assert abs(recounted - costs[-1]) <= 1e-6 * recounted
+
+
 LAWS: tuple[Callable[[ZooCase], None], ...] = (
     sharing_nothing_gives_back_the_originals_bit_by_bit,
     a_network_zipped_with_itself_keeps_its_outputs_and_stores_hidden_layers_once,
@@ -175,4 +198,5 @@ LAWS: tuple[Callable[[ZooCase], None], ...] = (
     a_plain_network_has_the_originals_names_and_loads_into_it,
     a_wide_and_a_narrow_network_share_the_narrow_ones_neurons,
     layers_that_cannot_correspond_share_nothing,
+    matching_never_accepts_an_increase,
 )
