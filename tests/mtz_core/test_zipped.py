@@ -1,6 +1,7 @@
 """The zipped network as a module: per task, in both modes, alone, and on disk and back."""
 
 import copy
+import itertools
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.errors import InvalidConfig
-from mtz_core.structure import ZippedStructure
-from tests.mtz_core.networks import CASES, TASKS, Case, lenet5, traced_pair, zip_traced
+from mtz_core.structure import ZippedStructure, block_name
+from tests.mtz_core.networks import CASES, TASKS, Case, Residual, lenet5, mlp, traced_pair, zip_traced
 
 on_all_networks = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12))
@@ -167,6 +168,18 @@ def test_blocks_are_what_the_network_holds_now() -> None:
     assert all(bool((block == 2).all()) and not block.requires_grad for block in zipped.tensors().values())
 
 
+def test_a_first_layer_in_groups_is_run_for_all_tasks_as_for_each() -> None:
+    for groups, seed in itertools.product((2, 4), range(3)):
+        torch.manual_seed(seed)
+        networks = {
+            task: nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.ReLU(), nn.Conv2d(8, 3, 1)) for task in TASKS
+        }
+        data = {task: torch.randn(10, 4, 5, 5) for task in TASKS}
+        zipped, x = mtz_core.zip_networks(networks, data).eval(), torch.randn(5, 4, 5, 5)
+        for task, y in zipped.run_all(x).items():
+            torch.testing.assert_close(y, zipped(x, task=task), rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_tasks_are_refused_with_those_there_are() -> None:
     zipped = zipped_pair(CASES[0])
     message = r"task 'cats' is not in this zipped network\. Tasks: digits, fashion"
@@ -174,3 +187,143 @@ def test_unknown_tasks_are_refused_with_those_there_are() -> None:
         zipped(CASES[0].examples(2), task="cats")
     with pytest.raises(InvalidConfig, match=message):
         zipped.network("cats")
+
+
+# Mixed batches
+
+
+MLP = Case("mlp", mlp, (12,), (9, 7))
+RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6))
+
+
+@pytest.mark.parametrize("case", [MLP, RESIDUAL], ids=lambda case: case.name)
+def test_every_example_of_a_mixed_batch_gets_its_own_task(case: Case) -> None:
+    zipped, x = zipped_pair(case), case.examples(7)
+    tasks = [TASKS[i] for i in (1, 0, 0, 1, 1, 0, 1)]
+    found = zipped(x, task=tasks)
+    alone = torch.cat([zipped(example[None], task) for example, task in zip(x, tasks, strict=True)])
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(zipped(x, task=tuple(tasks)), found)
+    assert torch.equal(zipped(x, task=[TASKS[1]] * 7), zipped(x, TASKS[1]))
+
+
+def test_a_mixed_batch_trains_both_tasks() -> None:
+    zipped, x = zipped_pair(MLP), MLP.examples(4)
+    tasks = [TASKS[0], TASKS[1], TASKS[1], TASKS[0]]
+    zipped(x, task=tasks).square().sum().backward()
+    found = {name: p.grad.clone() for name, p in zipped.named_parameters() if p.grad is not None}
+    zipped.zero_grad()
+    for task in TASKS:
+        zipped(x[[t == task for t in tasks]], task).square().sum().backward()
+    for name, parameter in zipped.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
+def test_mixed_batches_that_make_no_sense_are_refused() -> None:
+    zipped, x = zipped_pair(MLP), MLP.examples(3)
+    with pytest.raises(InvalidConfig, match="2 tasks for 3 examples"):
+        zipped(x, task=[TASKS[0], TASKS[1]])
+    with pytest.raises(InvalidConfig, match="task 'cats' is not in this zipped network"):
+        zipped(x, task=[TASKS[0], "cats", TASKS[1]])
+    with pytest.raises(InvalidConfig, match="cannot mix digits, fashion: their outputs differ in shape"):
+        other = zipped_pair(CASES[1])
+        other(CASES[1].examples(2), task=list(TASKS))
+
+
+# Training
+
+
+def statistics(zipped: ZippedNetwork) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in zipped.named_buffers() if "running" in name}
+
+
+def test_training_updates_the_statistics_of_the_task_that_ran_as_the_original_does() -> None:
+    zipped, x = zip_traced(traced_pair(RESIDUAL), RESIDUAL.calibration(9), ZipConfig(share=0.0)), RESIDUAL.examples(8)
+    before = statistics(zipped)
+    assert len(before) == 2 * 2 * 5
+    zipped(x, TASKS[0])
+    assert all(torch.equal(value, before[name]) for name, value in statistics(zipped).items())
+    original = RESIDUAL.pair()[TASKS[0]].train()
+    assert torch.equal(zipped.train()(x, TASKS[0]), original(x))
+    expected = {f"{name}/own/{TASKS[0]}".replace(".", "|"): b for name, b in original.named_buffers() if "run" in name}
+    for name, value in statistics(zipped).items():
+        if name.endswith(TASKS[0]):
+            assert torch.equal(value, expected[name])
+            assert not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_training_with_shared_neurons_is_training_of_plain_networks_whose_gradients_add_up() -> None:
+    zipped, x = zipped_pair(RESIDUAL).train(), RESIDUAL.examples(8)
+    plain = {task: zipped.network(task) for task in TASKS}
+    for task in TASKS:
+        assert plain[task].training
+        torch.testing.assert_close(plain[task](x), zipped(x, task), rtol=1e-5, atol=1e-5)
+        zipped(x, task).square().sum().backward()
+        plain[task](x).square().sum().backward()
+    gradients = {name.rpartition(".")[2].replace("|", "."): p.grad for name, p in zipped.named_parameters()}
+    for layer in zipped.structure.layers:
+        dense = {task: matrix_gradient(network.get_submodule(layer.name)) for task, network in plain.items()}
+        for rows in zipped.structure.rows[layer.name].runs:
+            for columns in zipped.structure.columns[layer.name].runs:
+                owners = [task for task in rows.owners if task in columns.owners]
+                if owners:
+                    expected = sum(dense[t][rows.places[t]][:, columns.places[t]] for t in owners)
+                    found = gradients[block_name(layer.name, rows.owners, columns.owners)]
+                    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for task, network in plain.items():
+        for name, parameter in network.named_parameters():
+            if f"{name}/own/{task}" in gradients:
+                torch.testing.assert_close(gradients[f"{name}/own/{task}"], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def matrix_gradient(layer: nn.Module) -> Tensor:
+    gradient = layer.get_parameter("weight").grad
+    assert gradient is not None
+    return gradient.flatten(1)
+
+
+def test_trained_values_survive_the_state_and_the_disk(tmp_path: Path) -> None:
+    zipped, x = zipped_pair(RESIDUAL).train(), RESIDUAL.examples(8)
+    optimiser = torch.optim.SGD(zipped.parameters(), lr=0.05)
+    for task in TASKS:
+        zipped(x, task).square().sum().backward()
+    optimiser.step()
+    zipped.eval()
+    fresh = zipped_pair(RESIDUAL)
+    assert not torch.equal(fresh(x, TASKS[0]), zipped(x, TASKS[0]))
+    fresh.load_state_dict(zipped.state_dict())
+    zipped.save(tmp_path)
+    again = mtz_core.load(tmp_path)
+    for task in TASKS:
+        assert torch.equal(fresh(x, task), zipped(x, task))
+        assert torch.equal(again(x, task), zipped(x, task))
+    assert zipped.state_dict().keys() == again.state_dict().keys()
+    assert len(zipped.state_dict()) == len(zipped.tensors())
+
+
+# Where it lies
+
+
+@pytest.mark.parametrize("case", [MLP, RESIDUAL, LENET5], ids=lambda case: case.name)
+def test_a_whole_network_moves(case: Case) -> None:
+    zipped, x = zipped_pair(case), case.examples(5)
+    shapes = {task: zipped(x, task).shape for task in TASKS}
+    moved = zipped.to("meta")
+    for task in TASKS:
+        assert moved(x.to("meta"), task).shape == shapes[task]
+        assert moved(x.to("meta"), task).is_meta
+    if shapes[TASKS[0]] == shapes[TASKS[1]]:
+        assert moved(x.to("meta"), task=[TASKS[i % 2] for i in range(5)]).is_meta
+    assert all(output.is_meta for output in moved.run_all(x.to("meta")).values())
+
+
+@pytest.mark.parametrize("case", [MLP, RESIDUAL, LENET5], ids=lambda case: case.name)
+def test_each_shared_value_is_held_once(case: Case) -> None:
+    zipped = zipped_pair(case)
+    for task in TASKS:
+        zipped(case.examples(3), task)
+    held = [*zipped.parameters(), *zipped.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    assert sum(storages.values()) == zipped.report.stored_bytes < zipped.report.original_bytes
