@@ -14,9 +14,10 @@ from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.retrain import RetrainStep, distillation_loss, retrain
 from mtz_core.settings import RetrainConfig
-from tests.mtz_core.networks import TASKS, Case, dropout, mlp, traced_pair, zip_traced
+from tests.mtz_core.networks import TASKS, Case, Residual, dropout, mlp, traced_pair, zip_traced
 
 MLP = Case("mlp", mlp, (12,), (16, 12), other_classes=5)
+RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6))
 DROPOUT = Case("dropout", dropout, (12,), (9, 7))
 CONFIG = RetrainConfig(iterations=40, batch_size=32, learning_rate=5e-3, validate_every=10, patience=10)
 
@@ -125,6 +126,15 @@ def test_the_same_twice_with_dropout() -> None:
 def test_another_seed_draws_other_batches() -> None:
     first = list(retrain(*setting(), CONFIG))
     assert first != list(retrain(*setting(), replace(CONFIG, seed=1)))
+
+
+def test_statistics_of_normalisation_stay_and_its_parameters_learn() -> None:
+    zipped, networks, training, validation = setting(RESIDUAL)
+    before = {name: tensor.clone() for name, tensor in zipped.tensors().items()}
+    steps = list(retrain(zipped, networks, training, validation, CONFIG))
+    assert totals(steps)[-1] < 0.5 * totals(steps)[0]
+    for name, tensor in zipped.tensors().items():
+        assert torch.equal(tensor, before[name]) == ("running" in name), name
 
 
 def test_shared_blocks_learn_from_both_tasks() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork
-from mtz_core.errors import InvalidConfig
+from mtz_core.errors import InvalidConfig, UnsupportedModule
 from mtz_core.structure import ZippedStructure, block_name
+from mtz_core.tracing import trace
 from tests.mtz_core.networks import CASES, TASKS, Case, Residual, lenet5, mlp, traced_pair, zip_traced
 
 on_all_networks = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -252,6 +253,23 @@ def test_training_updates_the_statistics_of_the_task_that_ran_as_the_original_do
             assert not torch.equal(value, before[name])
         else:
             assert torch.equal(value, before[name])
+
+
+def test_statistics_without_momentum_are_averaged_in_training_or_refused() -> None:
+    """`momentum=None` weighs every batch alike, which takes counting them."""
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=None), nn.ReLU(), nn.Linear(5, 3)).eval()
+    x = torch.randn(20, 6)
+    try:
+        traced = trace(network, x)
+    except UnsupportedModule as refusal:
+        assert "momentum" in str(refusal)
+        return
+    zipped = zip_traced({"a": traced, "b": traced}, {"a": x, "b": x}, ZipConfig(share=0.0)).train()
+    network.train()
+    for batch in x.split(10):
+        torch.testing.assert_close(zipped(batch, "a"), network(batch))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(zipped.tensors()[f"1.{name}/own/a"], network.get_buffer(f"1.{name}"))
 
 
 def test_training_with_shared_neurons_is_training_of_plain_networks_whose_gradients_add_up() -> None:

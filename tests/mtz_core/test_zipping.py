@@ -30,6 +30,7 @@ from tests.mtz_core.networks import (
     CASES,
     TASKS,
     Case,
+    Residual,
     hidden_layers,
     lenet5,
     mlp,
@@ -42,6 +43,7 @@ from tests.mtz_core.networks import (
 METHODS: tuple[Method, ...] = ("paper", "refit")
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), other_classes=5, dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), dtype=torch.float64)
+RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6), (4, 6, 5), dtype=torch.float64)
 STRIDED = Case("strided", strided, (2, 9, 8), (4, 5, 3), (3, 6, 5), dtype=torch.float64)
 
 on_all_networks = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -279,12 +281,17 @@ def unfold(layer: nn.Module, x: Tensor) -> np.ndarray:
         padded = F.pad(x, layer._reversed_padding_repeated_twice)
         unfolded = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
         x = unfolded.transpose(1, 2).flatten(0, 1)
-    rows: np.ndarray = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1).detach().numpy()
+    if layer.bias is not None:
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    rows: np.ndarray = x.detach().numpy()
     return rows
 
 
 def matrix(layer: Any) -> np.ndarray:
-    found: np.ndarray = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], dim=1).detach().numpy()
+    weight = layer.weight.flatten(1)
+    if layer.bias is not None:
+        weight = torch.cat([weight, layer.bias[:, None]], dim=1)
+    found: np.ndarray = weight.detach().numpy()
     return found
 
 
@@ -300,7 +307,7 @@ def seen(network: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 def side(
     task: str, name: str, module: nn.Module, zipped: ZippedNetwork, pairings: Mapping[str, Pairing], x: Tensor
 ) -> Side:
-    """Rows and columns in the order of the pairing, shared ones first, the bias last."""
+    """Rows and columns in the order of the pairing, shared ones first, the bias (if any) last."""
     layer = zipped.network(task).get_submodule(name)
     graph = zipped.structure.networks[task].graph
     original = matrix(module.get_submodule(name))
@@ -308,7 +315,8 @@ def side(
     neurons, _ = own_order(pairings.get(rows), task, len(original))
     table = positions_of(graph.columns[name], columns)
     order, shared = own_order(pairings.get(columns), task, len(table))
-    index = np.append(table[order].ravel(), original.shape[1] - 1)
+    bias = np.arange(table.size, original.shape[1])
+    index = np.concatenate([table[order].ravel(), bias])
     read, outputs = seen(module, name, x)
     if outputs.dim() == 4:
         outputs = outputs.permute(0, 2, 3, 1).flatten(0, 2)
@@ -318,7 +326,7 @@ def side(
         outputs=outputs.detach().numpy()[:, neurons],
         prior=original[neurons][:, index],
         zipped=matrix(layer)[neurons][:, index],
-        shared=np.append(np.arange(shared * table.shape[1]), len(index) - 1),
+        shared=np.concatenate([np.arange(shared * table.shape[1]), bias]),
     )
 
 
@@ -422,7 +430,7 @@ def merged(
 @pytest.mark.parametrize(
     ("share", "count", "damping"), [(0.5, 30, 1e-3), (0.5, 4, 0.3), (1.0, 30, 0.3), (1.0, 4, 1e-3), (0.2, 30, 1e-3)]
 )
-@pytest.mark.parametrize("case", [MLP, LENET5, STRIDED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [MLP, LENET5, STRIDED, RESIDUAL], ids=lambda case: case.name)
 @with_both_methods
 def test_merged_layers_are_the_least_squares_solution(
     method: Method, case: Case, share: float, count: int, damping: float
@@ -511,7 +519,7 @@ BAD_INPUT: dict[str, tuple[dict[str, nn.Module], dict[str, Any], dict[str, Any],
     "empty data": (good(), data() | {"fashion": torch.zeros(0, 12)}, {}, InvalidCalibration, "'fashion' are empty"),
     "NaN data": (good(), data() | {"fashion": torch.full((3, 12), float("nan"))}, {}, InvalidCalibration, "'fashion'"),
     "integers": (good(), data() | {"digits": torch.ones(3, 12).int()}, {}, InvalidCalibration, r"'digits'.*int32"),
-    "wrong shape": (good(), data() | {"digits": torch.randn(3, 11)}, {}, InvalidCalibration, r"'digits'.*\[3, 11\]"),
+    "wrong shape": (good(), data() | {"digits": torch.randn(3, 11)}, {}, InvalidCalibration, r"'digits'.*\[\d+, 11\]"),
     "other dtype": (good(), data() | {"digits": torch.randn(3, 12).double()}, {}, InvalidCalibration, r"float64"),
     "missing data": (good(), {"digits": torch.randn(3, 12)}, {}, InvalidConfig, r"\['digits'\].*'fashion'"),
     "surplus data": (good(), data() | {"cats": torch.randn(3, 12)}, {}, InvalidConfig, r"calibration .*'cats'"),
