@@ -145,10 +145,15 @@ def test_the_wider_two_of_three_networks_share_more_among_themselves(case: Case,
         assert found.get("abc", 0) == of_all
         assert found.get("ac", 0) == of_two - of_all
         assert {"ab", "bc"}.isdisjoint(found)
-    x = case.examples(5)
-    for task in networks:
-        assert bool(torch.isfinite(zipped(x, task)).all())
     assert {layer.layer: layer.parameters for layer in zipped.report.layers} == distinct_values(zipped, networks)
+    x = case.examples(5)
+    before = {task: zipped(x, task) for task in networks}
+    assert all(bool(torch.isfinite(output).all()) for output in before.values())
+    for task in networks:
+        rest = {other: network for other, network in networks.items() if other != task}
+        left = zipped.without(task)
+        assert all(torch.equal(left(x, other), before[other]) for other in rest)
+        assert {layer.layer: layer.parameters for layer in left.report.layers} == distinct_values(left, rest)
 
 
 @with_both_methods
