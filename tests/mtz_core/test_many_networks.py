@@ -301,3 +301,34 @@ def test_taking_out_the_one_that_prevents_sharing_changes_no_other(odd: str) -> 
     left = zipped.without(odd)
     for task in left.tasks:
         assert torch.equal(left(data[task], task), zipped(data[task], task))
+
+
+class Beside(nn.Module):
+    """A layer that reads flattened positions beside pooled ones: as many inputs as the image has pixels, and more."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.flat, self.pooled = nn.Conv2d(1, 3, 1), nn.Conv2d(1, 4, 3, padding=1)
+        self.hidden, self.head = nn.Linear(3 * pixels + 4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.flat(x).relu().flatten(1), self.pooled(x).relu().mean((2, 3))], dim=1)
+        out: Tensor = self.head(self.hidden(both).relu())
+        return out
+
+
+@pytest.mark.parametrize("odd", ["a", "b", "c"])
+def test_taking_out_the_one_that_prevents_sharing_some_inputs_changes_no_other(odd: str) -> None:
+    shapes = {task: (1, 3, 5) if task == odd else (1, 4, 3) for task in "abc"}
+    modules = {task: Beside(shape[1] * shape[2]).eval() for task, shape in shapes.items()}
+    data = {task: torch.randn(20, *shape) for task, shape in shapes.items()}
+    zipped = zip_networks(modules, data, ZipConfig(patches=6))
+    assert {layer.layer: layer.shared for layer in zipped.report.layers} == {
+        "flat": 3,
+        "pooled": 4,
+        "hidden": 6,
+        "head": 0,
+    }
+    left = zipped.without(odd)
+    for task in left.tasks:
+        assert torch.equal(left(data[task], task), zipped(data[task], task))
