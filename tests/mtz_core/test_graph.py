@@ -1,6 +1,7 @@
 """Graphs as data: nodes and what they refer to, running them, and the first difference between two."""
 
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -157,6 +158,7 @@ class Block(nn.Module):
         return out.relu() if self.twice else out
 
 
+@cache
 def traced(**choices: Any) -> LayerGraph:
     return trace(Block(**choices), torch.randn(2, 1, 6, 6)).graph
 
@@ -169,6 +171,15 @@ def test_widths_and_classes_are_no_difference(choices: dict[str, Any]) -> None:
 def test_input_sizes_are_no_difference() -> None:
     larger = trace(Block(), torch.randn(2, 1, 9, 9)).graph
     assert first_difference(traced(), larger) is None
+
+
+def test_a_default_that_is_written_out_is_no_difference() -> None:
+    x = torch.randn(2, 1, 6, 6)
+    short, long = (
+        trace(nn.Sequential(nn.Conv2d(1, 2, 3), pool, nn.Flatten(), nn.Linear(8, 3)), x).graph
+        for pool in (nn.MaxPool2d(2), nn.MaxPool2d(2, stride=2, padding=0))
+    )
+    assert first_difference(short, long) is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Layers as matrices: rows against torch's own unfolding, and rows times matrix against the operator's own output."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mtz_core.graph import Node, run_node
+from mtz_core.graph import Network, Node, run_node
 from mtz_core.layers import LAYERS, Convolution, with_ones
 from mtz_core.tracing import trace
 
@@ -130,12 +131,21 @@ class Later(nn.Module):
 MODULES = CONVOLUTIONS | LINEARS | {"addmm": (AddMM(), (4,)), "embedding": (Later(nn.Embedding(9, 4)), (5,))}
 
 
+def draw(name: str) -> Tensor:
+    shape = MODULES[name][1]
+    return torch.randint(0, 9, (3, *shape)) if name == "embedding" else torch.randn(3, *shape)
+
+
+@cache
+def traced(name: str) -> Network:
+    """A network of one layer, traced once for all tests."""
+    return trace(MODULES[name][0], draw(name))
+
+
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_rows_times_the_matrix_are_the_outputs(name: str) -> None:
-    module, shape = MODULES[name]
-    x = torch.randint(0, 9, (3, *shape)) if name == "embedding" else torch.randn(3, *shape)
-    network = trace(module, x)
+    x, network = draw(name), traced(name)
     (node,) = network.graph.layers
     layer = node.layer
     state = {key: tensor.double() for key, tensor in network.state.items()}
@@ -155,9 +165,7 @@ def test_rows_times_the_matrix_are_the_outputs(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_a_matrix_and_back_is_the_identity(name: str) -> None:
-    module, shape = MODULES[name]
-    x = torch.randint(0, 9, (3, *shape)) if name == "embedding" else torch.randn(3, *shape)
-    network = trace(module, x)
+    network = traced(name)
     (node,) = network.graph.layers
     weight = network.state[node.weight]
     matrix = node.layer.matrix(weight)
@@ -199,11 +207,7 @@ def test_ones_are_put_behind_every_group(groups: int) -> None:
 
 
 def test_every_layer_is_tried() -> None:
-    kinds = set()
-    for module, shape in MODULES.values():
-        x = torch.randint(0, 9, (3, *shape)) if isinstance(module, Later) else torch.randn(3, *shape)
-        kinds |= {node.kind for node in trace(module, x).graph.nodes}
-    assert LAYERS.keys() <= kinds
+    assert LAYERS.keys() <= {node.kind for name in MODULES for node in traced(name).graph.nodes}
 
 
 def test_a_node_of_a_graph_finds_its_layer() -> None:

@@ -1,7 +1,7 @@
 """The self-check catches rules that are wrong, by permuting what they say can be permuted."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,23 +18,13 @@ from mtz_core.neurons import Analysis, analyse
 from mtz_core.operations import OPERATIONS, Operation, pointwise
 from mtz_core.selfcheck import TOLERANCE, check
 from mtz_core.tracing import trace
+from tests.mtz_core.written import Apply
 
 
 @pytest.fixture(autouse=True)
 def operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of operations that is put back afterwards."""
     monkeypatch.setattr("mtz_core.operations.OPERATIONS", dict(OPERATIONS))
-
-
-class Apply(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def untouched(ties: Ties, node: Any, arguments: Mapping[str, Any], out: Tensor) -> Tensor:
@@ -74,6 +64,14 @@ def test_a_wrong_rule_is_caught(name: str) -> None:
         UnsupportedModule, match=r"group '0' are not interchangeable.*list the modules.*keep_separate|'1'"
     ):
         trace(module, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(3, 4), torch.ones(3, 4)], ids=["zero", "alike"])
+def test_a_wrong_rule_is_caught_on_examples_that_prove_little(example: Tensor) -> None:
+    register_operation("roll", Operation(pointwise))
+    between = Apply(lambda x: (x - x.mean(0)).roll(1, 1))
+    with pytest.raises(UnsupportedModule, match="are not interchangeable"):
+        trace(nn.Sequential(nn.Linear(4, 6, bias=False), between, nn.Linear(6, 3)), example)
 
 
 def test_the_group_whose_neurons_are_mistaken_is_named() -> None:
