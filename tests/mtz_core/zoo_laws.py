@@ -18,9 +18,11 @@ import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.activations import as_batches, original_moments
 from mtz_core.graph import FIXED, INPUT, KERNEL, Axis, Network
-from mtz_core.matching import Matcher, descent
+from mtz_core.matching import GroupMatch, Matcher, descent, match
+from mtz_core.moments import Moments
 from mtz_core.tracing import trace
-from tests.mtz_core.networks import match_traced, zip_traced
+from mtz_core.zipping import finish, merge
+from tests.mtz_core.networks import zip_traced
 from tests.mtz_core.zoo import ZooCase
 
 EXAMPLES, PATCHES = 12, 8
@@ -36,11 +38,33 @@ def traced(case: ZooCase, task: str) -> Network:
     return trace(module(case, task), case.examples(2))
 
 
+def pair(case: ZooCase) -> dict[str, Network]:
+    return {task: traced(case, task) for task in TASKS}
+
+
+@cache
+def batches(case: ZooCase, task: str) -> list[Tensor]:
+    return as_batches(case.examples(EXAMPLES, TASKS.index(task)), task)
+
+
+@cache
+def moments(case: ZooCase) -> dict[str, dict[str, Moments]]:
+    config = ZipConfig(patches=PATCHES)
+    return {task: original_moments(network, batches(case, task), config) for task, network in pair(case).items()}
+
+
+@cache
+def matches(case: ZooCase, share: float) -> list[GroupMatch]:
+    return list(match(pair(case), moments(case), ZipConfig(share=share, patches=PATCHES)))
+
+
 @cache
 def zipped_pair(case: ZooCase, share: float) -> ZippedNetwork:
-    networks = {task: traced(case, task) for task in TASKS}
-    calibration = {task: case.examples(EXAMPLES, seed) for seed, task in enumerate(TASKS)}
-    return zip_traced(networks, calibration, ZipConfig(share=share, patches=PATCHES))
+    """What `zip_networks` makes of the two, step by step."""
+    pairings = {found.group: found.pairing for found in matches(case, share)}
+    data = {task: batches(case, task) for task in TASKS}
+    config = ZipConfig(share=share, patches=PATCHES)
+    return finish(merge(pair(case), pairings, data, config, descent(matches(case, share))))
 
 
 @contextmanager
@@ -173,20 +197,15 @@ def layers_that_cannot_correspond_share_nothing(case: ZooCase) -> None:
 
 def matching_never_accepts_an_increase(case: ZooCase) -> None:
     """The costs that the descent reports fall, and the last is that of the pairings that it ends with."""
-    networks = {task: traced(case, task) for task in TASKS}
-    calibration = {task: case.examples(EXAMPLES, seed) for seed, task in enumerate(TASKS)}
-    config = ZipConfig(share=0.6, patches=PATCHES)
-    matches = match_traced(networks, calibration, config)
-    costs = descent(matches)
-    assert zipped_pair(case, 0.6).report.descent == costs
-    assert {found.group for found in matches} == {group.name for group in networks["narrow"].graph.hidden_groups}
-    assert [found.sweep for found in matches] == sorted(found.sweep for found in matches)
+    found, groups = matches(case, 0.6), traced(case, "narrow").graph.hidden_groups
+    assert {one.group for one in found} == {group.name for group in groups}
+    assert [one.sweep for one in found] == sorted(one.sweep for one in found)
+    costs = descent(found)
     if not costs:
         return  # no pairing depends on a later one
     assert all(after < before for before, after in itertools.pairwise(costs))
-    moments = {task: original_moments(n, as_batches(calibration[task], task), config) for task, n in networks.items()}
-    matcher = Matcher(networks, moments, config)
-    pairings = {found.group: found.pairing for found in matches}
+    matcher = Matcher(pair(case), moments(case), ZipConfig(share=0.6, patches=PATCHES))
+    pairings = {one.group: one.pairing for one in found}
     recounted = sum(matcher.cost(name, pairings) for name in pairings)
     assert abs(recounted - costs[-1]) <= 1e-6 * recounted
 

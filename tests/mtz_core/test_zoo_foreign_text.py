@@ -1,0 +1,16 @@
+"""Every law of zipping on every family of networks on tokens of the transformers package."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.mtz_core.zoo import FOREIGN, ZooCase
+from tests.mtz_core.zoo_laws import LAWS
+
+TOKENS = [case for case in FOREIGN if not case.examples(1).is_floating_point()]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", TOKENS, ids=lambda case: case.name)
+def test_law(case: ZooCase, law: Callable[[ZooCase], None]) -> None:
+    law(case)
