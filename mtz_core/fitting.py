@@ -90,7 +90,7 @@ class Part:
         if not shared and (self.paper or self.intact):
             return
         matrix = network.matrix(node)
-        self.matrix = matrix.to(torch.float64)
+        self.matrix = matrix.to(torch.float64, copy=True)
         self.positions = sample_positions(node, self.shape, original[0], config)
         moments = Moments(matrix.shape[1], self.groups)
         for x, x_hat in zip(original, zipped, strict=True):

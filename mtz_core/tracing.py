@@ -47,9 +47,8 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
     _check_names(module)
     _check_paths(module, keep_separate)
     _check_weights(module)
-    examples = _generic(example, CHECKED_SIZE)
     with evaluation_mode(module), _buffers_kept(module), _plain_attention():
-        expected = _output(module, examples)
+        examples, expected = _accepted(module, example)
         programs = [_export(module, examples[:size].clone()) for size in SIZES]
     reader = ProgramReader(module, programs)
     nodes, output = reader.nodes()
@@ -76,14 +75,30 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
 
 def _generic(example: Shaped[Tensor, "batch ..."], count: int) -> Shaped[Tensor, "count ..."]:
     """The first example, and others near it: inputs that are all zero, or all alike, would prove little."""
-    first, generator = example[:1].detach().cpu(), torch.Generator().manual_seed(0)
+    given, generator = example.detach().cpu(), torch.Generator().manual_seed(0)
     shape = (count - 1, *example.shape[1:])
-    if not example.is_floating_point():  # tokens: such as occur in the example
-        drawn = torch.randint(first.numel(), shape, generator=generator)
-        return torch.cat([first, first.flatten()[drawn]]).to(example.device)
-    deviation = float(first.std()) if first.numel() > 1 else 0.0
-    noise = torch.randn(shape, generator=generator, dtype=first.dtype)
-    return torch.cat([first, first + noise * (deviation or 1.0)]).to(example.device)
+    if not example.is_floating_point():  # tokens: such as occur in the examples
+        drawn = torch.randint(given.numel(), shape, generator=generator)
+        return torch.cat([given[:1], given.flatten()[drawn]]).to(example.device)
+    deviation = float(given[:1].std()) if given[:1].numel() > 1 else 0.0
+    noise = torch.randn(shape, generator=generator, dtype=given.dtype)
+    return torch.cat([given[:1], given[:1] + noise * (deviation or 1.0)]).to(example.device)
+
+
+def _accepted(module: nn.Module, example: Shaped[Tensor, "batch ..."]) -> tuple[Tensor, Tensor]:
+    """Examples that the module accepts, generic ones if it does, and its outputs."""
+    examples = _generic(example, CHECKED_SIZE)
+    try:
+        return examples, _output(module, examples)
+    except InvalidCalibration:
+        examples = torch.cat([example[:1]] * CHECKED_SIZE)
+    try:
+        return examples, _output(module, examples)
+    except InvalidCalibration as error:
+        raise InvalidCalibration(
+            f"{type(module).__name__} does not accept an input of shape {list(example.shape)} ({example.dtype}): "
+            f"{error} Check that the calibration data are meant for this network."
+        ) from error
 
 
 @contextmanager
@@ -101,10 +116,7 @@ def _output(module: nn.Module, examples: Tensor) -> Tensor:
     try:
         output = module(examples.clone())
     except Exception as error:  # whatever a user's forward raises means the same: this input does not fit it
-        raise InvalidCalibration(
-            f"{type(module).__name__} does not accept an input of shape {list(examples.shape)} ({examples.dtype}): "
-            f"{_first_line(error)} Check that the calibration data are meant for this network."
-        ) from error
+        raise InvalidCalibration(_first_line(error)) from error
     if not isinstance(output, Tensor):
         raise UnsupportedModule(
             f"{type(module).__name__} does not return one tensor but {type(output).__name__}. Wrap it in a module that "

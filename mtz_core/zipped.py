@@ -241,7 +241,10 @@ def load(folder: str | Path) -> ZippedNetwork:
     shapes = ZippedNetwork(structure, {name: tensor.to("meta") for name, tensor in tensors.items()}).eval()
     try:
         for task, network in structure.networks.items():
-            shapes(torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta"), task)
+            dtype = network.input_dtype
+            if dtype.is_floating_point:  # the network may have been turned to another precision since it was traced
+                dtype = shapes.matrix(task, structure.layers[0]).dtype
+            shapes(torch.empty(2, *network.input_shape, dtype=dtype, device="meta"), task)
     except Exception as error:  # torch raises many kinds for settings that make no sense
         raise InvalidZippedFile(
             f"{Path(folder) / format.MANIFEST} is malformed: the network cannot run: {str(error).splitlines()[0]}"

@@ -201,7 +201,7 @@ def test_empty_calibration_data(project: Path, capsys: pytest.CaptureFixture[str
 def test_calibration_data_of_the_wrong_shape(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(Path("data/a/train.parquet"), np.zeros((3, 20, 20), np.uint8), np.zeros(3, np.int64))
     message = refused(capsys, "collect", "a")
-    assert "models.a: Sequential does not accept an input of shape [3, 1, 20, 20]" in message
+    assert "models.a: Sequential does not accept an input of shape [1, 1, 20, 20]" in message
 
 
 def test_labels_that_are_no_classes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
