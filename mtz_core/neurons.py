@@ -51,9 +51,8 @@ def analyse(
 def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
     """Classes of tied labels as neurons, alike neurons as groups."""
     ties = found.ties
-    nodes = [
-        replace(node, is_layer=node.is_layer and node.name in found.rows) for node in nodes
-    ]
+    # What is kept separate and not understood is no layer.
+    nodes = [replace(node, is_layer=node.is_layer and node.name in found.rows) for node in nodes]
     layers = [node for node in nodes if node.is_layer]
     tables = {
         (node.name, side): ties.resolve(labels[node.name]).numpy()
