@@ -166,6 +166,11 @@ def _check_weights(module: nn.Module) -> None:
     for path, part in module.named_modules():
         if "quantized" in type(part).__module__:
             raise UnsupportedModule(f"{path!r} ({type(part).__name__}) is quantised. Zip the network before it is.")
+        if getattr(part, "track_running_stats", False) and getattr(part, "momentum", 0.0) is None:
+            raise UnsupportedModule(
+                f"{path!r} ({type(part).__name__}) averages its statistics over all batches (momentum=None), which a "
+                "zipped network in training mode cannot. Set a momentum, such as 0.1: evaluation mode is the same."
+            )
     devices = set()
     for name, tensor in module.named_parameters():
         if is_lazy(tensor):
