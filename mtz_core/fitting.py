@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mtz_core.activations import layer_rows, sample_positions
-from mtz_core.graph import Network, Node
+from mtz_core.graph import INPUT, Network, Node, run_node
 from mtz_core.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
 from mtz_core.matching import energy, relative_balance
 from mtz_core.moments import Moments
@@ -43,7 +43,7 @@ def following_clip(network: Network, layer: Node) -> Clip | None:
     operation = operation_of(reader.kind)
     if operation is not None and operation.clips:
         return Clip(width * operation.floor, width > 0)
-    if reader.kind != "batch_norm" or reader.sources != (layer.name,):
+    if reader.kind != "batch_norm" or reader.sources != (layer.name,) or not _on_second_axis(network, layer):
         return None
     behind = _only_reader(network, reader.name)
     operation = operation_of(behind.kind) if behind is not None else None
@@ -57,6 +57,19 @@ def following_clip(network: Network, layer: Node) -> Clip | None:
     deviation = (variance + float(reader.arguments["eps"])).sqrt()
     threshold = torch.where(scale == 0, torch.inf, mean + (operation.floor - shift) * deviation / scale)
     return Clip(threshold, scale >= 0)
+
+
+def _on_second_axis(network: Network, layer: Node) -> bool:
+    """Whether a layer's neurons lie where a batch normalisation expects channels."""
+    if layer.layer.channel_axis(3) == 1:
+        return True
+    state = {name: tensor.to("meta") for name, tensor in network.state.items()}
+    values = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
+    for node in network.graph.nodes:
+        values[node.name] = run_node(node, values, state, 1)
+        if node.name == layer.name:
+            break
+    return values[layer.name].ndim == 2
 
 
 def _only_reader(network: Network, name: str) -> Node | None:

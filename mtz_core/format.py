@@ -43,6 +43,7 @@ def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path
         "format": FORMAT,
         "version": VERSION,
         "networks": {task: _describe(network) for task, network in structure.networks.items()},
+        "apart": {axis: list(groups) for axis, groups in structure.apart.items()},
         "members": {name: rows.tolist() for name, rows in structure.members.items()},
         "dtypes": {name: _dtype_name(tensor.dtype) for name, tensor in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -177,9 +178,9 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         members[name] = table
     report = manifest["report"]
     layers = tuple(LayerReport(**layer) for layer in report["layers"])
-    return ZippedStructure(
-        tasks, networks, members, ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
-    )
+    apart = {axis: tuple(groups) for axis, groups in manifest["apart"].items()}
+    told = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
+    return ZippedStructure(tasks, networks, members, told, apart)
 
 
 def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:
@@ -193,10 +194,16 @@ def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
     shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
     trainable = frozenset(entry["parameters"])
     matrices = {name for node in nodes if node.is_layer for name in (node.weight, node.bias) if name is not None}
+    precision = next(tensor.dtype for name, tensor in tensors.items() if "/weight/" in name)
     state = {
-        name: torch.empty(shape, device="meta") if name in matrices else tensors[own_name(name, task)]
+        name: torch.empty(shape, dtype=precision, device="meta") if name in matrices else tensors[own_name(name, task)]
         for name, shape in shapes.items()
     }
+    for name in sorted(trainable):
+        if name not in state or not state[name].is_floating_point():
+            raise ValueError(f"{name!r} is no parameter of {task!r}")
     shape, dtype = tuple(entry["input_shape"]), getattr(torch, entry["input_dtype"])
+    if dtype.is_floating_point:  # the network may have been turned to another precision since it was traced
+        dtype = precision
     graph = analyse(nodes, entry["output"], state, trainable, shape, dtype).graph
     return TaskStructure(graph, shapes, trainable, shape, dtype, int(entry["bytes"]))

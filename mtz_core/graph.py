@@ -192,7 +192,9 @@ class Network:
 def operator(kind: str) -> torch._ops.OpOverload:
     """The ATen operator of a kind. Raises `AttributeError` if there is none."""
     packet, _, overload = kind.partition(".")
-    found: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise AttributeError(f"there is no operator {kind!r}")
     return found
 
 

@@ -139,7 +139,7 @@ def _match(
     members: dict[str, Int64[np.ndarray, "neurons tasks"]] = {}
     for group in traced.graph.hidden_groups:
         width = traced.graph.widths[group.name]
-        known = ZippedStructure(tasks, networks, members, old.report)
+        known = ZippedStructure(tasks, networks, members, old.report, old.apart)
         cost = np.zeros((len(alone[group.name]), width))
         writers = [node for node in traced.graph.layers if node.name in group.writers]
         ready = [node for node in writers if {*traced.graph.columns[node.name].groups} & {*alone} <= members.keys()]
@@ -153,7 +153,7 @@ def _match(
         rows[pairs[:, 0], -1] = pairs[:, 1]
         everyone = [network.graph.widths[group.name] for network in networks.values()]
         members[group.name] = Pairing.from_tuples(tasks, everyone, rows).members
-    return ZippedStructure(tasks, networks, members, old.report)
+    return ZippedStructure(tasks, networks, members, old.report, old.apart)
 
 
 def _costs(

@@ -61,6 +61,8 @@ def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
     """The value of a node as far as labels go."""
     if node.kind == GETITEM:
         return found.values[node.sources[0]][node.arguments["index"]]
+    if operator(node.kind)._schema.is_mutable:
+        raise NotUnderstood("it writes into its operands")
     arguments = _given(found, node, state, trainable)
     values = [value for value in _flat(arguments) if isinstance(value, Value)]
     if all(value.actual is not None for value in values) and _makes_constants(node.kind, values):
@@ -87,7 +89,12 @@ def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
 
 def _makes_constants(kind: str, values: Sequence[Value]) -> bool:
     """Whether an operator is a function of tensors, or one that is known to do nothing but make some."""
-    return kind.partition(".")[0] in CREATION or (bool(values) and not operator(kind)._schema.is_mutable)
+    found = operator(kind)
+    if torch.Tag.nondeterministic_seeded in found.tags:
+        return False
+    returns = [str(value.type) for value in found._schema.returns]
+    function = bool(values) and bool(returns) and all("Tensor" in value for value in returns)
+    return kind.partition(".")[0] in CREATION or function
 
 
 def _listed(value: Any) -> list[Any]:
@@ -157,7 +164,8 @@ def _opaque(found: Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
         if isinstance(value, Value):
             found.ties.pin(value.labels, torch.arange(value.labels.numel()).reshape(value.labels.shape))
     schema = operator(node.kind)._schema
-    if schema.is_mutable or not any(isinstance(value, Value) for value in _flat(arguments)):
+    random = torch.Tag.nondeterministic_seeded in operator(node.kind).tags
+    if random or schema.is_mutable or not any(isinstance(value, Value) for value in _flat(arguments)):
         raise UnsupportedModule(
             f"{node.module!r}: operator {node.kind} is no function of tensors. Leave the network out."
         )

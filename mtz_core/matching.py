@@ -28,7 +28,7 @@ from mtz_core.graph import LayerGraph, Network, NeuronGroup, Node, first_differe
 from mtz_core.linalg import DenseHessian, Hessian, chunks, weighted_sum
 from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
-from mtz_core.structure import NOT_A_MEMBER, arrange, can_share, positions_of
+from mtz_core.structure import NOT_A_MEMBER, arrange, positions_of, same_kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,8 +214,10 @@ def _writers(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
 
 def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
     """Why the rows of a layer stay task-specific whatever is shared around it; None if they need not."""
-    if not can_share(layer.name, networks.values()):
-        return "it is listed under keep_separate, or its kernels or convolution groups differ in size"
+    if any(node.separate for n in networks.values() for node in n.graph.layers if node.name == layer.name):
+        return "it is listed under keep_separate"
+    if not same_kernels(layer.name, networks.values()):
+        return "its kernels or convolution groups differ in size"
     rows, columns = ([getattr(n.graph, side)[layer.name] for n in networks.values()] for side in ("rows", "columns"))
     for axis, what in ((rows, "written"), (columns, "read")):
         for name in axis[0].groups:

@@ -43,15 +43,16 @@ class Prefix:
     orders: Mapping[str, Mapping[str, Order]]
 
 
-def common_prefix(structure: ZippedStructure) -> Prefix:
+def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.float32) -> Prefix:
     """Nodes whose value is the same for all tasks, up to the order of its channels, given the same input."""
     first, *others = structure.tasks
     graphs = {task: network.graph for task, network in structure.networks.items()}
     orders: dict[str, dict[str, Order]] = {task: {INPUT: Order()} for task in structure.tasks}
     nodes: set[str] = set()
     entry = structure.networks[first]
-    state = {name: torch.empty(shape, device="meta") for name, shape in entry.shapes.items()}
-    values: dict[str, Any] = {INPUT: torch.empty(1, *entry.input_shape, dtype=entry.input_dtype, device="meta")}
+    state = {name: torch.empty(shape, dtype=precision, device="meta") for name, shape in entry.shapes.items()}
+    dtype = precision if entry.input_dtype.is_floating_point else entry.input_dtype
+    values: dict[str, Any] = {INPUT: torch.empty(1, *entry.input_shape, dtype=dtype, device="meta")}
     for steps in zip(*(graph.nodes for graph in graphs.values()), strict=True):
         node = steps[0]
         if any(source not in orders[first] for source in node.sources) or not node.sources:

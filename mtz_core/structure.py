@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -122,12 +122,18 @@ class Arrangement:
         return sum(run.size for run in self.runs if len(run.owners) > 1)
 
 
-def arrange(tasks: Sequence[str], axes: Mapping[str, Axis], members: Members, separate: bool = False) -> Arrangement:
+def arrange(
+    tasks: Sequence[str],
+    axes: Mapping[str, Axis],
+    members: Members,
+    separate: bool = False,
+    apart: Sequence[str] = (),
+) -> Arrangement:
     """Which positions of the tasks' axes are one, given which of their neurons are.
 
-    Groups without an entry in `members`, and those whose neurons have different numbers of positions in different tasks
-    (another input size, another head), correspond nowhere; with `separate` nothing does. The input corresponds where
-    it has as many positions in all tasks.
+    Groups without an entry in `members`, those whose neurons have different numbers of positions in different tasks
+    (another input size, another head), and those kept `apart` correspond nowhere; with `separate` nothing does.
+    The input corresponds where it has as many positions in all tasks.
     """
     found: dict[Owners, dict[str, list[np.ndarray]]] = {}
 
@@ -140,8 +146,8 @@ def arrange(tasks: Sequence[str], axes: Mapping[str, Axis], members: Members, se
     rest = {task: [np.flatnonzero(axes[task].group < 0)] for task in tasks}
     for name in names:
         tables = {task: positions_of(axes[task], name) for task in tasks}
-        one_size = len({table.shape[1] for table in tables.values()}) == 1
-        if separate or not one_size or (name not in members and name not in (INPUT, KERNEL)):
+        unpaired = name not in members and name not in (INPUT, KERNEL)
+        if separate or unpaired or name in apart or not _one_size(tables.values()):
             for task in tasks:
                 rest[task].append(tables[task].flatten())
             continue
@@ -162,6 +168,11 @@ def arrange(tasks: Sequence[str], axes: Mapping[str, Axis], members: Members, se
         if len(order):
             runs.append(Run(owners, {task: part[order] for task, part in places.items()}))
     return Arrangement(tuple(runs))
+
+
+def _one_size(tables: Iterable[np.ndarray]) -> bool:
+    """Whether neurons have as many positions in all networks."""
+    return len({table.shape[1] for table in tables}) == 1
 
 
 def positions_of(axis: Axis, group: str) -> Int64[np.ndarray, "neurons slots"]:
@@ -224,12 +235,17 @@ class TaskStructure:
 
 @dataclass(frozen=True, eq=False)
 class ZippedStructure:
-    """Everything about a zipped network but its values. `members` has an entry for every hidden group."""
+    """Everything about a zipped network but its values. `members` has an entry for every hidden group.
+
+    `apart` names, for ``rows/LAYER`` and ``columns/LAYER``, groups that stay separate there because they did not
+    correspond in a network that has been taken out since.
+    """
 
     tasks: tuple[str, ...]
     networks: Mapping[str, TaskStructure]
     members: Members
     report: ZipReport
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Node, ...]:
@@ -245,6 +261,7 @@ class ZippedStructure:
                 {task: self.networks[task].graph.rows[node.name] for task in self.tasks},
                 self.members,
                 separate=not can_share(node.name, self.networks.values()),
+                apart=self.apart.get(f"rows/{node.name}", ()),
             )
             for node in self.layers
         }
@@ -254,10 +271,26 @@ class ZippedStructure:
         """Who owns the columns of each layer's matrix, the bias aside."""
         return {
             node.name: arrange(
-                self.tasks, {task: self.networks[task].graph.columns[node.name] for task in self.tasks}, self.members
+                self.tasks,
+                {task: self.networks[task].graph.columns[node.name] for task in self.tasks},
+                self.members,
+                apart=self.apart.get(f"columns/{node.name}", ()),
             )
             for node in self.layers
         }
+
+    def all_apart(self) -> dict[str, tuple[str, ...]]:
+        """Where groups do not correspond, for whatever reason."""
+        found: dict[str, tuple[str, ...]] = {}
+        for node in self.layers:
+            for side in ("rows", "columns"):
+                axes = [getattr(network.graph, side)[node.name] for network in self.networks.values()]
+                whole = side == "rows" and not can_share(node.name, self.networks.values())
+                unequal = {n for n in axes[0].groups if whole or not _one_size(positions_of(a, n) for a in axes)}
+                unequal |= set(self.apart.get(f"{side}/{node.name}", ()))
+                if unequal:
+                    found[f"{side}/{node.name}"] = tuple(sorted(unequal))
+        return found
 
     def reported(self, tensors: Mapping[str, Tensor], layers: Sequence[LayerReport]) -> ZippedStructure:
         """The same structure with a report on these tensors."""
@@ -300,16 +333,30 @@ class ZippedStructure:
 
 
 def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
-    """Whether rows of a layer can be common: it is kept separate nowhere, and its kernels have one size."""
+    """Whether rows of a layer can be common.
+
+    It is kept separate nowhere, its kernels have one size, and what it reads has as many values per neuron.
+    """
+    networks = list(networks)
+    columns = [network.graph.columns[layer] for network in networks]
+    if len(columns[0].groups) == 1 and not _one_size(positions_of(axis, columns[0].groups[0]) for axis in columns):
+        return False
+    return same_kernels(layer, networks) and not any(_layer(layer, network).separate for network in networks)
+
+
+def same_kernels(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
+    """Whether a layer's kernels have one size in all networks, and its convolution groups, too."""
     shapes = set()
     for network in networks:
-        (node,) = (node for node in network.graph.layers if node.name == layer)
-        if node.separate:
-            return False
+        node = _layer(layer, network)
         shape = network.shapes[node.weight] if isinstance(network, TaskStructure) else network.state[node.weight].shape
         grouped = node.layer.groups(node.arguments) > 1
         shapes.add((tuple(shape[2:]) if node.kind.startswith("conv") else (), grouped, shape[1] if grouped else 0))
     return len(shapes) == 1
+
+
+def _layer(name: str, network: TaskStructure | Network) -> Node:
+    return next(node for node in network.graph.layers if node.name == name)
 
 
 def cut(

@@ -49,6 +49,11 @@ class ZippedNetwork(nn.Module):
         """What zipping did, layer by layer, and the sizes."""
         return self.structure.report
 
+    @property
+    def _precision(self) -> torch.dtype:
+        """The type of the weights, which may have been turned to another since they were zipped."""
+        return next(self.parameters()).dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by its name, as it is now."""
         names = (*self.structure.block_shapes(), *self.structure.own_shapes())
@@ -89,7 +94,7 @@ class ZippedNetwork(nn.Module):
             raise InvalidConfig("the tasks read different inputs. Call the network once per task.")
         first = self.tasks[0]
         if self._prefix is None:
-            self._prefix = common_prefix(self.structure)
+            self._prefix = common_prefix(self.structure, self._precision)
         prefix = self._prefix
         shared: dict[str, Any] = {INPUT: x}
         state = self.state_of(first)
@@ -122,10 +127,9 @@ class ZippedNetwork(nn.Module):
         """
         self._check_task(task)
         part = self.structure.networks[task]
+        dtype = self._precision if part.input_dtype.is_floating_point else part.input_dtype
         state = {name: tensor.detach().clone() for name, tensor in self.state_of(task).items()}
-        return build_module(Network(part.graph, state, part.trainable, part.input_shape, part.input_dtype)).train(
-            self.training
-        )
+        return build_module(Network(part.graph, state, part.trainable, part.input_shape, dtype)).train(self.training)
 
     def without(self, task: str) -> ZippedNetwork:
         """The zipped network of the other tasks, which compute exactly what they did.
@@ -140,7 +144,7 @@ class ZippedNetwork(nn.Module):
         members = {name: rows[:, kept] for name, rows in self.structure.members.items()}
         members = {name: rows[(rows >= 0).any(axis=1)] for name, rows in members.items()}
         networks = {other: self.structure.networks[other] for other in rest}
-        structure = ZippedStructure(rest, networks, members, self.report)
+        structure = ZippedStructure(rest, networks, members, self.report, self.structure.all_apart())
         tensors: dict[str, Tensor] = {}
         reports = []
         for node, report in zip(self.structure.layers, self.report.layers, strict=True):
@@ -241,10 +245,7 @@ def load(folder: str | Path) -> ZippedNetwork:
     shapes = ZippedNetwork(structure, {name: tensor.to("meta") for name, tensor in tensors.items()}).eval()
     try:
         for task, network in structure.networks.items():
-            dtype = network.input_dtype
-            if dtype.is_floating_point:  # the network may have been turned to another precision since it was traced
-                dtype = shapes.matrix(task, structure.layers[0]).dtype
-            shapes(torch.empty(2, *network.input_shape, dtype=dtype, device="meta"), task)
+            shapes(torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta"), task)
     except Exception as error:  # torch raises many kinds for settings that make no sense
         raise InvalidZippedFile(
             f"{Path(folder) / format.MANIFEST} is malformed: the network cannot run: {str(error).splitlines()[0]}"

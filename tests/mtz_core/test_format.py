@@ -192,7 +192,6 @@ def node(manifest: dict[str, Any], kind: str) -> dict[str, Any]:
 MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other dtype": (lambda m: m["dtypes"].update({BLOCK: "float64"}), r"has dtype torch\.float32, not"),
     "no dtypes": (lambda m: m.pop("dtypes"), r"has dtype torch\.float32, not"),
-    "other input dtype": (lambda m: network(m).update(input_dtype="float64"), r"cannot be run"),
     "input dtype of another kind": (lambda m: network(m).update(input_dtype="nn"), r"malformed"),
     "unknown operator": (lambda m: node(m, "relu").update(kind="frobnicate"), r"frobnicate"),
     "a dunder": (lambda m: node(m, "relu").update(kind="__class__"), r"__class__"),
