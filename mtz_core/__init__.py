@@ -8,18 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mtz_core.budget import Validation
     from mtz_core.errors import MtzError
+    from mtz_core.facade import zip_networks
     from mtz_core.growth import add_network
     from mtz_core.operations import register_operation
-    from mtz_core.settings import ZipConfig
+    from mtz_core.settings import Budget, RetrainConfig, ZipConfig
     from mtz_core.structure import LayerReport, ZipReport
     from mtz_core.tracing import trace
     from mtz_core.zipped import ZippedNetwork, load
-    from mtz_core.zipping import zip_networks
 
 _HOMES = {
+    "Budget": "settings",
     "LayerReport": "structure",
     "MtzError": "errors",
+    "RetrainConfig": "settings",
+    "Validation": "budget",
     "ZipConfig": "settings",
     "ZipReport": "structure",
     "ZippedNetwork": "zipped",
@@ -27,12 +31,15 @@ _HOMES = {
     "load": "zipped",
     "register_operation": "operations",
     "trace": "tracing",
-    "zip_networks": "zipping",
+    "zip_networks": "facade",
 }
 
 __all__ = [
+    "Budget",
     "LayerReport",
     "MtzError",
+    "RetrainConfig",
+    "Validation",
     "ZipConfig",
     "ZipReport",
     "ZippedNetwork",

@@ -13,8 +13,9 @@ from torch import Tensor
 from mtz_core.activations import layer_rows, sample_positions
 from mtz_core.graph import INPUT, Network, Node, run_node
 from mtz_core.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
-from mtz_core.matching import energy, relative_balance
+from mtz_core.matching import felt_balance
 from mtz_core.moments import Moments
+from mtz_core.narrowing import Narrowed
 from mtz_core.operations import operation_of
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import Arrangement, Run
@@ -86,14 +87,18 @@ class Part:
     def __init__(
         self,
         node: Node,
-        network: Network,
+        narrowed: Narrowed,
         original: Sequence[Tensor],
         zipped: Sequence[Tensor],
         shared: bool,
         config: ZipConfig,
+        felt: Float[Tensor, " all_rows"] | None = None,
     ) -> None:
+        network = narrowed.network
         self.node, self.network, self.zipped = node, network, zipped
         self.paper = config.method == "paper"
+        left = narrowed.kept_rows(node)
+        self.felt = felt if felt is None or left is None else felt[left]
         self.shape = tuple(network.state[node.weight].shape)
         self.groups = node.layer.groups(node.arguments)
         self.intact = all(a is b for a, b in zip(original, zipped, strict=True))
@@ -102,38 +107,29 @@ class Part:
         self.targets: list[Float[Tensor, "n out"]] = []
         if not shared and (self.paper or self.intact):
             return
-        matrix = network.matrix(node)
-        self.matrix = matrix.to(torch.float64, copy=True)
+        self.matrix = network.matrix(node).to(torch.float64, copy=True)
         self.positions = sample_positions(node, self.shape, original[0], config)
-        moments = Moments(matrix.shape[1], self.groups)
+        before = narrowed.original.graph.node(node.name)
+        target, left = narrowed.original.matrix(before), narrowed.kept_rows(node)
+        if left is not None and self.groups == 1:
+            target, left = target[left], None
+        moments = Moments(self.matrix.shape[1], self.groups)
         for x, x_hat in zip(original, zipped, strict=True):
-            rows = self._rows(x)
-            moments.add(rows if self.paper or x is x_hat else self._rows(x_hat))
+            rows = self._rows(x, before)
+            moments.add(rows if self.paper or x is x_hat else self._rows(x_hat, node))
             if not self.paper:
-                self.targets.append(self._apply(rows, matrix))
+                outputs = _outputs(rows, target, before.layer.groups(before.arguments))
+                self.targets.append(outputs if left is None else outputs[:, left])
         self.count = moments.count
         self.damping = moments.damping(config.damping)
         self.hessian = moments.hessian(config.damping)
 
-    def _rows(self, x: Tensor) -> Float[Tensor, "n groups*in"]:
-        rows = layer_rows(self.node, self.shape, x, self.positions)
+    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n groups*in"]:
+        rows = layer_rows(node, self.shape, x, self.positions)
         return rows.to(self.network.state[self.node.weight].dtype)
-
-    def _apply(self, rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"]) -> Float[Tensor, "n out"]:
-        if self.groups == 1:
-            return rows @ matrix.T
-        split = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
-        return torch.bmm(split, self._stacked(matrix).mT).transpose(0, 1).flatten(1)
 
     def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
         return matrix.unflatten(0, (self.groups, -1))
-
-    def energy(self) -> float:
-        """``E‖y‖²`` of the outputs."""
-        assert self.hessian is not None
-        if self.groups == 1:
-            return energy(self.matrix, self.hessian)
-        return float(self.hessian.energies(self._stacked(self.matrix).mT).sum())
 
     def refit(self, clip: Clip | None) -> None:
         """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
@@ -148,8 +144,8 @@ class Part:
         present = self.matrix.to(prior.dtype)
         gradient = torch.zeros_like(self.matrix)
         for target, x_hat in zip(self.targets, self.zipped, strict=True):
-            fed = self._rows(x_hat)
-            output = self._apply(fed, present)
+            fed = self._rows(x_hat, self.node)
+            output = _outputs(fed, present, self.groups)
             if clip is not None:
                 target = clip.nearest_target(target, output)
             gradient += self._correlate(target - output, fed)
@@ -191,6 +187,15 @@ class Part:
             del self.matrix
 
 
+def _outputs(
+    rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"], groups: int
+) -> Float[Tensor, "n out"]:
+    if groups == 1:
+        return rows @ matrix.T
+    split = rows.unflatten(1, (groups, -1)).transpose(0, 1)
+    return torch.bmm(split, matrix.unflatten(0, (groups, -1)).mT).transpose(0, 1).flatten(1)
+
+
 def fit(
     parts: Mapping[str, Part],
     rows: Arrangement,
@@ -205,8 +210,9 @@ def fit(
     runs = [run for run in rows.runs if len(run.owners) > 1]
     balance = dict(zip(parts, config.balance_of(tuple(parts)), strict=True))
     if config.method == "refit":
-        energies = [part.energy() if part.hessian is not None else 0.0 for part in parts.values()]
-        balance = dict(zip(parts, relative_balance(list(balance.values()), energies), strict=True))
+        felt = [part.felt for part in parts.values() if part.felt is not None]
+        if len(felt) == len(parts):
+            balance = dict(zip(parts, felt_balance(list(balance.values()), felt), strict=True))
     sharing = [_sharing(parts, run, columns, balance) for run in runs]
     cost = sum(one.apply() for one in sharing)
     for _ in range(config.sweeps if config.method == "refit" and any(clips.values()) else 0):

@@ -27,7 +27,7 @@ from mtz_core.neurons import analyse
 from mtz_core.structure import NOT_A_MEMBER, LayerReport, TaskStructure, ZippedStructure, ZipReport, own_name
 
 FORMAT = "mtz-zipped-network"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -61,7 +61,7 @@ def _describe(network: TaskStructure) -> dict[str, Any]:
         "output": network.graph.output,
         "shapes": {name: list(shape) for name, shape in network.shapes.items()},
         "parameters": sorted(network.trainable),
-        "bytes": network.bytes,
+        "original": {"parameters": network.parameters, "bytes": network.bytes},
     }
 
 
@@ -206,4 +206,6 @@ def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
     if dtype.is_floating_point:  # the network may have been turned to another precision since it was traced
         dtype = precision
     graph = analyse(nodes, entry["output"], state, trainable, shape, dtype).graph
-    return TaskStructure(graph, shapes, trainable, shape, dtype, int(entry["bytes"]))
+    original = entry["original"]
+    sizes = int(original["parameters"]), int(original["bytes"])
+    return TaskStructure(graph, shapes, trainable, shape, dtype, *sizes)

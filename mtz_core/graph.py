@@ -144,6 +144,14 @@ class LayerGraph:
         return tuple(node for node in self.nodes if node.is_layer)
 
     @cached_property
+    def _by_name(self) -> Mapping[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    def node(self, name: str) -> Node:
+        """The node of that name."""
+        return self._by_name[name]
+
+    @cached_property
     def hidden_groups(self) -> tuple[NeuronGroup, ...]:
         """The groups whose neurons can be shared."""
         return tuple(group for group in self.groups if group.hidden)

@@ -22,6 +22,7 @@ from mtz_core.graph import Network, Node, first_difference
 from mtz_core.linalg import DenseHessian, Elimination, Hessian
 from mtz_core.matching import Pairing, assign, assign_greedily
 from mtz_core.moments import Moments
+from mtz_core.narrowing import Narrowed
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import (
     NOT_A_MEMBER,
@@ -61,7 +62,8 @@ def add_network(
     traced = trace_task(task, network, batches[0], config)
     _check(zipped, task, traced)
     structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
-    stream = Stream(traced, batches)
+    whole = Narrowed.whole(traced)
+    stream = Stream(whole, batches)
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     before = {report.layer: report for report in zipped.report.layers}
@@ -72,7 +74,7 @@ def add_network(
         rows, columns = structure.rows[node.name], structure.columns[node.name]
         part = Part(
             node,
-            traced,
+            whole,
             stream.original[node.source],
             stream.zipped[node.source],
             shared=any(len(run.owners) > 1 for run in rows.of(task)),

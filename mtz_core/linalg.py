@@ -37,6 +37,11 @@ def _factorise(matrix: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
     return factor
 
 
+def invert(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of a positive definite matrix, where single values of it are asked for. Raises `SingularHessian`."""
+    return torch.cholesky_inverse(_factorise(matrix))
+
+
 @dataclass(frozen=True, eq=False)
 class Elimination:
     """What is left of a Hessian ``A`` on shared inputs when own ones compensate.

@@ -27,6 +27,7 @@ from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.graph import LayerGraph, Network, NeuronGroup, Node, first_difference
 from mtz_core.linalg import DenseHessian, Hessian, chunks, weighted_sum
 from mtz_core.moments import Moments
+from mtz_core.sensitivity import Sensitivities
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import NOT_A_MEMBER, arrange, positions_of, same_kernels
 
@@ -116,19 +117,14 @@ def functional_difference(
     return distance.clamp_(min=0)
 
 
-def relative_balance(balance: Sequence[float], energies: Sequence[float]) -> list[float]:
-    """``α_t / √(E‖y_t‖²)``: squared errors relative to the amplitude of each task's own outputs.
+def felt_balance(balance: Sequence[float], felt: Sequence[Float[Tensor, " out"]]) -> list[float]:
+    """``α_t √(mean F_t)``, made to sum to 1: tasks weigh in a layer by how much their losses feel its outputs.
 
-    Networks differ in the scale of their activations: without this the loudest would decide for all. Dividing by the
-    energy itself would be scale-free, but then tasks whose inputs are bright pay for it (docs/method.md).
+    Networks differ in the scale of their activations: without this the loudest would decide for all. The root is a
+    hedge: with the Fisher information itself a confident network would give up everything (docs/method.md).
     """
-    return [alpha / energy**0.5 if energy > 0 else alpha for alpha, energy in zip(balance, energies, strict=True)]
-
-
-def energy(matrix: Float[Tensor, "out in"], hessian: Hessian) -> float:
-    """``E‖y‖²`` of outputs ``y = W x``."""
-    parts = chunks(*matrix.shape)
-    return sum(float(hessian.energies(matrix[part].to(torch.float64).T).sum()) for part in parts)
+    weights = [alpha * float(rows.mean()) ** 0.5 for alpha, rows in zip(balance, felt, strict=True)]
+    return [weight / sum(weights) for weight in weights] if sum(weights) > 0 else list(balance)
 
 
 def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:
@@ -252,9 +248,13 @@ class Matcher:
     """Finds the best pairing of one neuron group while the others stay, and predicts what pairings cost."""
 
     def __init__(
-        self, networks: Mapping[str, Network], moments: Mapping[str, Mapping[str, Moments]], config: ZipConfig
+        self,
+        networks: Mapping[str, Network],
+        moments: Mapping[str, Mapping[str, Moments]],
+        config: ZipConfig,
+        felt: Mapping[str, Sensitivities] | None = None,
     ) -> None:
-        self.networks, self.moments, self.config = networks, moments, config
+        self.networks, self.moments, self.config, self.felt = networks, moments, config, felt
         self.graph = check_compatible(networks)
         self.tasks = tuple(networks)
         self.counts = shared_counts(networks, config)
@@ -264,7 +264,6 @@ class Matcher:
             for name, group in self.groups.items()
         }
         self.refit = config.method == "refit"
-        self._energies: dict[str, list[float]] = {}
 
     def reads(self, node: Node) -> set[str]:
         """The hidden groups that a layer reads."""
@@ -283,6 +282,12 @@ class Matcher:
         pairing = Pairing.from_tuples(self.tasks, widths, tuples)
         return GroupMatch(name, pairing, _pairing_cost(layers, pairing), curve)
 
+    def tuples(self, name: str, pairings: Mapping[str, Pairing], count: int) -> Int64[np.ndarray, "count tasks"]:
+        """The best tuples of all tasks' neurons, `count` of them, given the pairings of other groups."""
+        layers = [self._sides(node, name, pairings) for node in self.writers[name]]
+        widths = [network.graph.widths[name] for network in self.networks.values()]
+        return _match_all(layers, widths, count, self.config)[0]
+
     def cost(self, name: str, pairings: Mapping[str, Pairing]) -> float:
         """The predicted cost of a group's shared neurons, all pairings given."""
         return _pairing_cost([self._sides(node, name, pairings) for node in self.writers[name]], pairings[name])
@@ -291,17 +296,27 @@ class Matcher:
         """The groups whose cost depends on the pairing of a group: itself, and those written by its readers."""
         return [g for g in self.groups if g == name or any(name in self.reads(node) for node in self.writers[g])]
 
+    def tuple_damages(
+        self, name: str, pairings: Mapping[str, Pairing], tuples: Int64[np.ndarray, "k tasks"]
+    ) -> Float[np.ndarray, " k"]:
+        """What sharing tuples of a group's neurons would cost the tasks, in nats of their losses."""
+        damage = np.zeros(len(tuples))
+        for node in self.writers[name]:
+            felt = None
+            if self.felt is not None:
+                rows = [torch.from_numpy(positions_of(n.graph.rows[node.name], name)) for n in self.networks.values()]
+                felt = [self.felt[task][node.name][own] for task, own in zip(self.tasks, rows, strict=True)]
+            damage += _tuple_costs([self._sides(node, name, pairings)], tuples, felt)
+        return damage
+
     def _sides(self, node: Node, name: str, pairings: Mapping[str, Pairing]) -> list[_Side]:
         members = {group: pairing.members for group, pairing in pairings.items()}
         columns = arrange(self.tasks, {t: n.graph.columns[node.name] for t, n in self.networks.items()}, members)
         common = [run for run in columns.runs if run.owners == self.tasks]
         hessians = {task: _average(self.moments[task][node.name].hessian(self.config.damping)) for task in self.tasks}
         balance = self.config.balance_of(self.tasks)
-        if self.refit:
-            if node.name not in self._energies:
-                matrices = (network.matrix(node) for network in self.networks.values())
-                self._energies[node.name] = list(map(energy, matrices, hessians.values()))
-            balance = relative_balance(balance, self._energies[node.name])
+        if self.refit and self.felt is not None:
+            balance = felt_balance(balance, [self.felt[task][node.name] for task in self.tasks])
         sides = []
         for (task, network), alpha in zip(self.networks.items(), balance, strict=True):
             hessian = hessians[task]
@@ -342,8 +357,15 @@ def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]], total:
     return mean + total.solve(torch.stack(pull).sum(dim=0)).T
 
 
-def _tuple_costs(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"]) -> Float[np.ndarray, " k"]:
-    """The predicted cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``."""
+def _tuple_costs(
+    layers: _Layers,
+    tuples: Int64[np.ndarray, "k tasks"],
+    felt: Sequence[Float[Tensor, "neurons slots"]] | None = None,
+) -> Float[np.ndarray, " k"]:
+    """The predicted cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
+
+    With `felt`, in its currency: the shared weights are the same, but every row's loss counts as much as it is felt.
+    """
     costs = torch.zeros(len(tuples), dtype=torch.float64)
     for sides in layers:
         _, slots, inputs = sides[0].rows.shape
@@ -353,9 +375,10 @@ def _tuple_costs(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"]) -> Float
         for part in chunks(len(tuples), slots * inputs):
             rows = [_tuple_rows(side, tuples[part, t]) for t, side in enumerate(sides)]
             centre = _centre(sides, rows, total)
-            for side, own in zip(sides, rows, strict=True):
-                losses = 0.5 * side.balance * side.curvature.energies((centre - own).T)
-                costs[part] += losses.reshape(-1, slots).sum(dim=1)
+            for t, (side, own) in enumerate(zip(sides, rows, strict=True)):
+                losses = 0.5 * side.curvature.energies((centre - own).T).reshape(-1, slots)
+                weight = side.balance if felt is None else felt[t][torch.from_numpy(tuples[part, t])]
+                costs[part] += (weight * losses).sum(dim=1)
     return costs.numpy()
 
 
@@ -387,7 +410,7 @@ def _match_tuples(layers: _Layers, widths: Sequence[int], count: int, config: Zi
     """Tuples of neurons to share, and the cost curve: `count` of all tasks, then what wider networks share more."""
     found, curve = _match_all(layers, widths, count, config)
     wider = [t for t, width in enumerate(widths) if width > min(widths)]
-    if len(widths) > 2 and len(wider) > 1 and not isinstance(config.share, Mapping) and layers:
+    if len(widths) > 2 and len(wider) > 1 and isinstance(config.share, (int, float)) and layers:
         rest = [np.setdiff1d(np.arange(widths[t]), found[:, t]) for t in wider]
         more = min(round(config.share * min(widths[t] for t in wider)) - count, *map(len, rest))
         extra, _ = _match_tuples(_restrict(layers, wider, rest), [len(r) for r in rest], max(more, 0), config)
@@ -479,15 +502,17 @@ def match(
     networks: Mapping[str, Network],
     moments: Mapping[str, Mapping[str, Moments]],
     config: ZipConfig,
+    felt: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[GroupMatch]:
     """Pair the neurons of every hidden group on the originals' weights and Hessians; the last word on a group counts.
 
-    `moments[task][layer]` are the second moments of the original network's layer inputs. Groups are paired in
+    `moments[task][layer]` are the second moments of the original network's layer inputs, `felt[task]` what the task's
+    loss feels (tasks weigh alike if it is not given). Groups are paired in
     topological order. Where a group's pairing depends on later ones (a residual sum is written by layers that read it),
     the groups are matched again in turn, at most `config.descents` times, and a pairing is taken only if the predicted
     cost of all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
     """
-    matcher = Matcher(dict(sorted(networks.items())), moments, config)
+    matcher = Matcher(dict(sorted(networks.items())), moments, config, felt)
     pairings: dict[str, Pairing] = {}
     coupled = False
     for name in matcher.groups:

@@ -26,7 +26,7 @@ class Analysis:
 
     `rows` and `columns` are those of all nodes with a matrix, whether they are shared or not; `constants` has the
     neuron of every element of other parameters and statistics. `classes[group]` numbers the neurons: only those of
-    equal number may be permuted with each other.
+    equal number may be permuted with each other. `labels` are those of every value, `members[group]` the neurons' own.
     """
 
     graph: LayerGraph
@@ -34,6 +34,8 @@ class Analysis:
     columns: Mapping[str, Axis]
     constants: Mapping[str, Axis]
     classes: Mapping[str, Int64[np.ndarray, " neurons"]]
+    labels: Labelling
+    members: Mapping[str, Sequence[int]]
 
 
 def analyse(
@@ -101,7 +103,7 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
         if value.actual is None
     }
     rows, columns = ({name: axis for (name, s), axis in axes.items() if s == side} for side in ("rows", "columns"))
-    return Analysis(graph, rows, columns, constants, _classes(found, members, constants))
+    return Analysis(graph, rows, columns, constants, _classes(found, members, constants), found, members)
 
 
 def _name_groups(

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 
 import numpy as np
 import torch
@@ -201,26 +200,23 @@ def own_name(tensor: str, task: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TaskStructure:
-    """One task's side of a zipped network: graph, shapes of all tensors, what it reads, its original's bytes."""
+    """One task's side of a zipped network: graph, shapes of all tensors, what it reads, its original's size."""
 
     graph: LayerGraph
     shapes: Mapping[str, tuple[int, ...]]
     trainable: frozenset[str]
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype
+    parameters: int
     bytes: int
 
     @classmethod
-    def of(cls, network: Network) -> TaskStructure:
-        """The structure of a traced network."""
+    def of(cls, network: Network, original: Network | None = None) -> TaskStructure:
+        """The structure of a traced network, and the size of the one that it comes from, if that is another."""
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state.items()}
+        original = original or network
         entry = network.input_shape, network.input_dtype
-        return cls(network.graph, shapes, network.trainable, *entry, network.bytes)
-
-    @property
-    def parameters(self) -> int:
-        """The number of the original's parameters."""
-        return sum(prod(self.shapes[name]) for name in self.trainable)
+        return cls(network.graph, shapes, network.trainable, *entry, original.parameters, original.bytes)
 
     @cached_property
     def matrices(self) -> frozenset[str]:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtz_core.activations import as_batches, original_moments
 from mtz_core.errors import InvalidConfig, MtzError
 from mtz_core.fitting import Part, fit, following_clip
 from mtz_core.graph import INPUT, Network, Node, forget, run_node
-from mtz_core.matching import Pairing, check_compatible, descent, match, shared_counts, why_separate
+from mtz_core.matching import Pairing, check_compatible, why_separate
+from mtz_core.narrowing import Keep, Narrowed, Narrower
+from mtz_core.sensitivity import Sensitivities, sensitivities
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import (
     TASK_NAME,
@@ -37,34 +38,6 @@ from mtz_core.structure import (
 )
 from mtz_core.tracing import trace
 from mtz_core.zipped import ZippedNetwork
-
-
-def zip_networks(
-    networks: Mapping[str, nn.Module],
-    calibration: Mapping[str, Tensor | Iterable[Tensor]],
-    config: ZipConfig | None = None,
-) -> ZippedNetwork:
-    """Zip pre-trained networks into one (He, Zhou, Thiele 2018; see `ZipConfig.method`). They are not modified.
-
-    `calibration[task]` are examples of the task's inputs, ``[batch, *input shape]``, no labels needed: one
-    tensor or batches. The order in which the networks are listed makes no difference. Raises `MtzError` in its kinds:
-    unsupported or incompatible networks, weights or data that are not finite or do not fit, impossible settings; all
-    before any work where they can be known.
-    """
-    config = config or ZipConfig()
-    for task in networks:
-        check_task_name(task)
-    if set(networks) != set(calibration):
-        raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
-    batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
-    traced = {task: trace_task(task, networks[task], data[0], config) for task, data in batches.items()}
-    check_compatible(traced)
-    shared_counts(traced, config)
-    moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    matches = list(match(traced, moments, config))
-    del moments
-    pairings = {found.group: found.pairing for found in matches}
-    return finish(merge(traced, pairings, batches, config, descent(matches)))
 
 
 def check_task_name(task: object) -> None:
@@ -94,8 +67,8 @@ class Stream:
     A value of the zipped network is the very same object as the original's as long as nothing upstream has changed.
     """
 
-    def __init__(self, network: Network, batches: Iterable[Tensor]) -> None:
-        self.network = network
+    def __init__(self, narrowed: Narrowed, batches: Iterable[Tensor]) -> None:
+        self.narrowed = narrowed
         self.original: dict[str, list[Any]] = {INPUT: list(batches)}
         self.zipped: dict[str, list[Any]] = {INPUT: list(self.original[INPUT])}
 
@@ -105,13 +78,14 @@ class Stream:
 
     def advance(self, node: Node, changed: Mapping[str, Tensor] | None = None) -> None:
         """Run a node in both networks; `changed` are the tensors that the zipped network has instead."""
-        state = self.network.state
-        same = not changed and all(self.intact(source) for source in node.sources)
-        outputs = self._run(node, self.original, state)
+        whole, narrow = self.narrowed.original, self.narrowed.network
+        same = not changed and all(self.intact(source) for source in node.sources) and not self.narrowed.touches(node)
+        outputs = self._run(whole.graph.node(node.name), self.original, whole.state)
         self.original[node.name] = outputs
-        self.zipped[node.name] = list(outputs) if same else self._run(node, self.zipped, {**state, **(changed or {})})
+        state = {**narrow.state, **(changed or {})}
+        self.zipped[node.name] = list(outputs) if same else self._run(node, self.zipped, state)
         for values in (self.original, self.zipped):
-            forget(self.network.graph, values, node)
+            forget(whole.graph, values, node)
 
     def _run(self, node: Node, values: Mapping[str, list[Any]], state: Mapping[str, Tensor]) -> list[Any]:
         given = [values[source] for source in node.sources]
@@ -127,10 +101,15 @@ class Stream:
         return self._counts
 
     def output_error(self, node: Node) -> float:
-        """``E‖ŷ − y‖² / E‖y‖²`` of a value."""
+        """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, as far as they are left."""
         if self.intact(node.name):
             return 0.0
-        pairs = list(zip(self.original[node.name], self.zipped[node.name], strict=True))
+        kept = self.narrowed.kept_rows(node)
+        axis = node.layer.channel_axis(self.original[node.name][0].ndim)
+        pairs = [
+            (y if kept is None else y.index_select(axis, kept), z)
+            for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True)
+        ]
         difference = sum(float((z - y).square().sum()) for y, z in pairs)
         norm = sum(float(y.square().sum()) for y, _ in pairs)
         return difference / norm if norm else difference
@@ -143,36 +122,42 @@ def merge(
     batches: Mapping[str, list[Tensor]],
     config: ZipConfig,
     costs: Sequence[float] = (),
+    keep: Mapping[str, Keep] | None = None,
+    felt: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks, yielding a report as each layer is done and the zipped network at the end.
 
-    `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. Memory beyond
-    weights: the calibration data at the width of the live values, twice, and the moments of the current layer.
+    `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. `keep` names
+    the neurons that are left of groups that lose some: those are what `pairings` number. `felt` is what the tasks' losses
+    feel, taken from the calibration data if it is not given. Memory beyond weights: the calibration data at the width of the live values, twice, and the moments of the current layer.
     """
     networks = dict(sorted(networks.items()))
     check_compatible(networks)
+    if felt is None:
+        felt = {task: sensitivities(network, batches[task], config.seed) for task, network in networks.items()}
+    narrowed = {task: Narrower(network).narrow((keep or {}).get(task, {})) for task, network in networks.items()}
     structure = ZippedStructure(
         tasks=tuple(networks),
-        networks={task: TaskStructure.of(network) for task, network in networks.items()},
+        networks={task: TaskStructure.of(narrow.network, narrow.original) for task, narrow in narrowed.items()},
         members={name: pairing.members for name, pairing in pairings.items()},
         report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
     )
-    streams = {task: Stream(network, batches[task]) for task, network in networks.items()}
+    streams = {task: Stream(narrow, batches[task]) for task, narrow in narrowed.items()}
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
-    for steps in zip(*(network.graph.nodes for network in networks.values()), strict=True):
-        nodes = dict(zip(networks, steps, strict=True))
+    for steps in zip(*(narrow.network.graph.nodes for narrow in narrowed.values()), strict=True):
+        nodes = dict(zip(narrowed, steps, strict=True))
         if not steps[0].is_layer:
             for task, node in nodes.items():
                 streams[task].advance(node)
             continue
-        report, blocks = _merge_layer(structure, networks, nodes, streams, config)
+        report, blocks = _merge_layer(structure, narrowed, nodes, streams, config, felt)
         tensors |= blocks
         reports.append(report)
         yield report
     for task, network in structure.networks.items():
         for name in network.own:
-            tensors[own_name(name, task)] = networks[task].state[name].clone()
+            tensors[own_name(name, task)] = narrowed[task].network.state[name].clone()
     finished = structure.reported(tensors, reports)
     names = (*finished.block_shapes(), *finished.own_shapes())
     yield ZippedNetwork(finished, {name: tensors[name] for name in names}).eval()
@@ -180,26 +165,29 @@ def merge(
 
 def _merge_layer(
     structure: ZippedStructure,
-    networks: Mapping[str, Network],
+    narrowed: Mapping[str, Narrowed],
     nodes: Mapping[str, Node],
     streams: Mapping[str, Stream],
     config: ZipConfig,
+    felt: Mapping[str, Sensitivities],
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Fit one layer, store its blocks, and run it."""
     (node, *_) = nodes.values()
     rows, columns = structure.rows[node.name], structure.columns[node.name]
+    originals = {task: narrow.original for task, narrow in narrowed.items()}
     parts = {
         task: Part(
             nodes[task],
-            networks[task],
-            streams[task].original[nodes[task].source],
-            streams[task].zipped[nodes[task].source],
+            narrow,
+            streams[task].original[node.source],
+            streams[task].zipped[node.source],
             shared=any(len(run.owners) > 1 for run in rows.of(task)),
             config=config,
+            felt=felt[task][node.name],
         )
-        for task in networks
+        for task, narrow in narrowed.items()
     }
-    clips = {task: following_clip(networks[task], nodes[task]) for task in networks}
+    clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in narrowed.items()}
     cost = fit(parts, rows, columns, clips, config)
     blocks: dict[str, Tensor] = {}
     for task, part in parts.items():
@@ -210,12 +198,12 @@ def _merge_layer(
     report = LayerReport(
         layer=node.name,
         kind=node.kind,
-        neurons={task: len(rows.order(task)) for task in networks},
+        neurons={task: len(rows.order(task)) for task in narrowed},
         shared=rows.shared(),
         cost=cost,
         error={task: stream.output_error(node) for task, stream in streams.items()},
         parameters=sum(t.numel() for t in blocks.values()),
-        original_parameters={t: sum(n.state[name].numel() for name in nodes[t].state) for t, n in networks.items()},
-        note=why_separate(networks, node) or "",
+        original_parameters={t: sum(n.state[name].numel() for name in node.state) for t, n in originals.items()},
+        note=why_separate(originals, node) or "",
     )
     return report, blocks

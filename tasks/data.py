@@ -30,16 +30,20 @@ def read_images(
 
     Raises `InvalidData`.
     """
-    return _decode(_read(folder, split, ["image"]), folder / f"{split}.parquet", count, seed)
+    table = _read(folder, split, ["image"])
+    return _decode(table, folder / f"{split}.parquet", _sample(len(table), count, seed))
 
 
-def read_examples(folder: Path, split: str) -> tuple[Float[Tensor, "n channels height width"], Int64[Tensor, " n"]]:
-    """Images, as in `read_images`, and labels of a whole split. Raises `InvalidData`."""
+def read_examples(
+    folder: Path, split: str, count: int | None = None, seed: int = 0
+) -> tuple[Float[Tensor, "n channels height width"], Int64[Tensor, " n"]]:
+    """The images of `read_images`, and their labels. Raises `InvalidData`."""
     table = _read(folder, split, ["image", "label"])
     labels = table.column("label").to_numpy()
     if table.column("label").null_count or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise InvalidData(f"{folder / f'{split}.parquet'} has labels that are no class numbers from 0. {LAYOUT}")
-    return _decode(table, folder / f"{split}.parquet", None, 0), torch.from_numpy(labels.astype(np.int64))
+    sample = _sample(len(table), count, seed)
+    return _decode(table, folder / f"{split}.parquet", sample), torch.from_numpy(labels[sample].astype(np.int64))
 
 
 def _read(folder: Path, split: str, columns: list[str]) -> pa.Table:
@@ -61,13 +65,17 @@ def _read(folder: Path, split: str, columns: list[str]) -> pa.Table:
     return table
 
 
-def _decode(table: pa.Table, path: Path, count: int | None, seed: int) -> Float[Tensor, "n channels height width"]:
+def _sample(total: int, count: int | None, seed: int) -> Int64[np.ndarray, " n"]:
+    """The rows that a seeded sample has, in ascending order."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
+
+
+def _decode(table: pa.Table, path: Path, index: Int64[np.ndarray, " n"]) -> Float[Tensor, "n channels height width"]:
     images = table.column("image").combine_chunks()
     if not pa.types.is_struct(images.type) or images.type.get_field_index("bytes") < 0:
         raise InvalidData(f"{path}: column image is {images.type}. {LAYOUT}")
-    index = np.arange(len(images))
-    if count is not None and count < len(images):
-        index = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
     encoded = images.field("bytes")
     decoded = [_pixels(encoded[i].as_py(), f"{path}, image {i}") for i in index.tolist()]
     if len({pixels.shape for pixels in decoded}) != 1:

@@ -132,15 +132,18 @@ class MergeParams(_Block):
 
 
 class RetrainParams(_Block):
-    """Light retraining on `images` of each training split, no labels; see `mtz_core.settings.RetrainConfig`."""
+    """Light retraining on `images` of each training split; see `mtz_core.settings.RetrainConfig`."""
 
     images: int = Field(default=8000, ge=1)
-    iterations: int = 200
+    iterations: int = 100
     batch_size: int = 128
-    learning_rate: float = 5e-4
-    temperature: float = 2.0
+    learning_rate: float = 1e-3
+    labels: float = 0.0
+    temperature: float = 4.0
+    balance: dict[str, float] | None = None
+    statistics: Literal["updated", "kept"] = "updated"
     validate_every: int = 20
-    patience: int = 5
+    patience: int = 3
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.activations import as_batches, original_moments
 from mtz_core.graph import Network
 from mtz_core.matching import GroupMatch, descent, match
+from mtz_core.sensitivity import Sensitivities, sensitivities
 from mtz_core.tracing import trace
 from mtz_core.zipping import finish, merge
 
@@ -59,12 +60,19 @@ def traced_pair(case: Case) -> Mapping[str, Network]:
     return {task: trace(network, case.examples(2)) for task, network in case.pair().items()}
 
 
+def felt_traced(
+    networks: Mapping[str, Network], calibration: Mapping[str, Tensor], seed: int = 0
+) -> dict[str, Sensitivities]:
+    """How much the losses of networks that are traced already feel their rows."""
+    return {task: sensitivities(n, as_batches(calibration[task], task), seed) for task, n in networks.items()}
+
+
 def match_traced(
     networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig
 ) -> list[GroupMatch]:
     """All steps of the matching of networks that are traced already."""
     moments = {task: original_moments(n, as_batches(calibration[task], task), config) for task, n in networks.items()}
-    return list(match(networks, moments, config))
+    return list(match(networks, moments, config, felt_traced(networks, calibration, config.seed)))
 
 
 def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig) -> ZippedNetwork:

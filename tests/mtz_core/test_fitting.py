@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtz_core import ZipConfig, zip_networks
 from mtz_core.fitting import Clip, Part, fit, following_clip
 from mtz_core.graph import Network
+from mtz_core.narrowing import Narrowed
 from mtz_core.settings import Method
 from mtz_core.structure import Arrangement, Owners, Run
 from mtz_core.tracing import trace
@@ -32,11 +33,31 @@ class Problem:
     original: Mapping[str, Tensor]
     zipped: Mapping[str, Tensor]
 
-    def parts(self, config: ZipConfig) -> dict[str, Part]:
+    @property
+    def felt(self) -> dict[str, Tensor]:
+        """How much each task's loss feels each of its rows."""
+        widths = {task: len(network.matrix(network.graph.layers[0])) for task, network in self.networks.items()}
         return {
-            task: Part(network.graph.layers[0], network, [self.original[task]], [self.zipped[task]], True, config)
-            for task, network in self.networks.items()
+            task: torch.linspace(0.5, 2.0, width, dtype=torch.float64) * 10.0**i
+            for i, (task, width) in enumerate(widths.items())
         }
+
+    def weights(self, config: ZipConfig) -> dict[str, float]:
+        """How much each task weighs: ``α √(mean F)``, made to sum to 1; in the paper's method ``α``."""
+        alphas = dict(zip(TASKS, config.balance_of(TASKS), strict=True))
+        if config.method == "paper":
+            return alphas
+        pulls = {task: alphas[task] * float(np.mean(rows.numpy())) ** 0.5 for task, rows in self.felt.items()}
+        return {task: pull / sum(pulls.values()) for task, pull in pulls.items()}
+
+    def parts(self, config: ZipConfig) -> dict[str, Part]:
+        found = {}
+        for task, network in self.networks.items():
+            batches = [self.original[task]], [self.zipped[task]]
+            found[task] = Part(
+                network.graph.layers[0], Narrowed.whole(network), *batches, True, config, self.felt[task]
+            )
+        return found
 
     def fitted(
         self, config: ZipConfig, clips: Mapping[str, Clip | None] | None = None
@@ -103,18 +124,18 @@ class Free:
 
 def free(problem: Problem, config: ZipConfig) -> dict[str, Free]:
     found = {}
+    alphas = problem.weights(config)
     for task, network in problem.networks.items():
         (node,) = network.graph.layers
         prior = network.matrix(node).numpy()
         fed, read = (with_one(x[task], node.bias is not None) for x in (problem.zipped, problem.original))
-        alpha = config.balance_of(TASKS)[TASKS.index(task)]
         if config.method == "paper":
-            found[task] = Free(prior.copy(), damped(read, config)[0], alpha)
+            found[task] = Free(prior.copy(), damped(read, config)[0], alphas[task])
             continue
         hessian, damping = damped(fed, config)
         target = (read @ prior.T).T @ fed / len(fed) + damping * prior
         matrix = np.linalg.solve(hessian, target.T).T
-        found[task] = Free(matrix, hessian, alpha / float(np.einsum("oi,ij,oj->", matrix, hessian, matrix)) ** 0.5)
+        found[task] = Free(matrix, hessian, alphas[task])
     return found
 
 
@@ -283,7 +304,7 @@ def expected_grouped_fit(
     problem: Problem, config: ZipConfig, groups: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], float]:
     """Row by row, each with the Hessian of the group that it reads."""
-    matrices, hessians, alphas = {}, {}, {}
+    matrices, hessians, alphas = {}, {}, problem.weights(config)
     for task, count in zip(TASKS, groups, strict=True):
         network = problem.networks[task]
         (node,) = network.graph.layers
@@ -294,15 +315,12 @@ def expected_grouped_fit(
         damping = config.damping * float((chosen**2).sum()) / chosen[0].size / count
         second = [rows.T @ rows / len(rows) for rows in chosen]
         hessians[task] = [matrix + damping * np.eye(len(matrix)) for matrix in second]
-        matrices[task], alphas[task] = prior.copy(), 1 / len(TASKS)
+        matrices[task] = prior.copy()
         if config.method == "refit":
-            energy = 0.0
             for row, weights in enumerate(prior):
                 hessian, x, x_hat = (part[row // per_group] for part in (hessians[task], read, fed))
                 target = x_hat.T @ (x @ weights) / len(x) + damping * weights
                 matrices[task][row] = np.linalg.solve(hessian, target)
-                energy += float(matrices[task][row] @ hessian @ matrices[task][row])
-            alphas[task] /= energy**0.5
     cost = 0.0
     for run in problem.rows.runs:
         for i in range(run.size if len(run.owners) > 1 else 0):

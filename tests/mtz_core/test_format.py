@@ -69,7 +69,7 @@ def test_the_manifest_is_plain_json_with_the_digest_of_the_weights(folder: Path)
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["weights_sha256"] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     assert list(manifest["networks"]) == list(TASKS)
-    assert (manifest["format"], manifest["version"]) == ("mtz-zipped-network", 2)
+    assert (manifest["format"], manifest["version"]) == ("mtz-zipped-network", 3)
 
 
 def test_the_same_network_gives_the_same_bytes(zipped: ZippedNetwork, folder: Path, tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_manifest_that_is_not_json_is_refused(folder: Path, content: bytes) ->
     assert_refused(folder, rf"{MANIFEST} is not JSON")
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"format": "mtz-zipped-network", "version": 1}'])
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"format": "mtz-zipped-network", "version": 2}'])
 def test_other_formats_and_versions_are_refused(folder: Path, content: str) -> None:
     (folder / MANIFEST).write_text(content)
-    assert_refused(folder, r"not a zipped network of format version 2")
+    assert_refused(folder, r"not a zipped network of format version 3")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,10 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no report": (lambda m: m.pop("report"), r"malformed.*report"),
     "surplus in report": (lambda m: m["report"].update(extra=1), r"malformed.*extra"),
     "input a number": (lambda m: network(m).update(input_shape=4), r"malformed"),
-    "bytes a text": (lambda m: network(m).update(bytes="many"), r"malformed"),
+    "bytes a text": (lambda m: network(m)["original"].update(bytes="many"), r"malformed"),
+    "no size of the original": (lambda m: network(m).pop("original"), r"malformed.*original"),
+    "no parameters of the original": (lambda m: network(m)["original"].pop("parameters"), r"malformed.*parameters"),
+    "the original a list": (lambda m: network(m).update(original=[1, 2]), r"malformed"),
     "missing digest": (lambda m: m.pop("weights_sha256"), r"does not have the digest"),
 }
 
@@ -311,7 +314,7 @@ def test_settings_that_make_no_sense_are_refused(folder: Path, name: str) -> Non
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [('"stride":[2,', '"stride":[1,'), ('"version":2,', '"version":2,"note":1,')],
+    [('"stride":[2,', '"stride":[1,'), ('"version":3,', '"version":3,"note":1,')],
     ids=["stride", "surplus key"],
 )
 def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, before: str, after: str) -> None:

@@ -14,9 +14,10 @@ import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import InvalidConfig
 from mtz_core.graph import FIXED, KERNEL, Axis, Network
+from mtz_core.matching import felt_balance
 from mtz_core.settings import Method
 from mtz_core.tracing import trace
-from tests.mtz_core.networks import Case, Residual, lenet5, match_traced, mlp, permuted, zip_traced
+from tests.mtz_core.networks import Case, Residual, felt_traced, lenet5, match_traced, mlp, permuted, zip_traced
 
 TASKS = ("a", "b", "c", "d", "e")
 MLP = Case("mlp", mlp, (12,), (9, 7), dtype=torch.float64)
@@ -209,13 +210,14 @@ def test_what_one_of_three_shares_is_the_tuples_best_common_weights() -> None:
     damping = 0.01
     found, *_ = match_traced(networks, data, ZipConfig(damping=damping, share=0.6))
     terms = []
+    felt = felt_traced(networks, data)
+    weights = dict(zip(networks, felt_balance([1 / 3] * 3, [felt[task]["0"] for task in networks]), strict=True))
     for task, network in networks.items():
         matrix = network.matrix(network.graph.layers[0]).numpy()
         x = torch.cat([data[task], torch.ones(len(data[task]), 1, dtype=torch.float64)], dim=1).numpy()
         hessian = x.T @ x / len(x)
         hessian += damping * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
-        energy = float(np.einsum("oi,ij,oj->", matrix, hessian, matrix))
-        terms.append((matrix, hessian / len(networks) / energy**0.5))
+        terms.append((matrix, weights[task] * hessian))
     expected = 0.0
     shared = found.pairing.members[: found.pairing.shared]
     assert len(shared) == round(0.6 * 9)

@@ -25,10 +25,10 @@ from mtz_core.matching import (
     assign_greedily,
     check_compatible,
     descent,
-    energy,
+    felt_balance,
     functional_difference,
-    relative_balance,
 )
+from mtz_core.sensitivity import Sensitivities
 from mtz_core.settings import Method
 from mtz_core.structure import NOT_A_MEMBER
 from mtz_core.tracing import trace
@@ -36,6 +36,7 @@ from tests.mtz_core.networks import (
     TASKS,
     Case,
     Residual,
+    felt_traced,
     hidden_layers,
     lenet5,
     match_traced,
@@ -99,14 +100,21 @@ def test_functional_difference_of_neurons_with_several_rows_is_the_sum_over_thei
     torch.testing.assert_close(found, parts[0] + parts[1])
 
 
-def test_relative_balance_divides_by_the_amplitude_of_the_outputs() -> None:
-    rows = torch.randn(30, 4, dtype=torch.float64)
-    hessian = DenseHessian(rows.T @ rows / 30)
-    matrix = torch.randn(3, 4, dtype=torch.float64)
-    amplitude = float((rows @ matrix.T).square().sum() / 30) ** 0.5
-    found = relative_balance([0.25, 0.75], [energy(matrix, hessian), energy(10 * matrix, hessian)])
-    assert found == pytest.approx([0.25 / amplitude, 0.75 / (10 * amplitude)])
-    assert relative_balance([0.5], [0.0]) == [0.5]
+@given(st.lists(st.tuples(st.floats(0.1, 9.0), st.floats(1e-6, 1e6)), min_size=2, max_size=4), st.integers(1, 5))
+def test_tasks_weigh_by_the_root_of_what_their_losses_feel(sides: list[tuple[float, float]], rows: int) -> None:
+    balance = [alpha for alpha, _ in sides]
+    felt = [level * torch.rand(rows, dtype=torch.float64) for _, level in sides]
+    found = felt_balance(balance, felt)
+    pulls = [alpha * float(np.sqrt(own.numpy().mean())) for alpha, own in zip(balance, felt, strict=True)]
+    assert found == pytest.approx([pull / sum(pulls) for pull in pulls])
+    assert sum(found) == pytest.approx(1)
+    assert felt_balance(balance, [9.0 * own for own in felt]) == pytest.approx(found)
+
+
+def test_tasks_that_feel_nothing_weigh_as_they_were_given() -> None:
+    silent = torch.zeros(4, dtype=torch.float64)
+    assert felt_balance([0.3, 0.7], [silent, silent]) == [0.3, 0.7]
+    assert felt_balance([0.3, 0.7], [silent, silent + 1]) == [0.0, 1.0]
 
 
 small_costs = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9999), st.booleans())
@@ -265,7 +273,7 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
     """The first hidden layer, where all inputs are shared, from the calibration data alone."""
     networks, calibration = MLP.pair(), MLP.calibration(40)
     damping = 0.01
-    matrices, hessians, energies = [], [], []
+    matrices, hessians = [], []
     for task, network in networks.items():
         layer = network.get_submodule("0")
         assert isinstance(layer, nn.Linear)
@@ -275,9 +283,11 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
         matrix = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
         matrices.append(matrix)
         hessians.append(hessian)
-        energies.append(float(torch.einsum("oi,ij,oj->", matrix, hessian, matrix)))
+    felt = felt_traced(traced_pair(MLP), calibration)
+    weights = felt_balance([0.5, 0.5], [felt[task]["0"] for task in TASKS])
+    assert abs(weights[0] - weights[1]) > 0.02
     inverse = torch.linalg.inv
-    parallel = inverse(sum(inverse(h) * e**0.5 / 0.5 for h, e in zip(hessians, energies, strict=True)))
+    parallel = inverse(sum(inverse(h) / alpha for h, alpha in zip(hessians, weights, strict=True)))
     difference = matrices[0][:, None] - matrices[1][None]
     cost = 0.5 * torch.einsum("abi,ij,abj->ab", difference, parallel, difference).numpy()
     found, *_ = match_traced(traced_pair(MLP), calibration, ZipConfig(damping=damping, share=0.5))
@@ -317,12 +327,16 @@ def expected_cost(
     pairings: Mapping[str, Pairing],
     group: str,
     config: ZipConfig,
+    felt: Mapping[str, Sensitivities],
 ) -> float:
     """``Σ ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)`` , layer by layer and neuron by neuron."""
     inverse, total = np.linalg.inv, 0.0
     for name in GROUPS[group]:
         reads = READS[name]
         sides = []
+        alphas = config.balance_of(tuple(modules))
+        if config.method == "refit":
+            alphas = felt_balance(alphas, [felt[task][name] for task in modules])
         for t, (task, module) in enumerate(modules.items()):
             layer = module.get_submodule(name)
             assert isinstance(layer, nn.Conv2d)
@@ -332,9 +346,6 @@ def expected_cost(
                 matrix = np.column_stack([matrix, layer.bias.detach().numpy()])
             hessian = rows.T @ rows / len(rows)
             hessian += config.damping * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
-            alpha = config.balance_of(tuple(modules))[t]
-            if config.method == "refit":
-                alpha /= float(np.einsum("oi,ij,oj->", matrix, hessian, matrix)) ** 0.5
             kernel = layer.weight[0, 0].numel()
             neurons = np.arange(layer.in_channels)
             if reads is not None:
@@ -348,7 +359,7 @@ def expected_cost(
             if config.method == "refit" and len(own):
                 coupling = hessian[np.ix_(shared, own)]
                 left = left - coupling @ inverse(hessian[np.ix_(own, own)]) @ coupling.T
-            sides.append((alpha * left, matrix[:, shared]))
+            sides.append((alphas[t] * left, matrix[:, shared]))
         for members in pairings[group].members[: pairings[group].shared]:
             own_weights = [matrix[neuron] for (_, matrix), neuron in zip(sides, members, strict=True)]
             pull = sum(left @ weights for (left, _), weights in zip(sides, own_weights, strict=True))
@@ -382,11 +393,12 @@ def test_the_cost_of_a_pairing_is_summed_over_all_layers_that_write_it(method: M
     data = {task: RESIDUAL.examples(12, seed=i) for i, task in enumerate(modules)}
     config = ZipConfig(method=method, damping=0.02, patches=10_000)
     moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
-    matcher = Matcher(networks, moments, config)
+    felt = felt_traced(networks, data)
+    matcher = Matcher(networks, moments, config, felt)
     assert {name: [node.name for node in matcher.writers[name]] for name in GROUPS} == GROUPS
     for share in (1.0, 0.5):
         pairings = random_pairings(networks, share, seed=2)
-        expected = expected_cost(modules, data, pairings, group, config)
+        expected = expected_cost(modules, data, pairings, group, config, felt)
         assert matcher.cost(group, pairings) == pytest.approx(expected, rel=1e-6)
 
 
@@ -399,7 +411,7 @@ def test_the_descent_ends_where_no_single_pairing_can_be_improved(count: int) ->
     costs = descent(matches)
     assert list(costs) == sorted(costs, reverse=True)
     moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
-    matcher = Matcher(networks, moments, config)
+    matcher = Matcher(networks, moments, config, felt_traced(networks, data))
     pairings = {found.group: found.pairing for found in matches}
     total_cost = sum(matcher.cost(name, pairings) for name in pairings)
     assert total_cost == pytest.approx(costs[-1])

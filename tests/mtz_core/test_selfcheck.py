@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_neurons_of_different_classes_are_left_in_their_places() -> None:
     register_operation("cumsum", Operation(pointwise))
     network, analysis = traced(residual(), torch.randn(5, 4))
     apart = {name: np.arange(len(classes)) for name, classes in analysis.classes.items()}
-    unpermuted = Analysis(analysis.graph, {}, {}, {}, apart)
+    unpermuted = replace(analysis, rows={}, columns={}, constants={}, classes=apart)
     x = torch.randn(5, 4)
     with torch.no_grad():
         y = residual_of(network, x)

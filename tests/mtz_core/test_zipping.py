@@ -21,8 +21,7 @@ from mtz_core.errors import (
     UnsupportedModule,
 )
 from mtz_core.graph import Network
-from mtz_core.linalg import DenseHessian
-from mtz_core.matching import Pairing, energy, relative_balance
+from mtz_core.matching import Pairing, felt_balance
 from mtz_core.settings import Method
 from mtz_core.structure import positions_of
 from mtz_core.zipping import finish, merge
@@ -31,6 +30,7 @@ from tests.mtz_core.networks import (
     TASKS,
     Case,
     Residual,
+    felt_traced,
     hidden_layers,
     lenet5,
     mlp,
@@ -271,6 +271,7 @@ class Side:
     prior: np.ndarray
     zipped: np.ndarray
     shared: np.ndarray
+    felt: Tensor
 
     def damping(self, rows: np.ndarray, relative: float) -> float:
         return relative * float((rows**2).sum() / rows.size)
@@ -305,7 +306,13 @@ def seen(network: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def side(
-    task: str, name: str, module: nn.Module, zipped: ZippedNetwork, pairings: Mapping[str, Pairing], x: Tensor
+    task: str,
+    name: str,
+    module: nn.Module,
+    zipped: ZippedNetwork,
+    pairings: Mapping[str, Pairing],
+    x: Tensor,
+    felt: Tensor,
 ) -> Side:
     """Rows and columns in the order of the pairing, shared ones first, the bias (if any) last."""
     layer = zipped.network(task).get_submodule(name)
@@ -327,6 +334,7 @@ def side(
         prior=original[neurons][:, index],
         zipped=matrix(layer)[neurons][:, index],
         shared=np.concatenate([np.arange(shared * table.shape[1]), bias]),
+        felt=felt,
     )
 
 
@@ -340,14 +348,7 @@ def own_order(pairing: Pairing | None, task: str, width: int) -> tuple[np.ndarra
 
 def effective_balance(sides: list[Side], config: ZipConfig) -> list[float]:
     balance = config.balance_of(TASKS)
-    if config.method == "paper":
-        return balance
-    energies = []
-    for part in sides:
-        hessian = part.fed.T @ part.fed / len(part.fed)
-        hessian += part.damping(part.fed, config.damping) * np.eye(len(hessian))
-        energies.append(energy(torch.from_numpy(solve(*ridge(part, config))), DenseHessian(torch.from_numpy(hessian))))
-    return relative_balance(balance, energies)
+    return balance if config.method == "paper" else felt_balance(balance, [part.felt for part in sides])
 
 
 def ridge(part: Side, config: ZipConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -420,10 +421,12 @@ def merged(
     batches = {task: as_batches(data, task) for task, data in calibration.items()}
     pairings = random_pairings(traced, share, seed=3)
     zipped = finish(merge(traced, pairings, batches, config))
-    layers = [
-        (report, [side(t, report.layer, modules[t], zipped, pairings, calibration[t]) for t in TASKS])
-        for report in zipped.report.layers
-    ]
+    felt = felt_traced(traced, calibration, config.seed)
+    layers = []
+    for report in zipped.report.layers:
+        name = report.layer
+        sides = [side(t, name, modules[t], zipped, pairings, calibration[t], felt[t][name]) for t in TASKS]
+        layers.append((report, sides))
     return zipped, pairings, layers
 
 

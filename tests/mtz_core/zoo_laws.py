@@ -20,6 +20,7 @@ from mtz_core.activations import as_batches, original_moments
 from mtz_core.graph import FIXED, INPUT, KERNEL, Axis, Network
 from mtz_core.matching import GroupMatch, Matcher, descent, match
 from mtz_core.moments import Moments
+from mtz_core.sensitivity import Sensitivities, sensitivities
 from mtz_core.tracing import trace
 from mtz_core.zipping import finish, merge
 from tests.mtz_core.networks import zip_traced
@@ -54,8 +55,13 @@ def moments(case: ZooCase) -> dict[str, dict[str, Moments]]:
 
 
 @cache
+def felt(case: ZooCase) -> dict[str, Sensitivities]:
+    return {task: sensitivities(network, batches(case, task)) for task, network in pair(case).items()}
+
+
+@cache
 def matches(case: ZooCase, share: float) -> list[GroupMatch]:
-    return list(match(pair(case), moments(case), ZipConfig(share=share, patches=PATCHES)))
+    return list(match(pair(case), moments(case), ZipConfig(share=share, patches=PATCHES), felt(case)))
 
 
 @cache
@@ -64,7 +70,8 @@ def zipped_pair(case: ZooCase, share: float) -> ZippedNetwork:
     pairings = {found.group: found.pairing for found in matches(case, share)}
     data = {task: batches(case, task) for task in TASKS}
     config = ZipConfig(share=share, patches=PATCHES)
-    return finish(merge(pair(case), pairings, data, config, descent(matches(case, share))))
+    costs = descent(matches(case, share))
+    return finish(merge(pair(case), pairings, data, config, costs, felt=felt(case)))
 
 
 @contextmanager
@@ -204,7 +211,7 @@ def matching_never_accepts_an_increase(case: ZooCase) -> None:
     if not costs:
         return  # no pairing depends on a later one
     assert all(after < before for before, after in itertools.pairwise(costs))
-    matcher = Matcher(pair(case), moments(case), ZipConfig(share=0.6, patches=PATCHES))
+    matcher = Matcher(pair(case), moments(case), ZipConfig(share=0.6, patches=PATCHES), felt(case))
     pairings = {one.group: one.pairing for one in found}
     recounted = sum(matcher.cost(name, pairings) for name in pairings)
     assert abs(recounted - costs[-1]) <= 1e-6 * recounted

@@ -1,0 +1,175 @@
+"""Rivals that are trained, or pruned by a library: hard sharing, distilled networks, library pruning, sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mtz_core.errors import InvalidConfig
+from mtz_core.tracing import evaluation_mode
+from mtz_core.zipped import ZippedNetwork
+from tests.benchmarks import full_data
+from tests.benchmarks.full_data import Split
+from tests.benchmarks.rivals.distilled import distilled
+from tests.benchmarks.rivals.hard_sharing import hard_sharing, shared_trunk
+from tests.benchmarks.rivals.learning import draws, iterations
+from tests.benchmarks.rivals.library_pruning import fisher_diagonal, pruned
+from tests.benchmarks.rivals.sizes import largest_below, scaling, stored_bytes
+from tests.benchmarks.rivals.toys import BUILDS, WIDTHS, images, networks
+from tests.benchmarks.training import Recipe
+
+TASKS = ("a", "b")
+
+
+def halves(count: int) -> dict[str, Split]:
+    """Two tasks: is the left half brighter than the right, and the upper than the lower?"""
+    found = {}
+    for axis, (task, x) in zip((3, 2), images(TASKS, count).items(), strict=True):
+        first, second = x.split(4, dim=axis)
+        found[task] = Split(x, (first.mean(dim=(1, 2, 3)) > second.mean(dim=(1, 2, 3))).long())
+    return found
+
+
+def error(zipped: ZippedNetwork, task: str, split: Split) -> float:
+    return full_data.test_error(partial(zipped, task=task), split)
+
+
+# Hard sharing
+
+
+def test_hard_sharing_learns_both_tasks_in_one_trunk():
+    training = halves(512)
+    builds = {task: partial(BUILDS["perceptron"], 2) for task in TASKS}
+    zipped = hard_sharing(builds, training, Recipe(epochs=12, peak=2e-2))
+    assert [layer.shared for layer in zipped.report.layers] == [12, 9, 0]
+    assert all(error(zipped, task, training[task]) < 10 for task in TASKS)
+
+
+def test_hard_sharing_comes_out_the_same_again():
+    builds = {task: partial(BUILDS["perceptron"], 2) for task in TASKS}
+    first, second = (hard_sharing(builds, halves(256), Recipe(epochs=1, peak=2e-2)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_trunk_is_one_from_the_start_and_statistics_are_each_tasks():
+    training = halves(256)
+    builds = {task: partial(BUILDS["residual"], 2) for task in TASKS}
+    zipped = shared_trunk(builds, {task: split.images for task, split in training.items()}, seed=0)
+    a, b = (zipped.state_of(task) for task in TASKS)
+    assert torch.equal(a["block.0.weight"], b["block.0.weight"])
+    assert not torch.equal(a["head.weight"], b["head.weight"])
+    trained = hard_sharing(builds, training, Recipe(epochs=2, peak=1e-2))
+    a, b = (trained.state_of(task) for task in TASKS)
+    assert torch.equal(a["block.0.weight"], b["block.0.weight"])
+    assert not torch.equal(a["stem.1.running_mean"], b["stem.1.running_mean"])
+    assert not torch.equal(a["stem.1.running_mean"], zipped.state_of("a")["stem.1.running_mean"])
+
+
+def test_a_recipe_has_as_many_iterations_as_when_a_network_is_trained_alone():
+    assert iterations(Recipe(epochs=3, peak=1e-3), 1000) == 3 * 7
+
+
+def test_every_example_is_drawn_once_in_an_epoch():
+    batches = draws(300, seed=0)
+    epoch = torch.cat([next(batches), next(batches)])
+    assert len(epoch) == 256 == len(epoch.unique())
+    assert len(next(draws(5, seed=0))) == 5
+
+
+# Library pruning
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_pruned_networks_fit_and_share_nothing(name: str):
+    originals, calibration = networks(name, TASKS), images(TASKS)
+    before = {task: {n: t.clone() for n, t in net.state_dict().items()} for task, net in originals.items()}
+    zipped = pruned(originals, calibration, 0.6)
+    assert 0.45 * zipped.report.original_bytes < zipped.report.stored_bytes <= 0.6 * zipped.report.original_bytes
+    assert zipped.report.original_bytes == sum(map(stored_bytes, originals.values()))
+    assert all(layer.shared == 0 for layer in zipped.report.layers)
+    for task, network in originals.items():
+        assert zipped(calibration[task], task).shape == (60, 3)
+        assert all(torch.equal(t, before[task][n]) for n, t in network.state_dict().items())
+
+
+def test_neurons_that_nobody_hears_go_first():
+    originals, calibration = networks("convolutional", TASKS), images(TASKS)
+    with torch.no_grad():
+        for network in originals.values():
+            network.get_parameter("6.weight")[:, ::2] = 0
+    zipped = pruned(originals, calibration, 0.55)
+    for task, network in originals.items():
+        with evaluation_mode(network):
+            torch.testing.assert_close(zipped(calibration[task], task), network(calibration[task]))
+
+
+def test_no_layer_is_lost_however_little_is_left():
+    originals, calibration = networks("perceptron", TASKS), images(TASKS)
+    zipped = pruned(originals, calibration, 0.25)
+    assert min(layer.neurons["a"] for layer in zipped.report.layers) >= 2
+    with pytest.raises(InvalidConfig, match="no network has at most"):
+        pruned(originals, calibration, 0.02)
+
+
+def test_the_curvature_is_the_mean_squared_gradient_of_single_examples():
+    network, x = networks("residual", "a")["a"], images("a")["a"]
+    found = fisher_diagonal(network, x, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    expected = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
+    for part in torch.split(x, 50):
+        labels = torch.multinomial(network(part).softmax(dim=1), 1, generator=generator)[:, 0]
+        for image, label in zip(part, labels, strict=True):
+            network.zero_grad()
+            F.cross_entropy(network(image[None]), label[None]).backward()
+            for name, parameter in network.named_parameters():
+                assert parameter.grad is not None
+                expected[name] += parameter.grad.square() / len(x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+
+
+# Smaller networks
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_scaled_networks_have_a_fraction_of_the_neurons_and_weights_of_their_own(name: str):
+    network, x = networks(name, "a")["a"], images("a")["a"]
+    before = {n: t.clone() for n, t in network.state_dict().items()}
+    build = scaling(network, x)
+    half, whole = build(0.5), build(1.0)
+    sizes = {getattr(part, "out_features", getattr(part, "out_channels", 0)) for part in half.modules()}
+    assert sizes == {0, *(round(width / 2) for width in WIDTHS[name]), 3}
+    assert stored_bytes(whole) == stored_bytes(network)
+    assert half(x).shape == (60, 3)
+    assert all(torch.equal(t, before[n]) for n, t in network.state_dict().items())
+
+
+def test_the_largest_network_that_fits_is_found():
+    def build(fraction: float) -> nn.Module:
+        return nn.Linear(10, 1 + int(99 * fraction), bias=False)
+
+    assert stored_bytes(largest_below(build, 1000)) == 1000
+    assert stored_bytes(largest_below(build, 1039)) == 1000
+    assert stored_bytes(largest_below(build, 10**6)) == 4000
+    with pytest.raises(InvalidConfig, match="the smallest has 40"):
+        largest_below(build, 39)
+
+
+def test_students_fit_and_learn_from_the_originals():
+    originals, calibration = networks("perceptron", TASKS), images(TASKS, 512)
+    builds = {task: scaling(network, calibration[task]) for task, network in originals.items()}
+
+    def distance(epochs: int) -> float:
+        zipped = distilled(originals, calibration, builds, 0.6, Recipe(epochs, peak=2e-2))
+        assert 0.45 * zipped.report.original_bytes < zipped.report.stored_bytes <= 0.6 * zipped.report.original_bytes
+        assert all(layer.shared == 0 for layer in zipped.report.layers)
+        return sum(
+            float((zipped(x, task).softmax(dim=1) - originals[task](x).softmax(dim=1)).detach().abs().mean())
+            for task, x in calibration.items()
+        )
+
+    assert distance(40) < 0.4 * distance(1)
