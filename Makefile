@@ -18,7 +18,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run ui test bench bench-residual bench-vgg16 lint types imports check format lock data clean
+.PHONY: help setup run ui test bench bench-full bench-residual bench-vgg16 lint types imports check format lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,8 +49,11 @@ ui: setup ## serve the MLflow and Prefect pages on this machine
 test: setup ## run the tests
 	@$(WITH_ENV) python -m pytest
 
-bench: setup ## measure on the full data (MTZ_FULL_DATA or ../shared/data)
-	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.zipping_table
+bench: setup ## compare with every other way on the full data (MTZ_FULL_DATA or ../shared/data), in minutes
+	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks quick
+
+bench-full: setup ## the same on all networks and three seeds, in hours; writes docs/benchmarks and README's tables
+	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks full
 
 bench-residual: setup ## zip networks with batch normalisation trained on the full data
 	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.residual_table

@@ -93,6 +93,7 @@ def _check_networks(project: Path, params: Params) -> None:
     Networks that a pretrain stage makes are traced untrained.
     """
     from mtz_core.matching import check_compatible, shared_counts
+    from tasks.budgets import check_budget
     from tasks.factories import build_network
     from tasks.models import load_network, trace_on_own_image
     from tasks.workspace import Workspace
@@ -105,3 +106,4 @@ def _check_networks(project: Path, params: Params) -> None:
         traced[name] = trace_on_own_image(params, workspace, name, network)
     check_compatible(traced)
     shared_counts(traced, params.zip_config())
+    check_budget(params, workspace, traced)

@@ -76,6 +76,47 @@ def check(
 
 
 @app.command()
+def pareto(
+    group: Annotated[
+        str | None, typer.Option("--group", "-g", metavar="NAME", help="The group. Default: that of the parameters.")
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option("--sizes", metavar="LIST", help="Stored bytes, as parts of the originals' bytes.")
+    ] = "0.15,0.25,0.35,0.5,0.75",
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="LIST",
+            help="*mixture* shares and drops neurons, whichever does less harm; *drop* prunes each network alone; "
+            "*share* drops none; *paper* shares as MTZ was published.",
+        ),
+    ] = "mixture,drop,share,paper",
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Measure after light retraining, too, with the group's settings.")
+    ] = False,
+    params: ParamsFile = PARAMS,
+    fleet: FleetFile = FLEET,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Show what size costs: one group's test error against its stored bytes, for several methods.
+
+    Runs the stages before *match* if they changed, then makes and measures a network for every size and method. The
+    table and the figure go to *pareto/* in the group's workspace and to MLflow; `mtz dvc --group NAME -- plots show`
+    plots them, too.
+
+    Example: `mtz pareto --group lenet5 --sizes 0.25,0.5 --methods mixture,paper`
+    """
+    with _told(debug):
+        from flows.pareto import draw_pareto
+        from tasks.pareto import Asked
+
+        asked = Asked.parse(sizes, methods, retrain)
+        draw_pareto(Path.cwd(), params, fleet, group, asked, tuple(settings or ()), tell=typer.echo)
+
+
+@app.command()
 def ui(params: ParamsFile = PARAMS, debug: Debug = False) -> None:
     """Serve the MLflow and Prefect pages on this machine until Ctrl-C.
 

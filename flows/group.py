@@ -75,7 +75,7 @@ def zip_group(group: str, project: Path, home: Path, settings: dict[str, Any]) -
     with storage.connect(params.storage, home) as store, workspace.held(home, group) as folder:
         remote = workspace.Remote(store.url("dvc"), store.endpoint, store.region)
         environment = {**store.environment(), "MTZ_HOME": str(home), "DVC_SITE_CACHE_DIR": str(home / "dvc")}
-        code = (*workspace.CODE, *_own_modules(params))
+        code = (*workspace.CODE, *workspace.modules_of(params))
         pipeline, stages = workspace.prepare(project, folder, settings, remote, environment, code)
         shown.planned(group, len(stages))
         run = _GroupRun(group, home, params, pipeline, stages)
@@ -171,11 +171,6 @@ class _GroupRun:
 def push_data(group: str, pipeline: Pipeline) -> None:
     """Send the group's data, and the records of runs, to the remote. Raises `DvcFailed`."""
     pipeline.push()
-
-
-def _own_modules(params: Params) -> Iterable[str]:
-    """The top modules of the networks' factories, which may be the user's own, beside ours."""
-    return sorted({model.network.partition(":")[0].partition(".")[0] for model in params.models.values()})
 
 
 def _publish(report: GroupReport) -> None:

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from flows.pipeline import Pipeline, Stage
 from mtz_core.errors import MtzError
+from tasks.params import Params
 
 CODE = ("mtz_core", "tasks")
 """Packages that every stage's `python -m tasks` imports."""
@@ -126,6 +127,11 @@ def prepare(
         (folder / name).unlink(missing_ok=True)
     _record(folder, sources)
     return pipeline, stages
+
+
+def modules_of(params: Params) -> tuple[str, ...]:
+    """Return the top modules of the networks' factories, which may be the user's own, beside ours."""
+    return tuple(sorted({model.network.partition(":")[0].partition(".")[0] for model in params.models.values()}))
 
 
 def configure(folder: Path, cache: Path, remote: Remote) -> None:

@@ -1,10 +1,10 @@
 """Spend a budget: make plans, verify them on data, keep the best; or find the smallest network that keeps a floor.
 
 Predicted damage (`mtz_core.planning`) ranks moves of one kind well. Between the two kinds it can be wrong by far, as
-neither errors that meet in later layers nor those that cancel are in it. So for one size several plans are made, with the
-damage of sharing counted for more or for less, going where it gets better, and with one move alone. Each is merged on
-most of the calibration data and judged on the rest by the distillation loss against the originals. The best is taken: a
-mixture is chosen only where it does better than either move alone.
+neither errors that meet in later layers nor those that cancel are in it. So for one size several plans are made, with
+the damage of sharing counted for more or for less, going where it gets better, and with one move alone. Each is merged
+on most of the calibration data and judged on the rest by the distillation loss against the originals. The best is
+taken: a mixture is chosen only where it does better than either move alone.
 """
 
 from __future__ import annotations

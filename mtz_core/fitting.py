@@ -20,6 +20,9 @@ from mtz_core.operations import operation_of
 from mtz_core.settings import ZipConfig
 from mtz_core.structure import Arrangement, Run
 
+HELD_OUT = 5
+"""One row in so many is held out where a fit is to be judged."""
+
 
 @dataclass(frozen=True, eq=False)
 class Clip:
@@ -81,7 +84,8 @@ def _only_reader(network: Network, name: str) -> Node | None:
 class Part:
     """One task's side of a layer: its matrix in float64, and the rows that it will be fed in the zipped network.
 
-    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it.
+    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it. `judged`
+    parts are fitted to most rows only, the others tell how well (`held_out_error`).
     """
 
     def __init__(
@@ -93,10 +97,12 @@ class Part:
         shared: bool,
         config: ZipConfig,
         felt: Float[Tensor, " all_rows"] | None = None,
+        damping: float | None = None,
+        judged: bool = False,
     ) -> None:
         network = narrowed.network
         self.node, self.network, self.zipped = node, network, zipped
-        self.paper = config.method == "paper"
+        self.paper, self.judged = config.method == "paper", judged
         left = narrowed.kept_rows(node)
         self.felt = felt if felt is None or left is None else felt[left]
         self.shape = tuple(network.state[node.weight].shape)
@@ -116,13 +122,14 @@ class Part:
         moments = Moments(self.matrix.shape[1], self.groups)
         for x, x_hat in zip(original, zipped, strict=True):
             rows = self._rows(x, before)
-            moments.add(rows if self.paper or x is x_hat else self._rows(x_hat, node))
+            moments.add(self._fitted(rows if self.paper or x is x_hat else self._rows(x_hat, node)))
             if not self.paper:
                 outputs = _outputs(rows, target, before.layer.groups(before.arguments))
                 self.targets.append(outputs if left is None else outputs[:, left])
         self.count = moments.count
-        self.damping = moments.damping(config.damping)
-        self.hessian = moments.hessian(config.damping)
+        relative = config.fixed_damping if damping is None else damping
+        self.damping = moments.damping(relative)
+        self.hessian = moments.hessian(relative)
 
     def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n groups*in"]:
         rows = layer_rows(node, self.shape, x, self.positions)
@@ -130,6 +137,22 @@ class Part:
 
     def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
         return matrix.unflatten(0, (self.groups, -1))
+
+    def _fitted(self, rows: Float[Tensor, "n columns"]) -> Float[Tensor, "m columns"]:
+        """The rows of a batch that are fitted to."""
+        return rows[: len(rows) - len(rows) // HELD_OUT] if self.judged else rows
+
+    def held_out_error(self) -> float:
+        """``½ Σ F E‖y − W x̂‖²`` on the rows that were held out, in nats."""
+        if self.hessian is None:
+            return 0.0
+        total, count = 0.0, 0
+        for target, x_hat in zip(self.targets, self.zipped, strict=True):
+            rows = self._rows(x_hat, self.node)[len(self._fitted(target)) :]
+            errors = target[len(target) - len(rows) :] - _outputs(rows, self.matrix.to(rows.dtype), self.groups)
+            felt = 1.0 if self.felt is None else self.felt.to(errors.dtype)
+            total, count = total + 0.5 * float((felt * errors.square()).sum()), count + len(rows)
+        return total / max(count, 1)
 
     def refit(self, clip: Clip | None) -> None:
         """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
@@ -144,7 +167,7 @@ class Part:
         present = self.matrix.to(prior.dtype)
         gradient = torch.zeros_like(self.matrix)
         for target, x_hat in zip(self.targets, self.zipped, strict=True):
-            fed = self._rows(x_hat, self.node)
+            fed, target = self._fitted(self._rows(x_hat, self.node)), self._fitted(target)
             output = _outputs(fed, present, self.groups)
             if clip is not None:
                 target = clip.nearest_target(target, output)
@@ -164,6 +187,13 @@ class Part:
             return outputs.T @ rows
         split = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
         return torch.bmm(outputs.unflatten(1, (self.groups, -1)).permute(1, 2, 0), split).flatten(0, 1)
+
+    @property
+    def few_rows(self) -> str:
+        """Rows and inputs in words, if the rows that fit the layer are fewer than its inputs."""
+        if self.hessian is None or self.count >= self.hessian.size:
+            return ""
+        return f"{self.count:,} rows for {self.hessian.size:,} inputs"
 
     def stored_matrix(self) -> Float[Tensor, "out in"]:
         """The matrix that the zipped network stores."""

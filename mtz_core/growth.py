@@ -178,7 +178,7 @@ def _costs(
     one_size = len({table.shape[1] for table in tables.values()}) == 1
     if moments.groups > 1 or not one_size or not can_share(node.name, networks.values()):
         return None
-    hessian = moments.hessian(config.damping)
+    hessian = moments.hessian(config.fixed_damping)
     matrix = traced.matrix(node)[mine.flatten()].to(torch.float64)
     members = zipped.structure.members[group]
     costs = np.zeros((len(members), len(mine)))

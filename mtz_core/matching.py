@@ -313,7 +313,9 @@ class Matcher:
         members = {group: pairing.members for group, pairing in pairings.items()}
         columns = arrange(self.tasks, {t: n.graph.columns[node.name] for t, n in self.networks.items()}, members)
         common = [run for run in columns.runs if run.owners == self.tasks]
-        hessians = {task: _average(self.moments[task][node.name].hessian(self.config.damping)) for task in self.tasks}
+        hessians = {
+            task: _average(self.moments[task][node.name].hessian(self.config.fixed_damping)) for task in self.tasks
+        }
         balance = self.config.balance_of(self.tasks)
         if self.refit and self.felt is not None:
             balance = felt_balance(balance, [self.felt[task][node.name] for task in self.tasks])

@@ -61,7 +61,7 @@ class Options:
         columns = []
         for number, path in enumerate(paths):
             owned = path.units >= 0
-            common = owned.all(axis=1)
+            common = np.asarray(owned.all(axis=1))
             gone = np.arange(len(path.order) + 1)
             lost = np.concatenate([np.zeros((1, owned.shape[1]), dtype=np.int64), owned[path.order].cumsum(axis=0)])
             unshared = np.concatenate([[0], common[path.order].cumsum()])

@@ -92,7 +92,9 @@ class Planner:
         for name in matcher.groups:
             reading: list[list[Reader]] = [[] for _ in self.tasks]
             if name in droppable:
-                reading = [readers(n, name, moments[t], felt[t], config.damping) for t, n in self.networks.items()]
+                reading = [
+                    readers(n, name, moments[t], felt[t], config.fixed_damping) for t, n in self.networks.items()
+                ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
 
     def _droppable(self, examples: Mapping[str, Tensor]) -> set[str]:

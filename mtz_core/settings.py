@@ -11,6 +11,8 @@ from mtz_core.errors import InvalidConfig
 
 Method = Literal["refit", "paper"]
 Move = Literal["share", "drop"]
+
+DEFAULT_DAMPING = 5e-3
 Statistics = Literal["updated", "kept"]
 
 
@@ -63,17 +65,18 @@ class ZipConfig:
     `method`: ``refit`` (default: own inputs compensate, layers are refitted to the originals' outputs on what the
     zipped network really feeds them, optimal assignment) or ``paper`` (MTZ as published: neither, greedy matching).
     `share`: the fraction of each hidden layer's neurons to share, of the narrower network's width, or a count per
-    layer, or a `Budget` to plan for. `damping`: λ of every Hessian, relative to the mean of its diagonal. `balance`: weight of each task in the
-    shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian, sampled
-    from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its targets
-    then relaxed to what the following activation can tell apart. `descents`: how often ``refit`` matches neuron groups
-    again whose pairings depend on each other, or more than two networks. `keep_separate`: paths of submodules that stay
-    task-specific, and whose operators need not be understood.
+    layer, or a `Budget` to plan for. `damping`: λ of every Hessian, relative to the mean of its diagonal, or ``auto``:
+    chosen by held-out calibration data for every refit (matching takes the default). `balance`: weight of each task in
+    the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
+    sampled from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its
+    targets then relaxed to what the following activation can tell apart. `descents`: how often ``refit`` matches neuron
+    groups again whose pairings depend on each other, or more than two networks. `keep_separate`: paths of submodules
+    that stay task-specific, and whose operators need not be understood.
     """
 
     method: Method = "refit"
     share: float | Mapping[str, int] | Budget = 1.0
-    damping: float = 5e-3
+    damping: float | Literal["auto"] = DEFAULT_DAMPING
     balance: Mapping[str, float] | None = None
     patches: int = 64
     sweeps: int = 4
@@ -93,8 +96,10 @@ class ZipConfig:
                 raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
         elif not _is_number(self.share) or not 0 <= self.share <= 1:
             raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
-        if not _is_number(self.damping) or not 0 < self.damping < float("inf"):
-            raise InvalidConfig(f"damping: {self.damping!r} is impossible. Allowed: a positive number, such as 0.005.")
+        if self.damping != "auto" and (not _is_number(self.damping) or not 0 < self.damping < float("inf")):
+            raise InvalidConfig(
+                f"damping: {self.damping!r} is impossible. Allowed: a positive number, such as 0.005, or auto."
+            )
         if not _is_whole(self.patches) or self.patches < 1:
             raise InvalidConfig(f"patches: {self.patches!r} is impossible. Allowed: 1 or more, whole.")
         if not _is_whole(self.sweeps) or self.sweeps < 0:
@@ -108,6 +113,11 @@ class ZipConfig:
             and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())
         ):
             raise InvalidConfig(f"balance: {self.balance!r} is impossible. Allowed: {{task: positive number}}.")
+
+    @property
+    def fixed_damping(self) -> float:
+        """The damping where it is not chosen by held-out data."""
+        return DEFAULT_DAMPING if self.damping == "auto" else self.damping
 
     def counts(self, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Neurons to share in each hidden group, given the group's width in every network.

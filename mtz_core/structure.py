@@ -39,7 +39,8 @@ class LayerReport:
     `neurons` are the rows of its matrix per task, `shared` of them stored once for several tasks; `cost` is the
     predicted loss of the shared ones, ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``; `error` per task is the measured
     relative squared error of the layer's output on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original
-    network. `note` says why nothing is shared where that is not by choice.
+    network. `note` says why nothing is shared where that is not by choice, `few_rows` by how much calibration data are
+    too few to fit the layer well.
     """
 
     layer: str
@@ -51,6 +52,7 @@ class LayerReport:
     parameters: int
     original_parameters: Mapping[str, int]
     note: str = ""
+    few_rows: str = ""
 
     def of(self, tasks: Sequence[str], shared: int, blocks: Mapping[str, Tensor]) -> LayerReport:
         """The report when only these tasks are left."""

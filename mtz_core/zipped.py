@@ -159,8 +159,10 @@ class ZippedNetwork(nn.Module):
 
     def matrix(self, task: str, node: Node) -> Float[Tensor, "out columns"]:
         """One task's dense matrix of a layer, the bias (if any) as its last column."""
-        weight, bias = self._dense(task, node)
-        return weight.detach() if bias is None else torch.cat([weight.detach(), bias.detach()[:, None]], dim=1)
+        weight = self._dense_weight(task, node).detach()
+        if node.bias is None:
+            return weight
+        return torch.cat([weight, self._dense_bias(task, node).detach()[:, None]], dim=1)
 
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` and `weights.safetensors`; see `mtz_core.format`."""
@@ -170,8 +172,8 @@ class ZippedNetwork(nn.Module):
         """All tensors of one task by their original names; a layer's are put together when they are asked for."""
         return _TaskState(self, task)
 
-    def _dense(self, task: str, node: Node) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
-        """One task's dense matrix of a layer, put together from the blocks, and its bias."""
+    def _dense_weight(self, task: str, node: Node) -> Float[Tensor, "out in"]:
+        """One task's dense matrix of a layer, put together from the blocks."""
         rows, columns = self.structure.rows[node.name], self.structure.columns[node.name]
         strips = [
             _join([self._get(block_name(node.name, row.owners, c.owners)) for c in columns.of(task)], 1)
@@ -180,13 +182,15 @@ class ZippedNetwork(nn.Module):
         weight = _join(strips, 0)
         row_order, column_order = self._order(task, node, weight.device)
         if column_order is not None:
-            weight = weight[:, column_order]
-        if row_order is not None:
-            weight = weight[row_order]
-        if node.bias is None:
-            return weight, None
-        bias = _join([self._get(bias_name(node.name, row.owners)) for row in rows.of(task)], 0)
-        return weight, bias if row_order is None else bias[row_order]
+            weight = weight.index_select(1, column_order)
+        return weight if row_order is None else weight.index_select(0, row_order)
+
+    def _dense_bias(self, task: str, node: Node) -> Float[Tensor, " out"]:
+        """One task's bias of a layer that has one, put together from the blocks."""
+        runs = self.structure.rows[node.name].of(task)
+        bias = _join([self._get(bias_name(node.name, run.owners)) for run in runs], 0)
+        order, _ = self._order(task, node, bias.device)
+        return bias if order is None else bias.index_select(0, order)
 
     def _order(self, task: str, node: Node, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Where a task's rows and columns lie in its joined blocks; None where they are in order."""
@@ -223,10 +227,8 @@ class _TaskState(Mapping[str, Tensor]):
         if node is None:
             return self._zipped._get(own_name(name, self._task))
         if name == node.bias:
-            bias = self._zipped._dense(self._task, node)[1]
-            assert bias is not None
-            return bias
-        weight = self._zipped._dense(self._task, node)[0]
+            return self._zipped._dense_bias(self._task, node)
+        weight = self._zipped._dense_weight(self._task, node)
         return node.layer.from_matrix(weight, self._network.shapes[name])
 
     def __iter__(self) -> Iterator[str]:

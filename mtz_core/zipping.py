@@ -39,6 +39,9 @@ from mtz_core.structure import (
 from mtz_core.tracing import trace
 from mtz_core.zipped import ZippedNetwork
 
+DAMPINGS = (5e-4, 5e-3, 2e-2, 1e-1)
+"""What ``damping="auto"`` chooses from, layer by layer."""
+
 
 def check_task_name(task: object) -> None:
     """Raises `InvalidConfig` for what cannot name a task."""
@@ -128,8 +131,9 @@ def merge(
     """Merge paired networks, yielding a report as each layer is done and the zipped network at the end.
 
     `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. `keep` names
-    the neurons that are left of groups that lose some: those are what `pairings` number. `felt` is what the tasks' losses
-    feel, taken from the calibration data if it is not given. Memory beyond weights: the calibration data at the width of the live values, twice, and the moments of the current layer.
+    the neurons that are left of groups that lose some; `pairings` then number those. `felt` is what the tasks' losses
+    feel, taken from the calibration data if it is not given. Memory beyond weights: the calibration data at the
+    width of the live values, twice, and the moments of the current layer.
     """
     networks = dict(sorted(networks.items()))
     check_compatible(networks)
@@ -175,20 +179,33 @@ def _merge_layer(
     (node, *_) = nodes.values()
     rows, columns = structure.rows[node.name], structure.columns[node.name]
     originals = {task: narrow.original for task, narrow in narrowed.items()}
-    parts = {
-        task: Part(
-            nodes[task],
-            narrow,
-            streams[task].original[node.source],
-            streams[task].zipped[node.source],
-            shared=any(len(run.owners) > 1 for run in rows.of(task)),
-            config=config,
-            felt=felt[task][node.name],
-        )
-        for task, narrow in narrowed.items()
-    }
+
+    def parts_with(damping: float, judged: bool) -> dict[str, Part]:
+        return {
+            task: Part(
+                nodes[task],
+                narrow,
+                streams[task].original[node.source],
+                streams[task].zipped[node.source],
+                shared=any(len(run.owners) > 1 for run in rows.of(task)),
+                config=config,
+                felt=felt[task][node.name],
+                damping=damping,
+                judged=judged,
+            )
+            for task, narrow in narrowed.items()
+        }
+
+    def held_out_error(damping: float) -> float:
+        trial = parts_with(damping, judged=True)
+        fit(trial, rows, columns, {}, config)
+        return sum(part.held_out_error() for part in trial.values())
+
+    choose = config.damping == "auto" and config.method == "refit"
+    parts = parts_with(min(DAMPINGS, key=held_out_error) if choose else config.fixed_damping, judged=False)
     clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in narrowed.items()}
     cost = fit(parts, rows, columns, clips, config)
+    few = {task: part.few_rows for task, part in parts.items() if part.few_rows}
     blocks: dict[str, Tensor] = {}
     for task, part in parts.items():
         changed = part.tensors()
@@ -205,5 +222,6 @@ def _merge_layer(
         parameters=sum(t.numel() for t in blocks.values()),
         original_parameters={t: sum(n.state[name].numel() for name in node.state) for t, n in originals.items()},
         note=why_separate(originals, node) or "",
+        few_rows="; ".join(f"{task} has {what}" for task, what in few.items()),
     )
     return report, blocks

@@ -19,6 +19,9 @@ MODEL_STAGES = ("pretrain", "collect", "hessians")
 GROUP_STAGES = ("match", "merge", "retrain", "evaluate", "register")
 """Stages that run once for the group, in this order."""
 
+EXTRAS = ("pareto",)
+"""What is no stage, as nothing in the pipeline needs it."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a stage and tell an error in one line.
@@ -31,15 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Examples: `python -m tasks collect digits`, `python -m tasks merge`. "
         "`dvc repro` runs all stages that need to run, in order.",
     )
-    parser.add_argument("stage", choices=(*MODEL_STAGES, *GROUP_STAGES), help="the stage to run")
+    parser.add_argument("stage", choices=(*MODEL_STAGES, *GROUP_STAGES, *EXTRAS), help="the stage to run")
     parser.add_argument("model", nargs="?", help=f"the model, for {', '.join(MODEL_STAGES)}")
+    parser.add_argument("--sizes", help="of pareto, see `mtz pareto --help`")
+    parser.add_argument("--methods", help="of pareto")
+    parser.add_argument("--retrain", action="store_true", help="of pareto")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     options = parser.parse_args(arguments)
     if (options.stage in MODEL_STAGES) != (options.model is not None):
         needs = "needs the name of a model" if options.stage in MODEL_STAGES else "takes no model"
         parser.error(f"stage {options.stage} {needs}")
+    if options.stage not in EXTRAS and (options.sizes or options.methods or options.retrain):
+        parser.error(f"stage {options.stage} takes no --sizes, --methods or --retrain")
     try:
-        _run(options.stage, options.model)
+        _run(options)
     except (MtzError, OSError) as error:
         if options.debug or os.environ.get("MTZ_DEBUG"):
             traceback.print_exc()
@@ -48,24 +56,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(stage: str, model: str | None) -> None:
+def _run(options: argparse.Namespace) -> None:
     import torch
 
     from tasks.factories import find_factory
     from tasks.params import InvalidParams, load_params
     from tasks.workspace import Workspace
 
+    stage, model = options.stage, options.model
     workspace = Workspace(Path())
     params = load_params(workspace.params)
     if model is not None and model not in params.models:
         raise InvalidParams(f"there is no model {model!r}; models: {', '.join(params.models)}.")
     torch.set_num_threads(params.runtime.threads)
     torch.use_deterministic_algorithms(True)
-    if stage in GROUP_STAGES:
+    if stage not in MODEL_STAGES:
         for name in params.models:
             find_factory(params, name)
     module = importlib.import_module(f"tasks.{stage}")
-    module.run(params, workspace, *([model] if model is not None else []))
+    if stage in MODEL_STAGES:
+        module.run(params, workspace, model)
+    elif stage in EXTRAS:
+        module.run(params, workspace, module.Asked.parse(options.sizes, options.methods, options.retrain))
+    else:
+        module.run(params, workspace)
 
 
 def _message(error: MtzError | OSError) -> str:

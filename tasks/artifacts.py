@@ -1,8 +1,9 @@
-"""Values of the core and their files: activations, moments, pairings, tensors."""
+"""Values of the core and their files: activations, sensitivities, moments, pairings, plans, tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtz_core.matching import GroupMatch, Pairing, descent
+from mtz_core.matching import Pairing
 from mtz_core.moments import Moments
+from mtz_core.narrowing import Keep
+from mtz_core.sensitivity import Sensitivities
 from tasks.files import InvalidArtifact, read_json, whole_file, write_json, write_table
 from tasks.workspace import Workspace
 
 ROWS = "rows"
 """The column of an activations file."""
+
+_FELT = "/felt"
+"""What the names of sensitivities end with, beside the moments of a model."""
 
 
 class RowsWriter:
@@ -46,6 +52,11 @@ class RowsWriter:
 def layer_file(folder: Path, layer: str) -> Path:
     """The activations file of a layer; layer names may hold dots but no slashes."""
     return folder / f"{layer}.arrow"
+
+
+def sensitivities_file(folder: Path) -> Path:
+    """The file of sensitivities in a folder of activations."""
+    return folder / "sensitivities.safetensors"
 
 
 def row_groups(path: Path) -> int:
@@ -81,9 +92,29 @@ def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]
         raise InvalidArtifact(f"{path} cannot be read: {error}. Run collect again.") from error
 
 
-def write_moments(path: Path, moments: Mapping[str, Moments]) -> None:
-    """Second moments of one model: per layer the mean outer product, or the rows while they are fewer than inputs."""
-    tensors: dict[str, Tensor] = {}
+def write_sensitivities(path: Path, felt: Sensitivities) -> None:
+    """What a model's loss feels of the rows of its layers."""
+    save_file(_named(felt), path)
+
+
+def read_sensitivities(path: Path) -> Sensitivities:
+    """The sensitivities that `write_sensitivities` or `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
+    felt = {name.removesuffix(_FELT): rows for name, rows in read_tensors(path, _FELT).items()}
+    if not felt:
+        raise InvalidArtifact(f"{path} does not hold sensitivities of layers. Run collect and hessians again.")
+    return felt
+
+
+def _named(felt: Sensitivities) -> dict[str, Tensor]:
+    return {f"{layer}{_FELT}": rows for layer, rows in felt.items()}
+
+
+def write_moments(path: Path, moments: Mapping[str, Moments], felt: Sensitivities) -> None:
+    """Statistics of one model: sensitivities, and second moments.
+
+    These are, per layer, the mean outer product, or the rows while they are fewer than inputs.
+    """
+    tensors = _named(felt)
     for layer, layer_moments in moments.items():
         if layer_moments.gram is None:
             tensors[f"{layer}/rows"] = layer_moments.rows
@@ -110,47 +141,134 @@ def read_moments(path: Path) -> dict[str, Moments]:
     return moments
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises `InvalidArtifact`."""
+def read_tensors(path: Path, ending: str = "") -> dict[str, Tensor]:
+    """All tensors of a safetensors file whose names end so. Raises `InvalidArtifact`."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
     except OSError as error:
         raise InvalidArtifact(f"{path}: {error.strerror or error}. Make or fetch the file first.") from error
     except SafetensorError as error:
         raise InvalidArtifact(f"{path} is not a readable safetensors file: {error}. Make or fetch it again.") from error
 
 
-def write_matches(workspace: Workspace, tasks: Sequence[str], matches: Sequence[GroupMatch]) -> None:
-    """The last pairing of every neuron group, how the total cost fell, and what sharing fewer or more would cost."""
-    last = {match.group: match for match in matches}
+@dataclass(frozen=True)
+class Attempt:
+    """A network that was tried for a budget: bytes relative to the originals', the damage expected, what was measured.
+
+    `damage` is in nats; `loss` of each task is its held-out distillation loss in nats, or for a floor the points that
+    it lost. `verdict` says in words what became of it.
+    """
+
+    what: str
+    stored: float
+    damage: float
+    loss: Mapping[str, float]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a budget was spent: `stored` bytes relative to the originals', the damage expected in nats, all attempts.
+
+    `limit` says in words what kept the network from being smaller.
+    """
+
+    limit: str
+    bytes: int
+    stored: float
+    damage: float
+    tried: Sequence[Attempt]
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What `match` found: pairings and their predicted cost by neuron group, how that fell, and what else was possible.
+
+    `curves` are ``(group, neurons shared, cost)``. With a budget, `keep` are the neurons that each task keeps, which
+    the pairings then number, costs are damage in nats, and `search` tells how it was spent.
+    """
+
+    pairings: Mapping[str, Pairing]
+    costs: Mapping[str, float]
+    curves: Iterable[tuple[str, int, float]]
+    descent: Sequence[float] = ()
+    keep: Mapping[str, Keep] = field(default_factory=dict)
+    search: Search | None = None
+
+
+def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) -> None:
+    """What was found, as JSON for `merge` and as tables for plots: what sharing costs, what a search has tried."""
+    search = found.search
     write_json(
         workspace.pairing,
         {
             "tasks": list(tasks),
             "groups": {
                 name: {
-                    "shared": match.pairing.shared,
-                    "cost": match.cost,
-                    "members": match.pairing.members.tolist(),
+                    "shared": pairing.shared,
+                    "kept": dict(zip(tasks, (pairing.members >= 0).sum(axis=0).tolist(), strict=True)),
+                    "cost": found.costs[name],
+                    "members": pairing.members.tolist(),
                 }
-                for name, match in last.items()
+                for name, pairing in found.pairings.items()
             },
-            "descent": list(descent(matches)),
+            "descent": list(found.descent),
+            "keep": {t: {name: own.tolist() for name, own in kept.items()} for t, kept in found.keep.items()},
+            "search": None if search is None else asdict(search),
         },
     )
-    rows = ((name, count, cost) for name, match in last.items() for count, cost in enumerate((0.0, *match.curve)))
-    write_table(workspace.curves, ("layer", "shared", "cost"), rows)
+    write_table(workspace.curves, ("layer", "shared", "cost"), found.curves)
+    write_table(
+        workspace.search,
+        ("what", "stored", "damage", "task", "loss", "verdict"),
+        [
+            (one.what, one.stored, one.damage, task, loss, one.verdict)
+            for one in (search.tried if search is not None else ())
+            for task, loss in one.loss.items()
+        ],
+    )
 
 
-def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float]]:
-    """The pairing of every neuron group and how the total cost fell, from `write_matches`. Raises `InvalidArtifact`."""
+def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float], dict[str, Keep]]:
+    """The pairing of every neuron group, how the total cost fell, and what each task keeps where neurons are dropped.
+
+    Raises `InvalidArtifact`.
+    """
     content = read_json(workspace.pairing)
     try:
         pairings = {
             name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
             for name, group in content["groups"].items()
         }
-        return pairings, [float(cost) for cost in content["descent"]]
-    except (KeyError, TypeError, ValueError) as error:
+        keep: dict[str, Keep] = {
+            task: {name: np.array(neurons, dtype=np.int64) for name, neurons in kept.items()}
+            for task, kept in content["keep"].items()
+        }
+        return pairings, [float(cost) for cost in content["descent"]], keep
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArtifact(f"{workspace.pairing} does not hold a pairing: {error!r}. Run match again.") from error
+
+
+def read_plan(workspace: Workspace) -> tuple[dict[str, float], str]:
+    """Figures of what `match` decided, by name, and what limited a budget (nothing where there was none).
+
+    Raises `InvalidArtifact`.
+    """
+    content = read_json(workspace.pairing)
+    try:
+        figures = {
+            f"{name}/{figure}": value
+            for name, group in content["groups"].items()
+            for figure, value in {
+                "shared": group["shared"],
+                "cost": group["cost"],
+                **{f"kept/{task}": kept for task, kept in group["kept"].items()},
+            }.items()
+        }
+        search = content["search"]
+        if search is None:
+            return figures, ""
+        return {**figures, **{name: search[name] for name in ("stored", "bytes", "damage")}}, search["limit"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidArtifact(f"{workspace.pairing} does not hold a plan: {error!r}. Run match again.") from error

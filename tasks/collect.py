@@ -1,11 +1,12 @@
-"""Stage `collect`: sample the inputs of every layer of one network on its calibration images."""
+"""Stage `collect`: sample the inputs of every layer of one network, and what its loss feels, on calibration images."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
 
 from mtz_core.activations import as_batches, stream_rows
-from tasks.artifacts import RowsWriter, layer_file
+from mtz_core.sensitivity import sensitivities
+from tasks.artifacts import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
 from tasks.models import calibration, load_traced
 from tasks.params import Params
@@ -14,7 +15,10 @@ from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
-    """Write one Arrow file of sampled input rows per layer, streamed batch by batch. Raises `MtzError`."""
+    """Write one Arrow file of sampled input rows per layer, streamed batch by batch, and all layers' sensitivities.
+
+    Raises `MtzError`.
+    """
     network = load_traced(params, workspace, model)
     batches = as_batches(calibration(params, workspace, model), model)
     with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
@@ -37,3 +41,5 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
             if number % 10 == 0 or number == len(batches):
                 done = sum(len(batch) for batch in batches[:number])
                 say(f"{done} of {sum(map(len, batches))} images")
+        felt = sensitivities(network, batches, params.collect.seed)
+        write_sensitivities(sensitivities_file(folder), felt)

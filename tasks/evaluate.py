@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import mtz_core
-from mtz_core.evaluate import agreement, error_rate, predict
+from mtz_core.evaluate import agreement, check_labels, measure, outputs_of
 from mtz_core.format import WEIGHTS
 from tasks.data import read_examples
 from tasks.files import write_json, write_table
@@ -20,22 +20,25 @@ from tasks.workspace import Workspace
 def run(params: Params, workspace: Workspace) -> None:
     """Write `metrics.json` and a table of errors, measured on the test splits. Raises `MtzError`."""
     merged, retrained = mtz_core.load(workspace.merged), mtz_core.load(workspace.retrained)
-    tasks: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, float | str]] = {}
     for model, block in params.models.items():
         images, labels = read_examples(workspace.root / block.data, "test")
         batches = torch.split(images, params.evaluate.batch_size)
-        original = predict(load_network(params, workspace, model), batches)
-        zipped, final = (predict(partial(network, task=model), batches) for network in (merged, retrained))
+        networks = (load_network(params, workspace, model), partial(merged, task=model), partial(retrained, task=model))
+        original, zipped, final = (outputs_of(network, batches) for network in networks)
+        check_labels(labels, len(images), original.shape[1], model)
+        before, after, later = (measure(block.metric, outputs, labels, model) for outputs in (original, zipped, final))
+        classes = original.argmax(dim=1)
         tasks[model] = {
-            "error_original": error_rate(original, labels),
-            "error_zipped": error_rate(zipped, labels),
-            "error_retrained": error_rate(final, labels),
-            "agreement_zipped": agreement(zipped, original),
-            "agreement_retrained": agreement(final, original),
+            "metric": block.metric,
+            "error_original": before,
+            "error_zipped": after,
+            "error_retrained": later,
+            "agreement_zipped": agreement(zipped.argmax(dim=1), classes),
+            "agreement_retrained": agreement(final.argmax(dim=1), classes),
         }
         say(
-            f"{model}: error {tasks[model]['error_original']:.2f} % before, {tasks[model]['error_zipped']:.2f} % "
-            f"zipped, {tasks[model]['error_retrained']:.2f} % after light retraining"
+            f"{model}: {block.metric} {before:.2f} % before, {after:.2f} % zipped, {later:.2f} % after light retraining"
         )
     report = retrained.report
     write_json(

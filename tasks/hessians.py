@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtz_core.moments import Moments
-from tasks.artifacts import read_rows, row_groups, write_moments
+from tasks.artifacts import read_rows, read_sensitivities, row_groups, sensitivities_file, write_moments
 from tasks.files import InvalidArtifact
 from tasks.params import Params
 from tasks.progress import say
@@ -11,7 +11,10 @@ from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
-    """Stream every activations file of a model once and write its second moments. Raises `MtzError`."""
+    """Stream every activations file of a model once and write its second moments, with its sensitivities.
+
+    Raises `MtzError`.
+    """
     files = sorted(workspace.activations(model).glob("*.arrow"))
     if not files:
         raise InvalidArtifact(f"{workspace.activations(model)} has no activations. Run collect {model} first.")
@@ -21,4 +24,5 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
         for rows in read_rows(file, params.hessians.batch_rows):
             moments.setdefault(file.stem, Moments(rows.shape[1] // groups, groups)).add(rows)
         say(f"{file.stem}: {moments[file.stem].count} rows of {moments[file.stem].inputs} inputs")
-    write_moments(workspace.hessians(model), moments)
+    felt = read_sensitivities(sensitivities_file(workspace.activations(model)))
+    write_moments(workspace.hessians(model), moments, felt)

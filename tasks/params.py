@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
-from mtz_core.settings import RetrainConfig, ZipConfig
+from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 
 
 class InvalidParams(MtzError):
@@ -69,7 +69,7 @@ class ModelParams(_Block):
     """One pre-trained network: the factory that builds it, the file of its weights, and the folder of its data.
 
     `weights` lie under `networks/` and `data` under `data/`, where DVC versions them. `keep_separate` are paths of
-    submodules that stay task-specific, whatever they do.
+    submodules that stay task-specific, whatever they do. `metric` measures errors; see `mtz_core.evaluate.METRICS`.
     """
 
     network: Annotated[str, AfterValidator(_importable_name)]
@@ -77,6 +77,7 @@ class ModelParams(_Block):
     weights: Annotated[str, AfterValidator(_below("networks"))]
     data: Annotated[str, AfterValidator(_below("data"))]
     keep_separate: list[str] = []
+    metric: Literal["error", "top5_error", "balanced_error"] = "error"
 
 
 class RuntimeParams(_Block):
@@ -109,28 +110,6 @@ class HessiansParams(_Block):
     batch_rows: int = Field(default=8192, ge=1)
 
 
-class MatchParams(_Block):
-    """What is shared, and by which method; see `mtz_core.ZipConfig`."""
-
-    method: Literal["refit", "paper"] = "refit"
-    share: float | dict[str, int] = 1.0
-    damping: float = 5e-3
-    balance: dict[str, float] | None = None
-    descents: int = 3
-
-    @model_validator(mode="after")
-    def _possible(self) -> MatchParams:
-        _as_value_error(lambda: ZipConfig(**self.model_dump()))
-        return self
-
-
-class MergeParams(_Block):
-    """`patches`: rows that each calibration image gives to a convolution's refit; `sweeps`: refits after the first."""
-
-    patches: int = Field(default=64, ge=1)
-    sweeps: int = Field(default=4, ge=0)
-
-
 class RetrainParams(_Block):
     """Light retraining on `images` of each training split; see `mtz_core.settings.RetrainConfig`."""
 
@@ -154,6 +133,73 @@ class RetrainParams(_Block):
     def config(self) -> RetrainConfig:
         """The same for the core."""
         return RetrainConfig(**self.model_dump(exclude={"images"}))
+
+
+class BudgetParams(_Block):
+    """What the zipped network may cost, in place of `match.share`; see `mtz_core.Budget`.
+
+    `retrain` is the light retraining with which a floor is to be kept: the same as the block `retrain`.
+    """
+
+    size: float | None = None
+    floor: float | dict[str, float] | None = None
+    moves: list[Literal["share", "drop"]] = ["share", "drop"]
+    retrain: RetrainParams | None = None
+
+
+class MatchParams(_Block):
+    """What is shared, or the budget that decides it, and by which method; see `mtz_core.ZipConfig`."""
+
+    method: Literal["refit", "paper"] = "refit"
+    share: float | dict[str, int] | None = None
+    budget: BudgetParams | None = None
+    damping: float | Literal["auto"] = 5e-3
+    balance: dict[str, float] | None = None
+    descents: int = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _everything_by_default(cls, given: Any) -> Any:
+        return {"share": 1.0, **given} if isinstance(given, dict) and given.get("budget") is None else given
+
+    @model_validator(mode="after")
+    def _possible(self) -> MatchParams:
+        if self.budget is None and self.share is None:
+            raise ValueError("share: null leaves open what to share. Give a fraction, {layer: count}, or match.budget")
+        if self.budget is not None:
+            if self.share is not None:
+                raise ValueError("share: a budget decides what is shared. Leave out match.share, or match.budget")
+            _check_retraining(self.budget)
+        _as_value_error(lambda: ZipConfig(**self.core()))
+        return self
+
+    def core(self) -> dict[str, Any]:
+        """The same as arguments of `ZipConfig`."""
+        share = self.share if self.budget is None else Budget(**self.budget.model_dump(exclude={"retrain"}))
+        return {**self.model_dump(exclude={"budget"}), "share": share}
+
+
+def _check_retraining(budget: BudgetParams) -> None:
+    """Raises ValueError unless a floor, and nothing else, comes with a retraining that the search can do."""
+    if budget.floor is None and budget.retrain is not None:
+        raise ValueError("budget.retrain: only the search for a floor retrains. Leave it out")
+    if budget.floor is not None and budget.retrain is None:
+        raise ValueError(f"budget.retrain: is missing, and a floor is kept with light retraining. {_WRITE_ONCE}")
+    if budget.retrain is not None and budget.retrain.labels:
+        raise ValueError(
+            f"budget.retrain.labels: {budget.retrain.labels} is impossible, as the search for a floor retrains by "
+            "distillation alone. Allowed: 0"
+        )
+
+
+_WRITE_ONCE = "Write it once: `retrain: &retrain {…}` in match.budget, and below, on its own, `retrain: *retrain`"
+
+
+class MergeParams(_Block):
+    """`patches`: rows that each calibration image gives to a convolution's refit; `sweeps`: refits after the first."""
+
+    patches: int = Field(default=64, ge=1)
+    sweeps: int = Field(default=4, ge=0)
 
 
 class EvaluateParams(_Block):
@@ -220,13 +266,28 @@ class Params:
                 raise ValueError(f"pretrain.{name}: there is no such model; models: {', '.join(self.models)}")
             if self.models[name].weights != f"networks/{name}.safetensors":
                 raise ValueError(f"models.{name}.weights: pretrain writes them to networks/{name}.safetensors; say so")
-        if self.match.balance is not None and set(self.match.balance) != set(self.models):
-            raise ValueError(f"match.balance: names {sorted(self.match.balance)}, but models are {sorted(self.models)}")
+        named: dict[str, object] = {"match.balance": self.match.balance, "retrain.balance": self.retrain.balance}
+        if self.match.budget is not None:
+            named["match.budget.floor"] = self.match.budget.floor
+            self._check_same_retraining(self.match.budget)
+        for key, names in named.items():
+            if isinstance(names, dict) and set(names) != set(self.models):
+                raise ValueError(f"{key}: names {sorted(names)}, but models are {sorted(self.models)}")
         return self
+
+    def _check_same_retraining(self, budget: BudgetParams) -> None:
+        if budget.retrain is None or budget.retrain == self.retrain:
+            return
+        mine, own = self.retrain.model_dump(), budget.retrain.model_dump()
+        differing = ", ".join(key for key in mine if mine[key] != own[key])
+        raise ValueError(
+            f"match.budget.retrain: differs from retrain in {differing}, and a floor holds only for the light "
+            f"retraining that it was searched with. {_WRITE_ONCE}"
+        )
 
     def zip_config(self) -> ZipConfig:
         """Match and merge for the core."""
-        return ZipConfig(**self.match.model_dump(), **self.merge.model_dump(), seed=self.collect.seed)
+        return ZipConfig(**self.match.core(), **self.merge.model_dump(), seed=self.collect.seed)
 
     def model_dump(self) -> dict[str, Any]:
         """All settings as plain values, as they would stand in the file."""
@@ -287,4 +348,8 @@ def _known_keys(path: Sequence[str]) -> list[str]:
     if not path:
         return list(Params.__dataclass_fields__)
     blocks = {name: hint for name, hint in get_type_hints(Params).items() if name not in ("models", "pretrain")}
-    return list((blocks | {"models": ModelParams, "pretrain": PretrainParams})[path[0]].model_fields)
+    block = (blocks | {"models": ModelParams, "pretrain": PretrainParams})[path[0]]
+    if path[0] == "match":
+        for name in path[1:]:
+            block = {"budget": BudgetParams, "retrain": RetrainParams}[name]
+    return list(block.model_fields)

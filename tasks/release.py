@@ -18,6 +18,7 @@ import yaml
 
 from mtz_core.structure import ZipReport
 from mtz_core.zipped import load
+from tasks.artifacts import read_plan
 from tasks.files import InvalidArtifact, read_json, sha256
 from tasks.params import Params
 from tasks.workspace import Workspace
@@ -73,6 +74,7 @@ def gather(params: Params, workspace: Workspace) -> Release:
     root, models = workspace.root, params.models
     report = load(workspace.retrained).report
     metrics = read_json(workspace.metrics)
+    plan, limit = read_plan(workspace)
     network = _files(workspace.retrained)
     sources = {task: _file_digest(root / model.weights) for task, model in models.items()}
     data = {task: _folder_digest(root / model.data) for task, model in models.items()}
@@ -100,13 +102,14 @@ def gather(params: Params, workspace: Workspace) -> Release:
             "mtz.code": _digest({name: _folder_digest(root / name, "*.py") for name in _CODE}),
             "mtz.dvc_lock": hashlib.sha256(lock).hexdigest(),
         },
-        parameters=dict(_flat(settings, ".")),
-        metrics={**dict(_flat(metrics["tasks"])), **dict(_flat({"stored": metrics["stored"]}))},
+        parameters={**dict(_flat(settings, ".")), **({"plan.limit": limit} if limit else {})},
+        metrics=_numbers({**metrics["tasks"], "stored": metrics["stored"], "plan": plan}),
         layers=_layers(report),
         learning_curve=_learning_curve(workspace.plots / "learning_curve.csv"),
         files={
             **{f"network/{name}": file for name, file in network.items()},
             **{f"plots/{name}": file for name, file in _files(workspace.plots).items()},
+            "pairing/pairing.json": workspace.pairing,
             "metrics.json": workspace.metrics,
             "params.yaml": workspace.params,
             "dvc.lock": lock,
@@ -163,6 +166,11 @@ def _flat(values: Mapping[str, Any], separator: str = "/", path: str = "") -> It
             yield from _flat(value, separator, f"{path}{name}{separator}")
         else:
             yield f"{path}{name}", value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers in nested mappings; words, such as a metric's name, are among the parameters."""
+    return {name: value for name, value in _flat(values) if isinstance(value, int | float)}
 
 
 def _files(folder: Path, pattern: str = "*") -> dict[str, Path]:

@@ -30,8 +30,8 @@ def run(params: Params, workspace: Workspace) -> None:
     zipped = mtz_core.load(workspace.merged)
     settings = params.retrain
     originals = {model: load_network(params, workspace, model) for model in params.models}
-    training, training_labels = _examples(params, workspace, "train", settings.images)
-    validation, validation_labels = _examples(params, workspace, "validation", None)
+    training, training_labels = read_split(params, workspace, "train", settings.images)
+    validation, validation_labels = read_split(params, workspace, "validation", None)
     labels = Targets(training_labels, validation_labels) if settings.labels else None
     retraining = Retraining(zipped, originals, training, validation, settings.config(), labels=labels)
     checkpoint = workspace.root / "checkpoints" / "retrain.safetensors"
@@ -55,7 +55,7 @@ def run(params: Params, workspace: Workspace) -> None:
     checkpoint.unlink()
 
 
-def _examples(
+def read_split(
     params: Params, workspace: Workspace, split: str, count: int | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Images of every model, and their labels if these take part; otherwise they stay unread."""

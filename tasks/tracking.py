@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,6 +120,52 @@ def register_release(settings: Settings, home: Path, store: Storage, release: Re
         return number
 
 
+@dataclass(frozen=True)
+class Study:
+    """A comparison of networks to be looked at: what was measured, and files.
+
+    `metrics` are values by name, each set at a step; `table` has one row per measurement.
+    """
+
+    name: str
+    group: str
+    content_digest: str
+    parameters: Mapping[str, object]
+    metrics: Sequence[tuple[int, Mapping[str, float]]]
+    table: Sequence[Mapping[str, object]]
+    files: Mapping[str, Path]
+
+
+def record_study(settings: Settings, home: Path, store: Storage, study: Study) -> bool:
+    """Record a study as a run; False where there is a finished run of that name with the same content already.
+
+    Raises `TrackingError`.
+    """
+    with _explained(settings, home), store.explained(), _alone(settings, home), _variables(store.environment()):
+        import mlflow
+
+        client = _client(settings, home)
+        _end_interrupted_runs(client, settings, study.content_digest)
+        experiment = _experiment(client, settings, store)
+        tags = {DIGEST_TAG: study.content_digest, "mtz.group": study.group}
+        same = f"tags.`{DIGEST_TAG}` = '{study.content_digest}' and attributes.run_name = '{study.name}'"
+        if client.search_runs([experiment], f"{same} and attributes.status = 'FINISHED'", max_results=1):
+            return False
+        mlflow.set_tracking_uri(tracking_uri(settings, home))
+        with mlflow.start_run(experiment_id=experiment, run_name=study.name, tags=tags, log_system_metrics=False):
+            mlflow.log_params(dict(study.parameters))
+            for step, values in study.metrics:
+                mlflow.log_metrics(dict(values), step=step)
+            mlflow.log_table(_by_column(study.table), artifact_file="table.json")
+            for file in study.files.values():
+                mlflow.log_artifact(str(file))
+    return True
+
+
+def _by_column(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 def _register(client: Any, uri: str, experiment: str, release: Release, tags: Mapping[str, str]) -> int:
     import mlflow
 
@@ -155,8 +202,7 @@ def _log(mlflow: Any, release: Release) -> None:
     for layer in release.layers:
         numbers = {name: value for name, value in layer.items() if isinstance(value, int | float)}
         mlflow.log_metrics({f"layers/{layer['layer']}/{name}": value for name, value in numbers.items()})
-    columns = {name: [layer[name] for layer in release.layers] for name in release.layers[0]}
-    mlflow.log_table(columns, artifact_file="layers.json")
+    mlflow.log_table(_by_column(release.layers), artifact_file="layers.json")
     for task, path in release.data_paths.items():
         with warnings.catch_warnings(action="ignore"):  # that a path can mean several kinds of local path
             source = resolve_dataset_source(path)

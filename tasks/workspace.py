@@ -31,6 +31,10 @@ class Workspace:
         return self.root / "pairing" / "curves.csv"
 
     @property
+    def search(self) -> Path:
+        return self.root / "pairing" / "search.csv"
+
+    @property
     def merged(self) -> Path:
         return self.root / "merged"
 
@@ -45,6 +49,10 @@ class Workspace:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.json"
+
+    @property
+    def pareto(self) -> Path:
+        return self.root / "pareto"
 
     @property
     def registration(self) -> Path:

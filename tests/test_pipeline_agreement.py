@@ -46,6 +46,16 @@ def test_command_and_parameters(pipeline: dict[str, Any], stage: str) -> None:
     assert any(name.partition(".")[0] == stage for name in body["params"])
 
 
+def test_a_change_of_light_retraining_runs_nothing_before_it(pipeline: dict[str, Any]) -> None:
+    bodies = {stage: entry.get("do", entry) for stage, entry in pipeline.items()}
+    assert [stage for stage, body in bodies.items() if "retrain" in body["params"]] == ["retrain"]
+
+
+def test_what_merges_plans_or_networks_depends_on_all_that_decides_how(pipeline: dict[str, Any]) -> None:
+    for stage in ("match", "merge"):
+        assert {"runtime", "models", "collect", "match", "merge"} <= set(pipeline[stage]["params"])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_uses_is_its_dependency(pipeline: dict[str, Any], stage: str) -> None:
     used = grimp.build_graph("mtz_core", "tasks").find_upstream_modules(f"tasks.{stage}") - WIRING - SERVICES

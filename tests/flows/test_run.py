@@ -129,7 +129,7 @@ def test_wrong_settings_are_told_in_one_line(project: Path, arguments: list[str]
 
 
 def test_help_teaches_and_is_quick(project: Path) -> None:
-    for command in ("run", "check", "ui", "s3", "dvc"):
+    for command in ("run", "check", "pareto", "ui", "s3", "dvc"):
         status, out, _ = mtz(project, command, "--help")
         assert status == 0
         assert "Example: mtz " in out

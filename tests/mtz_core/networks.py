@@ -80,7 +80,8 @@ def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor
     matches = match_traced(networks, calibration, config)
     pairings = {found.group: found.pairing for found in matches}
     batches = {task: as_batches(x, task) for task, x in calibration.items()}
-    return finish(merge(networks, pairings, batches, config, descent(matches)))
+    felt = felt_traced(networks, calibration, config.seed)
+    return finish(merge(networks, pairings, batches, config, descent(matches), felt=felt))
 
 
 def mlp(

@@ -109,7 +109,7 @@ def with_one(x: Tensor, bias: bool) -> np.ndarray:
 
 def damped(rows: np.ndarray, config: ZipConfig) -> tuple[np.ndarray, float]:
     second = rows.T @ rows / len(rows)
-    damping = config.damping * float(np.trace(second)) / len(second)
+    damping = config.fixed_damping * float(np.trace(second)) / len(second)
     return second + damping * np.eye(len(second)), damping
 
 
@@ -312,7 +312,7 @@ def expected_grouped_fit(
         per_group = len(prior) // count
         fed, read = (unfolded(x[task], count, node.bias is not None) for x in (problem.zipped, problem.original))
         chosen = read if config.method == "paper" else fed
-        damping = config.damping * float((chosen**2).sum()) / chosen[0].size / count
+        damping = config.fixed_damping * float((chosen**2).sum()) / chosen[0].size / count
         second = [rows.T @ rows / len(rows) for rows in chosen]
         hessians[task] = [matrix + damping * np.eye(len(matrix)) for matrix in second]
         matrices[task] = prior.copy()

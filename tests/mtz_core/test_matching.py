@@ -345,7 +345,7 @@ def expected_cost(
             if layer.bias is not None:
                 matrix = np.column_stack([matrix, layer.bias.detach().numpy()])
             hessian = rows.T @ rows / len(rows)
-            hessian += config.damping * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
+            hessian += config.fixed_damping * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
             kernel = layer.weight[0, 0].numel()
             neurons = np.arange(layer.in_channels)
             if reads is not None:

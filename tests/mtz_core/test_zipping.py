@@ -353,7 +353,7 @@ def effective_balance(sides: list[Side], config: ZipConfig) -> list[float]:
 
 def ridge(part: Side, config: ZipConfig) -> tuple[np.ndarray, np.ndarray]:
     """``E‖y − W x̂‖² + λ‖W − W₀‖²`` as one least-squares problem: its rows and its targets."""
-    absolute = part.damping(part.fed, config.damping)
+    absolute = part.damping(part.fed, config.fixed_damping)
     rows = np.concatenate([part.fed / len(part.fed) ** 0.5, absolute**0.5 * np.eye(part.fed.shape[1])])
     targets = np.concatenate([part.outputs / len(part.fed) ** 0.5, absolute**0.5 * part.prior.T])
     return rows, targets
@@ -397,7 +397,7 @@ def expected_paper(sides: list[Side], balance: list[float], count: int, config: 
     """Only the shared neurons' weights on shared inputs move, judged on what the originals read."""
     rows, targets = [], []
     for part, alpha in zip(sides, balance, strict=True):
-        absolute = part.damping(part.original, config.damping)
+        absolute = part.damping(part.original, config.fixed_damping)
         a = np.concatenate(
             [part.original[:, part.shared] / len(part.original) ** 0.5, absolute**0.5 * np.eye(len(part.shared))]
         )
@@ -457,7 +457,7 @@ def relaxed_loss(sides: list[Side], balance: list[float], config: ZipConfig) -> 
     for part, alpha in zip(sides, balance, strict=True):
         found = part.fed @ part.zipped.T
         distance = np.where(part.outputs > 0, part.outputs - found, np.maximum(found, 0))
-        drift = part.damping(part.fed, config.damping) * ((part.zipped - part.prior) ** 2).sum()
+        drift = part.damping(part.fed, config.fixed_damping) * ((part.zipped - part.prior) ** 2).sum()
         total += alpha * ((distance**2).sum() / len(found) + drift)
     return total
 

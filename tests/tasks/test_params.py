@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mtz_core.settings import RetrainConfig, ZipConfig
+from mtz_core.evaluate import METRICS
+from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 from tasks.params import InvalidParams, load_params, read_yaml, validate
 
 SHIPPED = Path("params.yaml")
@@ -60,7 +61,11 @@ def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
         ("match.method", "magic", "match.method: input should be 'refit' or 'paper', not 'magic'"),
         ("match.damping", 0, "match.damping: 0.0 is impossible"),
         ("match.balance", {"digits": 1.0}, "match.balance: names ['digits']"),
-        ("match.shair", 1.0, "match.shair: unknown key; allowed here: method, share, damping, balance"),
+        ("match.share", None, "match.share: null leaves open what to share. Give a fraction, {layer: count}, or"),
+        ("match.budget", {"size": 0.5}, "match.share: a budget decides what is shared. Leave out match.share, or"),
+        ("retrain.balance", {"digits": 1.0}, "retrain.balance: names ['digits'], but models are"),
+        ("models.digits.metric", "loss", "models.digits.metric: input should be 'error', 'top5_error' or 'balanced_e"),
+        ("match.shair", 1.0, "match.shair: unknown key; allowed here: method, share, budget, damping"),
         ("colect", {}, "colect: unknown key; allowed here: group, models"),
         ("models.digits.weight", "x", "models.digits.weight: unknown key; allowed here: network, arguments"),
         ("models.digits.network", "lenet5", "models.digits.network: name a factory as 'package.module:function'"),
@@ -85,6 +90,85 @@ def test_what_is_wrong_is_named(content: dict[str, Any], path: str, value: objec
     assert str(caught.value).startswith("params.yaml: ")
     assert says in str(caught.value)
     assert "me:secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ({"size": 0.6}, Budget(size=0.6, moves=["share", "drop"])),
+        ({"size": 1, "moves": ["drop"]}, Budget(size=1.0, moves=["drop"])),
+        ({"floor": 0.5, "retrain": {}}, Budget(floor=0.5, moves=["share", "drop"])),
+        (
+            {"floor": {"digits": 0, "fashion": 2}, "moves": ["share"], "retrain": {"images": 8000}},
+            Budget(floor={"digits": 0.0, "fashion": 2.0}, moves=["share"]),
+        ),
+    ],
+)
+def test_a_budget_takes_the_place_of_share(content: dict[str, Any], budget: object, expected: Budget) -> None:
+    content["match"] = {"budget": budget}
+    params = validate(content, "without share")
+    assert params.zip_config().share == expected
+    assert validate(changed(content, "match.share", None), "share is null") == params
+    assert validate(yaml.safe_load(yaml.safe_dump(params.model_dump())), "again") == params
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ({}, "match.budget: give either size (of the originals' bytes) or floor"),
+        ({"size": 0.5, "floor": 1, "retrain": {}}, "match.budget: give either size"),
+        ({"size": 2}, "match.budget.size: 2.0 is impossible. Allowed: above 0, at most 1"),
+        ({"size": float("nan")}, "match.budget.size: nan is impossible"),
+        ({"size": "half"}, "match.budget.size: input should be a valid number"),
+        ({"floor": float("nan"), "retrain": {}}, "match.budget.floor: nan is impossible"),
+        ({"floor": {"digits": -1, "fashion": 1}, "retrain": {}}, "match.budget.floor: -1.0 is impossible"),
+        ({"floor": {"digits": 1}, "retrain": {}}, "match.budget.floor: names ['digits'], but models are ['digits', "),
+        ({"size": 0.5, "moves": []}, "match.budget.moves: [] is impossible"),
+        ({"size": 0.5, "moves": ["merge"]}, "match.budget.moves.0: input should be 'share' or 'drop', not 'merge'"),
+        ({"sise": 0.5}, "match.budget.sise: unknown key; allowed here: size, floor, moves, retrain"),
+        ({"floor": 1}, "match.budget.retrain: is missing"),
+        ({"floor": 1}, "Write it once: `retrain: &retrain {…}` in match.budget, and below, on its own, `retrain: *r"),
+        ({"floor": 1, "retrain": {"seed": 7, "images": 9}}, "match.budget.retrain: differs from retrain in images, se"),
+        ({"floor": 1, "retrain": {"iteration": 7}}, "match.budget.retrain.iteration: unknown key; allowed here: image"),
+        ({"floor": 1, "retrain": {"iterations": -7}}, "match.budget.retrain.iterations: -7 is impossible"),
+        ({"floor": 1, "retrain": {"labels": 0.5}}, "match.budget.retrain.labels: 0.5 is impossible"),
+        ({"size": 0.5, "retrain": {}}, "match.budget.retrain: only the search for a floor retrains. Leave it out"),
+    ],
+)
+def test_impossible_budgets(content: dict[str, Any], budget: object, says: str) -> None:
+    content["match"] = {"budget": budget}
+    with pytest.raises(InvalidParams) as caught:
+        validate(content, "params.yaml")
+    assert says in str(caught.value)
+    assert "; " not in str(caught.value).replace("key; allowed", "")
+
+
+def test_the_published_method_drops_nothing(content: dict[str, Any]) -> None:
+    content["match"] = {"method": "paper", "budget": {"size": 0.7}}
+    with pytest.raises(InvalidParams, match=r"match\.budget\.moves: method 'paper' does not drop neurons"):
+        validate(content, "params.yaml")
+
+
+def test_one_anchor_says_how_a_floor_is_retrained(tmp_path: Path) -> None:
+    text = SHIPPED.read_text()
+    budget = "  budget: {floor: 0.5, retrain: &retrain {iterations: 40}}\n"
+    text = text.replace("  share: 1.0 ", "  share: null ").replace("  budget: null ", budget + "  #")
+    before, _, rest = text.partition("\nretrain:")
+    (tmp_path / "params.yaml").write_text(f"{before}\nretrain: *retrain\n{rest[rest.index('evaluate:') :]}")
+    params = load_params(tmp_path / "params.yaml")
+    assert params.match.budget is not None
+    assert params.match.budget.retrain == params.retrain
+    assert params.retrain.iterations == 40
+
+
+def test_metrics_are_those_of_the_core(content: dict[str, Any]) -> None:
+    for metric in METRICS:
+        params = validate(changed(content, "models.digits.metric", metric), "params.yaml")
+        assert params.models["digits"].metric == metric
+    assert params.models["fashion"].metric == "error"
+    with pytest.raises(InvalidParams) as caught:
+        validate(changed(content, "models.digits.metric", "loss"), "params.yaml")
+    assert all(repr(metric) in str(caught.value) for metric in METRICS)
 
 
 def test_missing_keys_are_named(content: dict[str, Any]) -> None:

@@ -64,6 +64,9 @@ def workspace(
     workspace.params.write_text(yaml.safe_dump(settings))
     errors = {"error_original": 1.0, "error_zipped": 3.0, "error_retrained": 2.0}
     write_json(workspace.metrics, {"tasks": dict.fromkeys(networks, errors), "stored": {"fraction": 0.5}})
+    group = {"shared": 12, "kept": {"a": 12, "b": 12}, "cost": 0.25, "members": [[i, i] for i in range(12)]}
+    found = {"tasks": list(networks), "groups": {"1": group}, "descent": [], "keep": {}, "search": None}
+    write_json(workspace.pairing, found)
     curve = [(0, "a", "", 2.0, True), (0, "b", "", 3.0, True), (10, "a", 1.5, 1.0, True), (10, "b", 1.5, 2.0, True)]
     columns = ("iteration", "task", "training_loss", "validation_loss", "best")
     write_table(workspace.plots / "learning_curve.csv", columns, curve)
@@ -111,6 +114,7 @@ def test_the_bundle_is_the_release(params: Params, workspace: Workspace, store: 
         "metrics.json",
         "network/manifest.json",
         "network/weights.safetensors",
+        "pairing/pairing.json",
         "params.yaml",
         "plots/learning_curve.csv",
         "release.json",
@@ -140,12 +144,39 @@ def test_the_digest_follows_the_content_and_nothing_else(params: Params, workspa
 
 def test_where_things_are_kept_is_not_logged(params: Params, workspace: Workspace) -> None:
     release = gather(params, workspace)
-    assert release.parameters["retrain.iterations"] == 200
+    assert release.parameters["retrain.iterations"] == 100
     assert not any(name.startswith(("storage", "tracking", "flow")) for name in release.parameters)
     assert release.metrics["a/error_zipped"] == 3.0
     assert release.metrics["stored/fraction"] == 0.5
     assert release.learning_curve[0] == {"step": 0, "a/validation_loss": 2.0, "b/validation_loss": 3.0}
     assert release.learning_curve[1]["b/training_loss"] == 1.5
+
+
+def test_the_plan_of_a_budget_is_logged(params: Params, workspace: Workspace) -> None:
+    release = gather(params, workspace)
+    figures = {name: value for name, value in release.metrics.items() if name.startswith("plan/")}
+    assert figures == {"plan/1/shared": 12, "plan/1/cost": 0.25, "plan/1/kept/a": 12, "plan/1/kept/b": 12}
+    assert "plan.limit" not in release.parameters
+    limit = "at 0.400 of the bytes a loses 1.50 points, allowed are 1"
+    search = {"limit": limit, "bytes": 900, "stored": 0.45, "damage": 0.125, "tried": []}
+    write_json(workspace.pairing, json.loads(workspace.pairing.read_text()) | {"search": search})
+    planned = gather(params, workspace)
+    assert {name: planned.metrics[f"plan/{name}"] for name in ("stored", "bytes", "damage")} == {
+        "stored": 0.45,
+        "bytes": 900,
+        "damage": 0.125,
+    }
+    assert planned.parameters["plan.limit"] == limit
+    assert planned.content_digest == release.content_digest
+
+
+def test_the_metric_of_a_task_is_no_number(params: Params, workspace: Workspace, number: Any) -> None:
+    metrics = json.loads(workspace.metrics.read_text())
+    metrics["tasks"] = {task: {"metric": "top5_error", **errors} for task, errors in metrics["tasks"].items()}
+    write_json(workspace.metrics, metrics)
+    register.run(params, workspace)
+    assert number() == 1
+    assert gather(params, workspace).metrics["a/error_zipped"] == 3.0
 
 
 def test_new_metrics_make_a_new_version(params: Params, workspace: Workspace, number: Any) -> None:

@@ -1,0 +1,112 @@
+"""Where sharing pays: error against stored bytes for fleets of related networks.
+
+Fleets of 2, 4 and 8 networks (`tests.benchmarks.fleets`) are brought to 2, 1, 0.75 and 0.5 times the bytes of *one*
+original: by the planner's mixture of moves, by dropping only, by sharing only, and by sharing with MTZ as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtz_core.activations import as_batches, original_moments
+from mtz_core.budget import Spender, Trial
+from mtz_core.errors import InvalidConfig
+from mtz_core.retrain import original_outputs, retrain
+from mtz_core.sensitivity import sensitivities
+from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+from mtz_core.tracing import trace
+from mtz_core.zipped import ZippedNetwork
+from tests.benchmarks.fleets import fleet_networks, member_split
+from tests.benchmarks.full_data import Split, read_split, test_error
+from tests.benchmarks.records import Records, Setting
+
+FLEETS = ("labellings", "images")
+COUNTS = (8, 4, 2)
+SIZES = (2.0, 1.0, 0.75, 0.5)
+IMAGES = 2000
+RETRAINING = RetrainConfig(iterations=50)
+MIXTURE, DROP, SHARE, PAPER = "mixture", "drop only", "share only", "paper"
+
+
+def spender(networks: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], config: ZipConfig) -> Spender:
+    """A planner for networks, with everything it needs."""
+    batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
+    traced = {task: trace(networks[task], own[0]) for task, own in batches.items()}
+    moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
+    felt = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
+    assert isinstance(config.share, Budget)
+    return Spender(traced, moments, felt, batches, config, config.share)
+
+
+def plans(
+    networks: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], size: float, ours: Spender, published: Spender
+) -> Iterator[tuple[str, Trial, Spender]]:
+    """The plans of every method that reaches a size (relative to the bytes of all originals)."""
+    trials = list(ours.trials(size))
+    yield MIXTURE, min(trials, key=lambda trial: ours.weighted(trial.loss)), ours
+    for name in (DROP, SHARE):
+        yield from ((name, trial, ours) for trial in trials if trial.name == name)
+    try:
+        yield PAPER, next(published.trials(size)), published
+    except InvalidConfig:
+        return  # sharing alone does not reach this size
+
+
+def measure(fleet: str, count: int, seed: int, data: Mapping[str, Split], records: Records) -> None:
+    """Measure one fleet of one seed at every size."""
+    if all(records.has(fleet=fleet, networks=count, seed=seed, size=size) for size in SIZES):
+        return
+    networks = fleet_networks(fleet, count, data["train"], seed)
+    training = {task: member_split(fleet, task, data["train"]).images for task in networks}
+    test = {task: member_split(fleet, task, data["test"]) for task in networks}
+    calibration, light, judged = {}, {}, {}
+    for number, task in enumerate(networks):
+        order = torch.randperm(len(training[task]), generator=torch.Generator().manual_seed(1000 * seed + number))
+        calibration[task] = training[task][order[:IMAGES]]
+        light[task], judged[task] = training[task][order[:8000]], training[task][order[8000:9000]]
+    outputs = original_outputs(networks, light, judged)
+
+    def errors(zipped: ZippedNetwork) -> float:
+        return float(np.mean([test_error(partial(zipped, task=task), test[task]) for task in networks]))
+
+    before = float(np.mean([test_error(network, test[task]) for task, network in networks.items()]))
+    ours = spender(networks, calibration, ZipConfig(share=Budget(size=1.0), seed=seed))
+    published = spender(
+        networks, calibration, ZipConfig(method="paper", share=Budget(size=1.0, moves=("share",)), seed=seed)
+    )
+    for size in SIZES:
+        if records.has(fleet=fleet, networks=count, seed=seed, size=size):
+            continue
+        rows = []
+        for method, trial, by in plans(networks, calibration, size / count, ours, published):
+            zipped = by.zip(trial.plan)
+            row = {"fleet": fleet, "networks": count, "seed": seed, "size": size, "method": method, "plan": trial.name}
+            row |= {"bytes": trial.plan.bytes, "original": before, "error": errors(zipped)}
+            for _ in retrain(zipped, networks, light, judged, RETRAINING, outputs=outputs):
+                pass
+            row["retrained"] = errors(zipped)
+            rows.append(row)
+            print(
+                f"{fleet}, {count} networks, seed {seed}, {size:g} × one: {method} ({trial.name}) "
+                f"{row['original']:.2f} → {row['error']:.2f}, retrained {row['retrained']:.2f}",
+                flush=True,
+            )
+        for row in rows:
+            records.add(row)
+
+
+def run(source: Path, setting: Setting, fresh: bool) -> None:
+    """Measure everything that is missing."""
+    records = Records("fleets", setting, fresh)
+    data = {"train": read_split(source, "digits", "train"), "test": read_split(source, "digits", "t10k")}
+    fleets, counts, seeds = (FLEETS, COUNTS, 3) if setting == "full" else (FLEETS[:1], COUNTS[1:], 1)
+    for fleet in fleets:
+        for seed in range(seeds):
+            for count in counts:
+                measure(fleet, count, seed, data, records)
