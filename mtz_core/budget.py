@@ -82,6 +82,12 @@ class Spender:
                 )
             self.fitting[task] = list(torch.split(examples[:-held], len(own[0])))
             self.judging[task] = examples[-held:]
+        for task, network in networks.items():
+            if run(network.graph, network.state, batches[task][0][:1]).numel() == 1:
+                raise InvalidConfig(
+                    f"share: a budget counts damage in the loss of a classifier, but the network of {task!r} has one "
+                    "output. Give a fraction or counts."
+                )
         self._targets = {t: run(n.graph, n.state, self.judging[t]) for t, n in networks.items()}
         self.reweigh(dict.fromkeys(networks, 1.0))
 

@@ -101,7 +101,7 @@ def readers(
 def eliminate(
     reading: Sequence[Sequence[Reader]], units: Int64[np.ndarray, "units tasks"], freed: Float64[np.ndarray, " units"]
 ) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """The order in which units go, and what each adds to the damage, until a task has only `LEAST` neurons left.
+    """The order in which units go, and what each adds to the damage, until no task has more than `LEAST` left.
 
     `reading[t]` are the layers of task t that read the group, `units[u, t]` the neuron of task t in unit u (or
     `NOT_A_MEMBER`), `freed` the bytes that a unit frees.
@@ -117,7 +117,8 @@ def eliminate(
             mine = np.flatnonzero(alive & owned[:, t])
             neurons = torch.from_numpy(units[mine, t])
             costs[mine, t] = sum(reader.damages(neurons).clamp(min=0).numpy() for reader in reading[t])
-        candidates = np.flatnonzero(alive)
+        spare = owned[alive].sum(axis=0) > LEAST
+        candidates = np.flatnonzero(alive & ~(owned & ~spare).any(axis=1))
         price = costs[candidates].sum(axis=1) / freed[candidates]
         cheapest = candidates[np.argsort(price, kind="stable")[: max(1, int(AT_ONCE * len(candidates)))]]
         left = owned[alive].sum(axis=0) - owned[cheapest].cumsum(axis=0)

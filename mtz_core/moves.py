@@ -66,10 +66,10 @@ class Options:
             lost = np.concatenate([np.zeros((1, owned.shape[1]), dtype=np.int64), owned[path.order].cumsum(axis=0)])
             unshared = np.concatenate([[0], common[path.order].cumsum()])
             regained = np.concatenate([[0.0], path.sharing[path.order].cumsum()])
+            left = np.maximum(path.sharing.sum() - regained, 0.0)
             spent = np.concatenate([[0.0], path.dropping.cumsum()])
             kept = owned.sum(axis=0) - lost
-            shared, sharing = common.sum() - unshared, path.sharing.sum() - regained
-            columns.append((np.full(len(gone), number), gone, kept.T, shared, sharing, spent))
+            columns.append((np.full(len(gone), number), gone, kept.T, common.sum() - unshared, left, spent))
         return cls(paths, *(np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True)))
 
     def damage(self, sharing: float = 1.0, dropping: float = 1.0) -> Float64[np.ndarray, " states"]:
@@ -111,8 +111,10 @@ def options(
         if (
             len(widths) == 2 and 0 < count < most and count in starts
         ):  # of two networks' pairs, the best so many can be found exactly
-            tuples = matcher.tuples(name, pairings, count)
-            sharing = matcher.tuple_damages(name, pairings, tuples)
+            exact = matcher.tuples(name, pairings, count)
+            damage_of_exact = matcher.tuple_damages(name, pairings, exact)
+            if damage_of_exact.sum() < sharing.sum():  # exact in what matching weighs, which is not quite the damage
+                tuples, sharing = exact, damage_of_exact
         units, sharing = _with_own(matcher.tasks, widths, tuples, sharing)
         order, dropping = np.zeros(0, dtype=np.int64), np.zeros(0)
         if drop and count in starts:

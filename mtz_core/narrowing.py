@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from mtz_core.errors import MtzError
@@ -55,15 +55,6 @@ class Narrowed:
         """Which of the original's rows of a layer's matrix are left; None if all are."""
         return self._kept(self.original.graph.rows[layer.name])
 
-    def prior(self, layer: Node) -> Float[Tensor, "out columns"]:
-        """What is left of the original's matrix of a layer, the bias (if any) as its last column."""
-        return self.network.matrix(layer)
-
-    def target(self, layer: Node) -> Float[Tensor, "out all_columns"]:
-        """The original's matrix of the neurons that are left, on all inputs."""
-        matrix, rows = self.original.matrix(layer), self.kept_rows(layer)
-        return matrix if rows is None else matrix[rows]
-
     def _kept(self, axis: Axis) -> Int64[Tensor, " kept"] | None:
         if not any(name in self.keep for name in axis.groups):
             return None
@@ -85,7 +76,7 @@ class Narrower:
 
     def narrow(self, keep: Keep) -> Narrowed:
         """The network with only the given neurons of these groups. Raises `CannotDrop`."""
-        keep = {name: kept for name, kept in keep.items() if len(kept) < self.network.graph.widths[name]}
+        keep = self._checked(keep)
         if not keep:
             return Narrowed.whole(self.network)
         state = {name: self._cut(name, keep) for name in self.network.state}
@@ -96,6 +87,21 @@ class Narrower:
         if narrow.graph.widths != expected:
             raise CannotDrop("its neuron groups change when neurons are dropped")
         return Narrowed(self.network, narrow, keep)
+
+    def _checked(self, keep: Keep) -> Keep:
+        """The groups that lose neurons. Raises `CannotDrop` for what is no choice of a hidden group's neurons."""
+        fewer = {}
+        hidden = {group.name for group in self.network.graph.hidden_groups}
+        for name, kept in keep.items():
+            width = self.network.graph.widths[name] if name in hidden else 0
+            rising = len(kept) == 0 or bool((np.diff(kept) > 0).all() and kept[0] >= 0 and kept[-1] < width)
+            if not rising or len(kept) < min(LEAST, width) or name not in hidden:
+                raise CannotDrop(
+                    f"{name!r} cannot keep {len(kept)} neurons: give at least {LEAST} of a hidden group, ascending"
+                )
+            if len(kept) < width:
+                fewer[name] = kept
+        return fewer
 
     def droppable(self, examples: Tensor) -> tuple[str, ...]:
         """The hidden groups that can lose neurons, found by dropping every third neuron of all, or of each."""
@@ -229,10 +235,6 @@ def _take(tensor: Tensor, stays: Bool[Tensor, "..."]) -> Tensor:
         if len(kept) < tensor.shape[axis]:
             tensor, stays = tensor.index_select(axis, kept), stays.index_select(axis, kept)
     return tensor.clone()
-
-
-_SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
-"""Arguments that list the sizes of an operator's output, or of its last axes."""
 
 
 _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})

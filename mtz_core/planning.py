@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import ceil, exp, log
 
 import numpy as np
 from jaxtyping import Int64
@@ -26,7 +26,7 @@ from mtz_core.sensitivity import Sensitivities
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.sizes import Sizes
 
-_BISECTIONS = 40
+_BISECTIONS = 28
 _ANY_PRICE = 1e30
 """Per byte: nothing but bytes counts."""
 
@@ -114,7 +114,7 @@ class Planner:
             pure = table.gone == 0 if move == "share" else table.shared == 0
             least = -table.shared if move == "share" else table.kept.sum(axis=0)
             states[name] = int(np.argmin(np.where(pure, least, np.iinfo(np.int64).max)))
-        return self._bytes(states) <= size * self.original_bytes
+        return self._bytes(states) <= round(size * self.original_bytes)
 
     @property
     def least_bytes(self) -> int:
@@ -128,7 +128,7 @@ class Planner:
         costs nothing. Raises `InvalidConfig` if no plan is as small.
         """
         prices = sharing, dropping
-        budget = size * self.original_bytes
+        budget = round(size * self.original_bytes)
         low, high = 1e-16, 1e4
         best: States | None = None
         tried: list[States] = []
@@ -143,9 +143,10 @@ class Planner:
             if best is None or self._objective(states, 0.0, prices) < self._objective(best, 0.0, prices):
                 best = states
         if best is None:
+            least = ceil(1000 * self.least_bytes / self.original_bytes) / 1000
             raise InvalidConfig(
                 f"budget.size: {size:g} is impossible: the least that these networks can be stored in is "
-                f"{self.least_bytes / self.original_bytes:.3f} of their bytes ({self.least_bytes:,})."
+                f"{least:.3f} of their bytes ({self.least_bytes:,})."
             )
         return self._plan(self._fill(best, budget, prices))
 

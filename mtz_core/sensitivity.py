@@ -28,8 +28,8 @@ TEMPERATURE = 2.0
 def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Float[Tensor, " out"]]:
     """``E[Σ_positions g²]`` of every row of every layer, in nats per squared unit of its output.
 
-    One class is drawn for each example, from a generator seeded with `seed`. Raises `InvalidCalibration` without
-    examples.
+    One class is drawn for each example, from a generator seeded with `seed`. A network with one output has no classes:
+    then it is squared units of that output. Raises `InvalidCalibration` without examples.
     """
     generator = torch.Generator().manual_seed(seed)
     totals = {
@@ -41,12 +41,7 @@ def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) ->
         outputs: dict[str, Tensor] = {}
         logits = _run_watched(network, batch, outputs)
         with torch.no_grad():
-            flat = logits.movedim(1, -1).flatten(0, -2) if logits.ndim > 1 else logits[:, None]
-            soft = torch.softmax(flat / TEMPERATURE, dim=1)
-            drawn = torch.multinomial(soft, 1, generator=generator)
-            score = -soft
-            score.scatter_add_(1, drawn, torch.ones_like(soft[:, :1]))
-        score = score.unflatten(0, (logits.shape[0], *logits.shape[2:])).movedim(-1, 1).reshape(logits.shape)
+            score = _score(logits, generator)
         gradients = torch.autograd.grad(logits, list(outputs.values()), score, allow_unused=True)
         for (name, value), gradient in zip(outputs.items(), gradients, strict=True):
             if gradient is not None:
@@ -56,6 +51,18 @@ def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) ->
     if not count:
         raise InvalidCalibration("there are no calibration examples. Give at least one.")
     return {name: total / count for name, total in totals.items()}
+
+
+def _score(
+    logits: Float[Tensor, "batch classes ..."], generator: torch.Generator
+) -> Float[Tensor, "batch classes ..."]:
+    """The gradient of ``log p(c | x)`` by the outputs, times the temperature; of one output alone, its own."""
+    if logits.ndim < 2 or logits.shape[1] == 1:
+        return torch.ones_like(logits)
+    soft = torch.softmax(logits.movedim(1, -1) / TEMPERATURE, dim=-1)
+    drawn = torch.multinomial(soft.flatten(0, -2), 1, generator=generator).reshape(*soft.shape[:-1], 1)
+    score = -soft
+    return score.scatter_add(-1, drawn, torch.ones_like(score[..., :1])).movedim(-1, 1)
 
 
 def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ def test_the_best_plan_is_behind_neither_move_alone_on_held_out_data(related: bo
     trials = list(spender(found, images(found), ZipConfig(share=Budget(size=size), sweeps=1)).trials(size))
     by_name = {trial.name: sum(trial.loss.values()) for trial in trials}
     assert "drop only" in by_name and len(by_name) > 1
-    assert ("share only" in by_name) == (size > 0.5)
+    assert ("share only" in by_name) == (size >= 0.4)
     assert all(trial.plan.bytes <= size * 3 * 4 * sum(p.numel() for p in found["a"].parameters()) for trial in trials)
 
 
@@ -123,7 +123,9 @@ def test_one_move_alone_is_taken_at_its_word() -> None:
     assert all(pairing.shared == 0 for pairing in plan.pairings.values())
     shared = spender(found, images(found), ZipConfig(share=Budget(size=0.8, moves=("share",))))
     plan = shared.best(0.8)
-    assert all(len(kept) == width for own in plan.keep.values() for kept, width in zip(own.values(), (16, 12)))
+    assert all(
+        len(kept) == width for own in plan.keep.values() for kept, width in zip(own.values(), (16, 12), strict=True)
+    )
 
 
 def test_the_published_method_spends_a_budget_by_sharing() -> None:
@@ -267,7 +269,7 @@ def test_damping_chosen_by_held_out_data_does_better_where_data_are_few() -> Non
 
     def error(damping: object) -> float:
         zipped = zip_networks(found, calibration, ZipConfig(damping=damping))  # type: ignore[arg-type]
-        return float(np.mean([float((zipped(x, t) - found[t](x)).square().mean()) for t, x in fresh.items()]))
+        return float(np.mean([float((zipped(x, t) - found[t](x)).detach().square().mean()) for t, x in fresh.items()]))
 
     assert error("auto") < error(5e-4)
     assert error("auto") <= 1.05 * min(error(value) for value in (5e-4, 5e-3, 2e-2, 1e-1))

@@ -142,7 +142,6 @@ def test_shares_between_the_starts_are_the_cheapest_tuples_of_all(name: str) -> 
                 assert path.sharing.sum() == pytest.approx(costs[:count].sum(), rel=1e-9, abs=1e-15)
 
 
-@pytest.mark.xfail(reason="pairs at the starts are the best in another currency than nats", strict=True)
 def test_pairs_at_the_starts_cost_no_more_than_the_cheapest_of_all() -> None:
     for table in planner("two mlps", ("share",)).options.values():
         costs = np.cumsum([0.0, *np.sort(table.paths[-1].sharing)])
