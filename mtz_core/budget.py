@@ -43,8 +43,8 @@ HELD_OUT = 5
 FIRST, SIZES, CLOSE = 0.3, 7, 1.03
 """A search for a floor begins with this size, tries so many, and ends when what is known lies this close together."""
 
-REWEIGHED, BACK = 2, 3
-"""How often such a search weighs the tasks anew, and how many groups it lets step back."""
+ATTEMPTS, REWEIGHED, BACK = 2, 2, 3
+"""How many plans of one size such a search tries, how often it weighs the tasks anew, how many groups step back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +81,14 @@ class Spender:
                     f"plans. Give at least {HELD_OUT}."
                 )
             self.fitting[task] = list(torch.split(examples[:-held], len(own[0])))
-            self.judging[task] = examples[-held:]
+            self.judging[task] = list(torch.split(examples[-held:], len(own[0])))
         for task, network in networks.items():
             if run(network.graph, network.state, batches[task][0][:1]).numel() == 1:
                 raise InvalidConfig(
                     f"share: a budget counts damage in the loss of a classifier, but the network of {task!r} has one "
                     "output. Give a fraction or counts."
                 )
-        self._targets = {t: run(n.graph, n.state, self.judging[t]) for t, n in networks.items()}
+        self._targets = {t: outputs_of(partial(run, n.graph, n.state), self.judging[t]) for t, n in networks.items()}
         self.reweigh(dict.fromkeys(networks, 1.0))
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
@@ -134,9 +134,13 @@ class Spender:
         if not done:
             self.planner.plan(size)  # says what the least size is
 
+    def ranked(self, size: float) -> list[Trial]:
+        """The plans for a size, the one that does best on held-out data first."""
+        return sorted(self.trials(size), key=lambda trial: self.weighted(trial.loss))
+
     def best(self, size: float) -> Plan:
         """The plan for a size that does best on held-out data."""
-        return min(self.trials(size), key=lambda trial: self.weighted(trial.loss)).plan
+        return self.ranked(size)[0].plan
 
     def zip(self, plan: Plan) -> ZippedNetwork:
         """Merge by a plan, on all calibration data."""
@@ -146,7 +150,7 @@ class Spender:
     def _judge(self, plan: Plan) -> dict[str, float]:
         zipped = finish(merge(self.networks, plan.pairings, self.fitting, self.config, (), plan.keep, self.felt))
         return {
-            task: float(distillation_loss(zipped(x, task), self._targets[task], TEMPERATURE))
+            task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
             for task, x in self.judging.items()
         }
 
@@ -229,13 +233,14 @@ class FloorSearch:
         low, size = least, max(least, FIRST)
         failed: FloorStep | None = None
         for _ in range(SIZES):
-            step = self._try("bisection", spender.best(size))
-            yield step
-            if not step.kept and self._uneven(step):
-                spender.reweigh(self._fairer(step))
-                again = self._try("tasks weighed anew", spender.best(size))
-                yield again
-                step = again if again.kept else step
+            tried = []
+            for step in self._attempts(size):
+                tried.append(step)
+                yield step
+            if not step.kept and self._uneven(tried[0]):
+                spender.reweigh(self._fairer(tried[0]))
+                for step in self._attempts(size):
+                    yield step
             if step.kept:
                 best = min(best, step, key=lambda one: one.size)
             else:
@@ -249,6 +254,14 @@ class FloorSearch:
                 yield step
                 if step.kept:
                     return
+
+    def _attempts(self, size: float) -> Iterator[FloorStep]:
+        """The likeliest plans for a size, until one keeps the floor."""
+        for trial in self._spender.ranked(size)[:ATTEMPTS]:
+            step = self._try(f"at most {100 * size:.1f} % stored, {trial.name}", trial.plan)
+            yield step
+            if step.kept:
+                return
 
     def _try(self, what: str, plan: Plan) -> FloorStep:
         zipped = self._spender.zip(plan)

@@ -108,12 +108,11 @@ def options(
     starts = {round(start * most) for start in STARTS}
     for count in sorted(starts | {round(step / SHARES * most) for step in range(SHARES + 1)}):
         tuples, sharing = complete[:count], damage[:count]
-        if (
-            len(widths) == 2 and 0 < count < most and count in starts
-        ):  # of two networks' pairs, the best so many can be found exactly
+        if len(widths) == 2 and 0 < count < most and count in starts:
+            # The best pairs of two networks can be found exactly, if by a cost that is not quite the damage.
             exact = matcher.tuples(name, pairings, count)
             damage_of_exact = matcher.tuple_damages(name, pairings, exact)
-            if damage_of_exact.sum() < sharing.sum():  # exact in what matching weighs, which is not quite the damage
+            if damage_of_exact.sum() < sharing.sum():
                 tuples, sharing = exact, damage_of_exact
         units, sharing = _with_own(matcher.tasks, widths, tuples, sharing)
         order, dropping = np.zeros(0, dtype=np.int64), np.zeros(0)

@@ -25,6 +25,10 @@ TEMPERATURE = 2.0
 """Of the predictions: hard ones would make a confident network look as if it could lose everything."""
 
 
+AT_ONCE = 16
+"""Examples that are differentiated at once: all values of their way through the network are held."""
+
+
 def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Float[Tensor, " out"]]:
     """``E[Σ_positions g²]`` of every row of every layer, in nats per squared unit of its output.
 
@@ -37,7 +41,7 @@ def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) ->
         for node in network.graph.layers
     }
     count = 0
-    for batch in batches:
+    for batch in (part for given in batches for part in torch.split(given, AT_ONCE)):
         outputs: dict[str, Tensor] = {}
         logits = _run_watched(network, batch, outputs)
         with torch.no_grad():

@@ -103,7 +103,7 @@ def test_a_run_executes_every_stage_and_registers_a_version(first_run: str, work
     assert "11 executed, 0 restored, 0 unchanged" in first_run
     assert f"models:/{MODEL}/1" in first_run
     metrics = json.loads((workspace / "metrics.json").read_text())
-    assert metrics["stored"]["fraction"] == pytest.approx(0.502, abs=0.001)
+    assert 0.34 < metrics["stored"]["fraction"] <= 0.35
     for task in ("digits", "fashion"):
         errors = metrics["tasks"][task]
         assert errors["error_original"] < 25

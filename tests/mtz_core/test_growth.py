@@ -1,5 +1,6 @@
 """Adding a network to a zipped one: the others do not change, the newcomer shares what they have."""
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 import mtz_core
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
-from mtz_core.settings import ZipConfig
+from mtz_core.settings import Budget, ZipConfig
 from mtz_core.zipped import ZippedNetwork
+from tests.mtz_core.networks import mlp
 from tests.mtz_core.zoo import OWN
 
 CASES = {case.name: case for case in OWN if case.name in ("mlp", "resnext", "vit")}
@@ -95,3 +97,20 @@ def test_refusals() -> None:
     other = nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.Tanh(), nn.Linear(5, 3))
     with pytest.raises(IncompatibleNetworks, match="differ in structure"):
         mtz_core.add_network(before, "c", other, x["c"])
+
+
+def test_a_newcomer_joins_a_network_that_has_lost_neurons() -> None:
+    ancestor, calibration = mlp((16, 12), 3).eval(), {task: torch.randn(60, 12) for task in "abc"}
+    networks = {}
+    for task in calibration:
+        networks[task] = copy.deepcopy(ancestor)
+        for parameter in networks[task].parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    two = {task: networks[task] for task in "ab"}
+    zipped = mtz_core.zip_networks(two, {task: calibration[task] for task in two}, ZipConfig(share=Budget(size=0.4)))
+    more = mtz_core.add_network(zipped, "c", networks["c"], calibration["c"])
+    assert more.report.layers[1].neurons["c"] == 12 > max(zipped.report.layers[1].neurons.values())
+    assert more.report.layers[0].shared == zipped.report.layers[0].shared > 0
+    for task in two:
+        assert torch.equal(more(calibration[task], task), zipped(calibration[task], task))
+        assert torch.equal(more.without("c")(calibration[task], task), zipped(calibration[task], task))
