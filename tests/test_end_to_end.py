@@ -25,7 +25,7 @@ OUTPUTS = (
 
 
 def clone(target: Path) -> Path:
-    """The project as git would give it, with one small group: LeNet-300-100 trained for one epoch."""
+    """The project as git would give it, with one small group: LeNet-300-100 trained for one epoch, and a budget."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
         if (ROOT / name).is_file():
@@ -38,6 +38,7 @@ def clone(target: Path) -> Path:
     for settings in params["pretrain"].values():
         settings["epochs"] = 1
     params["collect"]["images"] = 1000
+    params["match"] |= {"share": None, "budget": {"size": 0.35}}
     params["retrain"] |= {"images": 1000, "iterations": 40}
     (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (target / "fleet.yaml").write_text("groups:\n  small: {}\n")

@@ -247,8 +247,8 @@ def readme_floors(records: Records) -> list[str]:
 def put(path: Path, name: str, lines: Sequence[str]) -> None:
     """Replace what a file has between a pair of marks."""
     text = path.read_text()
-    mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-    new, count = mark.subn(lambda found: found.group(1) + "\n".join(lines) + found.group(2), text)
+    mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    new, count = mark.subn(lambda found: found.group(1) + "".join(f"{line}\n" for line in lines) + found.group(2), text)
     if not count:
         raise ValueError(f"{path} has no marks for {name}")
     with whole_file(path) as temporary:
