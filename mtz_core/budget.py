@@ -128,7 +128,8 @@ class Spender:
             for step in (1 / STEP, STEP, STEP**-0.5, STEP**0.5):
                 while LEAST_FACTOR <= factor * step <= 1 / LEAST_FACTOR:
                     yield from mixed(factor * step)
-                    if loss(done[-1]) >= loss(best):
+                    same = done[-1] is best  # where nothing is shared yet, sharing may have to count for much less
+                    if loss(done[-1]) >= loss(best) and not (same and step == 1 / STEP):
                         break
                     factor, best = factor * step, done[-1]
         if not done:

@@ -1,6 +1,7 @@
 """Real services for the tests of the stages: one embedded S3 server for the whole session."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,3 +90,14 @@ def zipped(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFact
     images = torch.rand(64, 1, 4, 4)
     mtz_core.zip_networks(networks, calibration={"a": images, "b": images}).save(folder)
     return folder
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the test file's own `template` of a project, as the current folder."""
+    root = tmp_path / "project"
+    shutil.copytree(template, root)
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.delenv("MTZ_DEBUG", raising=False)
+    return root

@@ -83,15 +83,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "project"
-    shutil.copytree(template, root)
-    monkeypatch.chdir(root)
-    monkeypatch.delenv("MTZ_DEBUG", raising=False)
-    return root
-
-
 def run(*stages: str) -> None:
     for stage in stages:
         assert main(stage.split()) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.manual_seed(number)
             save_file(__import__("pareto_networks").tiny().state_dict(), root / f"networks/{name}.safetensors")
             assert main(["collect", name]) == main(["hessians", name]) == 0
-    return root
-
-
-@pytest.fixture
-def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "project"
-    shutil.copytree(template, root)
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.delenv("MTZ_DEBUG", raising=False)
     return root
 
 
