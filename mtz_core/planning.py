@@ -114,7 +114,7 @@ class Planner:
             pure = table.gone == 0 if move == "share" else table.shared == 0
             least = -table.shared if move == "share" else table.kept.sum(axis=0)
             states[name] = int(np.argmin(np.where(pure, least, np.iinfo(np.int64).max)))
-        return self._bytes(states) <= round(size * self.original_bytes)
+        return self._bytes(states) <= int(size * self.original_bytes + 1e-6)
 
     @property
     def least_bytes(self) -> int:
@@ -128,7 +128,7 @@ class Planner:
         costs nothing. Raises `InvalidConfig` if no plan is as small.
         """
         prices = sharing, dropping
-        budget = round(size * self.original_bytes)
+        budget = int(size * self.original_bytes + 1e-6)
         low, high = 1e-16, 1e4
         best: States | None = None
         tried: list[States] = []
