@@ -39,7 +39,7 @@ _FULL_DISK_BYTES = 64 << 20
 # A first answer within ten seconds, also from a host that drops packets or accepts and says nothing.
 _IMPATIENT = {"connect_timeout": 3, "read_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 2}}
 _STARTING = {"connect_timeout": 1, "read_timeout": 4, "retries": {"total_max_attempts": 1}}
-_PATIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
+_PATIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 6}}
 
 
 class StorageError(ServiceFault):
