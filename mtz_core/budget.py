@@ -145,11 +145,14 @@ class Spender:
 
     def zip(self, plan: Plan) -> ZippedNetwork:
         """Merge by a plan, on all calibration data."""
-        return finish(merge(self.networks, plan.pairings, self.batches, self.config, (), plan.keep, self.felt))
+        return self._merged(plan, self.batches)
+
+    def _merged(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> ZippedNetwork:
+        return finish(merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.felt))
 
     @torch.no_grad()
     def _judge(self, plan: Plan) -> dict[str, float]:
-        zipped = finish(merge(self.networks, plan.pairings, self.fitting, self.config, (), plan.keep, self.felt))
+        zipped = self._merged(plan, self.fitting)
         return {
             task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
             for task, x in self.judging.items()

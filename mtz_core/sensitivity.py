@@ -49,7 +49,7 @@ def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) ->
         gradients = torch.autograd.grad(logits, list(outputs.values()), score, allow_unused=True)
         for (name, value), gradient in zip(outputs.items(), gradients, strict=True):
             if gradient is not None:
-                axis = next(node for node in network.graph.layers if node.name == name).layer.channel_axis(value.ndim)
+                axis = network.graph.node(name).layer.channel_axis(value.ndim)
                 totals[name] += gradient.to(torch.float64).square().movedim(axis, -1).flatten(0, -2).sum(dim=0)
         count += len(batch)
     if not count:
