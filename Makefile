@@ -18,7 +18,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run ui test bench bench-full bench-residual bench-vgg16 lint types imports check format lock data clean
+.PHONY: help setup run ui test bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,12 @@ bench: setup ## compare with every other way on the full data (MTZ_FULL_DATA or 
 
 bench-full: setup ## the same on all networks and three seeds, in hours; writes docs/benchmarks and README's tables
 	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks full
+
+bench-fleet: setup ## a fleet of 100 models: time, overhead and memory, what a second run costs, a Dask cluster; an hour
+	@$(WITH_ENV) python -m tests.benchmarks.fleet_times
+
+faults: setup ## a fleet that is killed thirty times, and its S3 faulty: everything comes out the same; ten minutes
+	@$(WITH_ENV) python -m tests.faults.harness
 
 bench-residual: setup ## zip networks with batch normalisation trained on the full data
 	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.residual_table

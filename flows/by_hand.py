@@ -28,17 +28,15 @@ def run_dvc(project: Path, params_file: Path, group: str | None, arguments: Sequ
     home = find_home(project)
     with ExitStack() as stack:
         store = stack.enter_context(storage.connect(settings, home))
-        remote = workspace.Remote(store.url("dvc"), store.endpoint, store.region)
-        environment = python_environment(
-            **store.environment(), MTZ_HOME=str(home), DVC_SITE_CACHE_DIR=str(home / "dvc"), DVC_NO_ANALYTICS="1"
-        )
+        remote = workspace.remote_of(store)
+        environment = python_environment(**workspace.environment_of(store, home), DVC_NO_ANALYTICS="1")
         if group is None:
             folder = project
             environment |= workspace.configure_by_hand(home / "dvc-config", remote)
         else:
             if not workspace.folder_of(home, group).is_dir():
                 raise UnknownGroup(f"there is no workspace of group '{group}'. Run `mtz run --group {group}` first.")
-            folder = stack.enter_context(workspace.held(home, group))
-            workspace.configure(folder, project / ".dvc" / "cache", remote)
+            folder = stack.enter_context(workspace.held(workspace.folder_of(home, group)))
+            workspace.configure(folder, workspace.cache_of(home), remote)
         command = [sys.executable, "-m", "dvc", *arguments]
         return subprocess.run(command, cwd=folder, env=environment, check=False).returncode

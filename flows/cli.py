@@ -1,12 +1,15 @@
 """The command `mtz`. Everything heavy is imported where it is needed, so that `--help` is quick."""
 
 import gc
+import importlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +23,16 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+fleet_app = typer.Typer(
+    name="fleet",
+    help="Check, plan, schedule and retry the fleet that *fleet.yaml* declares; `mtz run` runs it.",
+    epilog='Example: `mtz fleet plan`, then `mtz fleet deploy --cron "0 2 * * *"`.',
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(fleet_app)
 
 Groups = Annotated[
     list[str] | None,
@@ -35,6 +48,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and Pref
 
 PARAMS = Path("params.yaml")
 FLEET = Path("fleet.yaml")
+FLEETS_POOL = "mtz-fleets"
 _GARBAGE_THRESHOLD = 100_000
 
 
@@ -44,18 +58,26 @@ def run(
     params: ParamsFile = PARAMS,
     fleet: FleetFile = FLEET,
     settings: Settings = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Ask DVC in every group's workspace, rather than trust what is recorded of it."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Zip the groups of the fleet: run every stage whose inputs changed, store the data in S3, register the networks.
+
+    Groups whose sources, data, parameters and code are those of their last outcome cost nothing. One that fails stops
+    no other; the status is then 1.
 
     Example: `mtz run --group lenet5 --set retrain.iterations=50`
     """
     with _told(debug):
         from flows.run import run_fleet
 
-        run_fleet(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), debug)
+        run_fleet(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), verify, debug)
 
 
+@fleet_app.command("check")
 @app.command()
 def check(
     group: Groups = None,
@@ -64,15 +86,178 @@ def check(
     settings: Settings = None,
     debug: Debug = False,
 ) -> None:
-    """Check parameters, files, networks, disk, storage and registry; run nothing.
+    """Check the fleet, its parameters, sources, networks, disk, storage and registry; run nothing.
 
-    Example: `mtz check --set storage.endpoint=https://s3.example.org`
+    Example: `mtz fleet check --set storage.endpoint=https://s3.example.org`
     """
     with _told(debug):
         from flows.checks import check_all
 
         check_all(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), tell=typer.echo)
         typer.echo("All is well: `mtz run` can start.")
+
+
+@fleet_app.command("plan")
+def fleet_plan(
+    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: Settings = None, debug: Debug = False
+) -> None:
+    """Show which groups the fleet has, what the planner chose and why, and what `mtz run` would do; zip nothing.
+
+    Makes the statistics of models in no listed group, where they changed. The picture goes to *.mtz/plans/FLEET.svg*.
+
+    Example: `mtz fleet plan`
+    """
+    with _told(debug):
+        from flows.run import show_plan
+
+        show_plan(Path.cwd(), params, fleet, tuple(settings or ()), debug)
+
+
+@fleet_app.command("retry")
+def fleet_retry(
+    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: Settings = None, debug: Debug = False
+) -> None:
+    """Run only the groups that failed in the fleet's last run.
+
+    Example: `mtz fleet retry`
+    """
+    with _told(debug):
+        from flows.run import retry_failed
+
+        retry_failed(Path.cwd(), params, fleet, tuple(settings or ()), debug)
+
+
+Fleets = Annotated[
+    str | None, typer.Option("--name", "-n", metavar="NAME", help="Of the deployment. Default: the fleet's name.")
+]
+Pool = Annotated[
+    str,
+    typer.Option(
+        "--pool", metavar="NAME", help="The Prefect work pool of fleets' runs; `flow.pool` is that of groups."
+    ),
+]
+
+
+@fleet_app.command("deploy")
+def fleet_deploy(
+    cron: Annotated[str, typer.Option("--cron", metavar="CRON", help="Five fields, as in crontab: *0 2 \\* \\* \\**.")],
+    timezone: Annotated[str, typer.Option("--timezone", metavar="ZONE", help="Such as *Europe/Zurich*.")] = "UTC",
+    name: Fleets = None,
+    pool: Pool = FLEETS_POOL,
+    overlap: Annotated[
+        Literal["skip", "queue"],
+        typer.Option("--overlap", help="Of a run that is due while one is going: *skip* it, or *queue* it."),
+    ] = "skip",
+    params: ParamsFile = PARAMS,
+    fleet: FleetFile = FLEET,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Have a Prefect server run the fleet by the clock; deploying again changes it.
+
+    The server is that of PREFECT_API_URL, which `mtz ui` or *infra/compose.yaml* serves; a worker must run, see
+    `mtz fleet worker`. No second run of a fleet starts while one is going.
+
+    Example: `mtz fleet deploy --cron "0 2 * * *" --timezone Europe/Zurich`
+    """
+    with _told(debug):
+        from flows.run import deploy_fleet
+
+        deploy_fleet(Path.cwd(), params, fleet, name, cron, timezone, pool, overlap, tuple(settings or ()), typer.echo)
+
+
+@fleet_app.command("pause")
+def fleet_pause(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = False) -> None:
+    """Start no more runs by the clock; those that are going end.
+
+    Example: `mtz fleet pause`
+    """
+    with _told(debug):
+        deployment = _deployment(name, fleet)
+        _schedule().pause(deployment)
+        typer.echo(f"{deployment} is paused: `mtz fleet resume` ends that.")
+
+
+@fleet_app.command("resume")
+def fleet_resume(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = False) -> None:
+    """Start runs by the clock again.
+
+    Example: `mtz fleet resume`
+    """
+    with _told(debug):
+        deployment = _deployment(name, fleet)
+        _schedule().resume(deployment)
+        typer.echo(f"{deployment} runs by the clock again.")
+
+
+@fleet_app.command("start")
+def fleet_start(
+    name: Fleets = None,
+    group: Groups = None,
+    settings: Settings = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end; the status is then 1 if it failed.")] = False,
+    fleet: FleetFile = FLEET,
+    debug: Debug = False,
+) -> None:
+    """Have a worker run the deployed fleet now.
+
+    Example: `mtz fleet start --group lenet5 --set retrain.iterations=50 --wait`
+    """
+    with _told(debug):
+        changes = {"groups": group, "settings": settings}
+        given = {key: list(value) for key, value in changes.items() if value}
+        _schedule().start(_deployment(name, fleet), given, wait, typer.echo)
+
+
+@fleet_app.command("status")
+def fleet_status(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = False) -> None:
+    """Show when the deployed fleet runs next, how the last runs ended, and whether a worker is there.
+
+    Example: `mtz fleet status`
+    """
+    with _told(debug):
+        _schedule().status(_deployment(name, fleet), typer.echo)
+
+
+@fleet_app.command("worker")
+def fleet_worker(
+    pool: Pool = FLEETS_POOL,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="So many runs at a time.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Carry out the runs of a work pool on this machine, in this folder, until Ctrl-C.
+
+    Example: `PREFECT_API_URL=http://127.0.0.1:4200/api mtz fleet worker`
+    """
+    with _told(debug):
+        _schedule().worker(pool, limit)
+
+
+def _schedule() -> ModuleType:
+    """Return `flows.schedule`, with Prefect's settings made before it is imported."""
+    from flows.services import prefect_environment
+    from tasks.home import find_home
+
+    os.environ.update(prefect_environment(find_home()))
+    return importlib.import_module("flows.schedule")
+
+
+def _deployment(name: str | None, fleet: Path) -> str:
+    from flows.fleet_file import fleet_name
+
+    return name or fleet_name(fleet)
+
+
+@fleet_app.command("upgrade")
+def fleet_upgrade(fleet: FleetFile = FLEET) -> None:
+    """Rewrite a fleet file of the format before version 2; the old one stays beside it, as *fleet.yaml.old*.
+
+    Example: `mtz fleet upgrade`
+    """
+    with _told():
+        from flows.fleet_file import upgrade_file
+
+        typer.echo(upgrade_file(fleet))
 
 
 @app.command()
@@ -194,6 +379,9 @@ def main() -> None:
     gc.set_threshold(_GARBAGE_THRESHOLD)
     # Being terminated must stop the servers and stages too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The modules that fleets name are the project's.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         app()
     finally:

@@ -1,90 +1,287 @@
-"""All groups of a fleet as one Prefect flow, side by side; a group that fails stops no other."""
+"""A fleet as one Prefect flow: what changed is zipped, group beside group, and a failing one stops no other."""
 
-import contextvars
+import json
+import os
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.runtime import deployment
 
-from flows import processes, progress
-from flows.fleet_file import GroupPlan, read_fleet
-from flows.group import GroupReport, as_report, zip_group
-from flows.pipeline import StageFailed
-from flows.stage import log_file
+from flows import limits, notify, progress, services, warm
+from flows.executors import Executor, executor_for
+from flows.fleet_file import Fleet, GroupPlan, check_names, read_fleet, select
+from flows.job import Job, shown_as
+from flows.memory import PeakMemory
+from flows.planning import FleetPlan, Measured, PlannedFleet, choose
+from flows.records import FleetFailed, FleetResult, last_run
+from flows.report import GroupReport, as_report
+from flows.snapshot import Project, Snapshot
+from flows.summary import summary_text
 from mtz_core.errors import MtzError
-from tasks import storage, tracking
+from tasks import outcomes, register, storage, tracking
+from tasks.contents import Contents
+from tasks.files import write_json
 from tasks.home import find_home
+from tasks.locks import open_lock, try_exclusive
+from tasks.params import Params
+from tasks.sources import Access
+from tasks.storage import Storage
+
+_PLANNER = "planner"
+_RESOLVERS = 8
+"""Sources that are read at a time; most of it is waiting."""
 
 
-class FleetFailed(MtzError):
-    """Some groups failed.
-
-    Attributes:
-        reports: of all groups.
-    """
-
-    def __init__(self, reports: list[GroupReport]) -> None:
-        failed = [report for report in reports if report.error]
-        super().__init__("; ".join(f"group '{report.group}': {report.error}" for report in failed))
-        self.reports = reports
+class FleetBusy(MtzError):
+    """Another run of the same fleet has not ended."""
 
 
-@flow(name="zip-fleet", persist_result=False)
+@flow(name="zip-fleet", persist_result=False, log_prints=True)
 def zip_fleet(
-    project: Path = Path(),
-    params: Path = Path("params.yaml"),
-    fleet: Path = Path("fleet.yaml"),
+    project: str = ".",
+    params: str = "params.yaml",
+    fleet: str = "fleet.yaml",
     groups: Sequence[str] = (),
     settings: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """Bring all groups up to date; return their `GroupReport`s as mappings.
+    verify: bool = False,
+) -> FleetResult:
+    """Bring all groups up to date; return what the run came to.
 
     Args:
+        project: the folder of the project.
         params, fleet: the files, relative to the project.
         groups: names of groups; all by default.
         settings: `key.path=value` to change in all groups.
+        verify: ask DVC in every group's workspace, rather than trust what is recorded of unchanged groups.
 
     Raises:
         FleetFailed: a group failed; the others are done.
+        FleetBusy: another run of this fleet has not ended.
         InvalidFleet, InvalidParams, StorageError, TrackingError: nothing was started.
     """
-    project = project.resolve()
-    home = find_home(project)
-    plans = read_fleet(project / params, project / fleet, groups, settings)
-    shared = plans[0].params
-    # Held throughout, so that the embedded server is started once. The registry is made before several groups use it.
-    with storage.connect(shared.storage, home):
-        tracking.prepare(shared.tracking, home)
-        reports = _run_side_by_side(plans, project, home, shared.flow.workers)
-    if any(report.error for report in reports):
-        raise FleetFailed(reports)
-    return [asdict(report) for report in reports]
-
-
-def _run_side_by_side(plans: Sequence[GroupPlan], project: Path, home: Path, workers: int) -> list[GroupReport]:
-    with ThreadPoolExecutor(min(workers, len(plans)), thread_name_prefix="group") as pool:
-        # Each thread needs the flow run that it belongs to, and the progress display.
-        futures = [pool.submit(contextvars.copy_context().run, _run_group, plan, project, home) for plan in plans]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            processes.stop_all()
-            for future in futures:
-                future.cancel()
-            raise
-
-
-def _run_group(plan: GroupPlan, project: Path, home: Path) -> GroupReport:
     start = time.monotonic()
+    root = Path(project).resolve()
+    declared = read_fleet(root / params, root / fleet, settings)
+    with PeakMemory() as memory, open_fleet(declared, root) as run:
+        reports = run.bring_up_to_date(groups, verify)
+        seconds = round(time.monotonic() - start, 3)
+        result = FleetResult(declared.name, run.id, run.started, reports, seconds, memory.bytes)
+        result = replace(result, warning=_keep(result, run.access))
+    if deployment.id:  # nobody is there to be shown what `mtz run` shows
+        print(summary_text(result, run.access.home))
+    if any(report.status == "failed" for report in reports):
+        raise FleetFailed(result)
+    return result
+
+
+def _keep(result: FleetResult, access: Access) -> str:
+    """Write down what a run came to, here, in the storage and for Prefect's pages; return what `notify.tell` does."""
+    values = result.as_values()
+    write_json(last_run(access.home, result.fleet), values)
+    content = json.dumps(values, indent=2).encode()
+    for name in (result.run, "last"):
+        access.store.put(f"runs/{result.fleet}/{name}.json", content)
+    create_table_artifact(values["groups"], key=f"fleet-{result.fleet}".lower().replace("_", "-"))
+    return notify.tell(values)
+
+
+@flow(name="plan-fleet", persist_result=False)
+def plan_fleet(project: str, params: str, fleet: str, settings: Sequence[str] = ()) -> PlannedFleet:
+    """Return the fleet's groups, those that the planner chooses included, and which of them have nothing to do.
+
+    Raises:
+        FleetBusy, InvalidFleet, InvalidParams, StorageError, TrackingError, ServiceFailed.
+    """
+    root = Path(project).resolve()
+    with open_fleet(read_fleet(root / params, root / fleet, settings), root) as run:
+        plan = run.plan()
+        snapshots, failed = run.take(plan.groups, run.project.group)
+        return PlannedFleet(plan, {**run.settled(snapshots), **failed})
+
+
+@dataclass(frozen=True)
+class FleetRun:
+    """A fleet of which no other run is under way, with its services up."""
+
+    fleet: Fleet
+    project: Project
+    access: Access
+    executor: Executor
+    places: Mapping[str, Any]
+    """The blocks storage and tracking as workers need them: with addresses that they can reach."""
+    id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def bring_up_to_date(self, names: Sequence[str], verify: bool) -> list[GroupReport]:
+        """Return a report of every group, in the fleet's order, and of every model that kept the planner from its work.
+
+        Args:
+            names, verify: as of `zip_fleet`.
+        """
+        plan = self.plan()
+        plans = select(plan.groups, names)
+        snapshots, reports = self.take(plans, self.project.group)
+        if not verify:
+            reports |= self.settled(snapshots)
+        for report in reports.values():
+            progress.current.get().ended(report.group, report.status, report.reason)
+        waiting = [plan for plan in plans if plan.name not in reports]
+        reports |= self.run("group", waiting, snapshots)
+        return [*plan.failed, *(reports[plan.name] for plan in plans)]
+
+    def plan(self) -> FleetPlan:
+        """Return the groups that the file lists and those that the planner chooses. Raises `InvalidFleet`."""
+        listed = self.fleet.explicit_groups()
+        check_names(listed)
+        if self.fleet.file.auto is None:
+            return FleetPlan(listed)
+        measured, failed = self._measure()
+        progress.current.get().busy(_PLANNER, "comparing models")
+        choice = choose(self.fleet, measured, self.access, partial(progress.current.get().said, _PLANNER))
+        progress.current.get().ended(_PLANNER, "measured")
+        groups = (*listed, *(self.fleet.group(name, models) for name, models in choice.groups().items()))
+        check_names(groups)
+        return FleetPlan(groups, failed, choice)
+
+    def take(
+        self, plans: Sequence[GroupPlan], take: Callable[[GroupPlan, Access], Snapshot]
+    ) -> tuple[dict[str, Snapshot], dict[str, GroupReport]]:
+        """Return the snapshots of groups or models, and reports of those whose sources cannot be had."""
+        snapshots: dict[str, Snapshot] = {}
+        reports: dict[str, GroupReport] = {}
+        with ThreadPoolExecutor(_RESOLVERS) as pool:
+            for plan, taken in [(plan, pool.submit(take, plan, self.access)) for plan in plans]:
+                try:
+                    snapshots[plan.name] = taken.result()
+                except (MtzError, OSError) as error:
+                    reports[plan.name] = GroupReport(plan.name, "failed", str(error))
+        return snapshots, reports
+
+    def run(
+        self, kind: Literal["group", "model"], plans: Sequence[GroupPlan], snapshots: Mapping[str, Snapshot]
+    ) -> dict[str, GroupReport]:
+        """Run what is to be done, side by side; return a report of each."""
+        contents, reports = self.access.contents, dict[str, GroupReport]()
+        jobs = [
+            Job(
+                fleet=self.fleet.name,
+                kind=kind,
+                group=plan.name,
+                fingerprint=snapshots[plan.name].keep(contents),
+                settings={**plan.content, **self.places},
+                run=self.id,
+            )
+            for plan in plans
+        ]
+        contents.upload({d for job in jobs for d in (job["fingerprint"], *snapshots[job["group"]].files.values())})
+
+        def done(job: Job, values: Mapping[str, Any]) -> None:
+            report = reports[job["group"]] = as_report(values)
+            progress.current.get().ended(shown_as(job), report.status, report.reason)
+
+        self.executor.run(jobs, done)
+        return reports
+
+    def _measure(self) -> tuple[dict[str, Measured], list[GroupReport]]:
+        """Return where the statistics of the models in no group are, made where they changed, and what failed."""
+        plans = [self.fleet.model(name) for name in self.fleet.file.free_models()]
+        snapshots, failed = self.take(plans, self.project.model)
+        fingerprints = {name: snapshot.keep(self.access.contents) for name, snapshot in snapshots.items()}
+        known = outcomes.recall(self.access.store, fingerprints.values())
+        reports = self.run(
+            "model",
+            [plan for plan in plans if fingerprints.get(plan.name, "") not in known and plan.name in snapshots],
+            snapshots,
+        )
+        statistics = {name: known[digest].statistics for name, digest in fingerprints.items() if digest in known}
+        statistics |= {name: report.statistics for name, report in reports.items() if report.statistics}
+        failed |= {name: report for name, report in reports.items() if not report.statistics}
+        measured = {
+            plan.name: Measured(plan, snapshots[plan.name], digest, frozenset(plan.models[plan.name].tags))
+            for plan in plans
+            if (digest := statistics.get(plan.name)) is not None
+        }
+        return measured, list(failed.values())
+
+    def settled(self, snapshots: Mapping[str, Snapshot]) -> dict[str, GroupReport]:
+        """Return reports of the groups whose outcome is known, and registered in the registry and storage at hand."""
+        store, common = self.access.store, self.fleet.common()
+        fingerprints = {name: snapshot.keep(self.access.contents) for name, snapshot in snapshots.items()}
+        known = outcomes.recall(store, fingerprints.values())
+        manifests = {fp: register.manifest_key(outcome.release) for fp, outcome in known.items() if outcome.release}
+        stored = store.read_many(manifests.values()) if manifests else {}
+        versions = tracking.find_versions(common.tracking, self.access.home, store) if manifests else {}
+        settled = {}
+        for name, fingerprint in fingerprints.items():
+            if (outcome := known.get(fingerprint)) is None:
+                continue
+            report = GroupReport(name, "unchanged", outcome.reason, fingerprint=fingerprint, metrics=outcome.metrics)
+            if outcome.status == "refused":
+                report.status = "refused"
+            elif outcome.release:
+                report.model, report.content_digest = outcome.model, outcome.content_digest
+                report.release = store.url(outcome.release)
+                report.version = versions.get((outcome.model, outcome.content_digest))
+                if report.version is None or stored.get(manifests[fingerprint]) is None:
+                    continue  # not in this registry, or not in this storage: its flow puts it there
+            settled[name] = report
+        return settled
+
+
+@contextmanager
+def open_fleet(fleet: Fleet, project: Path) -> Iterator[FleetRun]:
+    """Begin a run of the fleet: its services are up, and no other run of it is under way.
+
+    Raises:
+        FleetBusy, InvalidParams, StorageError, TrackingError, ServiceFailed.
+    """
+    home, common = find_home(project), fleet.common()
+    with ExitStack() as stack:
+        stack.enter_context(_alone(home, fleet.name))
+        stack.enter_context(warm.serving(home))
+        store = stack.enter_context(storage.connect(common.storage, home))
+        tracking.prepare(common.tracking, home)
+        limits.ensure(common.flow.heavy)
+        contents = Contents(home / "contents", store)
+        access = Access(project, home, contents, store, common.tracking)
+        places = _places(common, store, home, stack)
+        environment = {**store.environment(), "PREFECT_API_URL": os.environ.get("PREFECT_API_URL", "")}
+        yield FleetRun(fleet, Project(project, contents), access, executor_for(common.flow, home, environment), places)
+
+
+def _places(common: Params, store: Storage, home: Path, stack: ExitStack) -> dict[str, Any]:
+    """Return the blocks storage and tracking for workers; what is embedded here is served to those elsewhere."""
+    places = {"storage": common.storage.model_dump(), "tracking": common.tracking.model_dump()}
+    if common.flow.executor == "local":
+        return places
+    places["storage"]["endpoint"] = store.endpoint or storage.AWS
+    if common.tracking.uri == tracking.EMBEDDED:
+        uri = tracking.tracking_uri(common.tracking, home)
+        server = stack.enter_context(services.mlflow_server(home, uri, store.environment()))
+        server.wait()
+        places["tracking"]["uri"] = server.url
+    return places
+
+
+@contextmanager
+def _alone(home: Path, fleet: str) -> Iterator[None]:
+    """Hold the fleet's lock while the block runs. Raises `FleetBusy`."""
+    file = home / "runs" / f"{fleet}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = open_lock(file)
     try:
-        return as_report(zip_group(plan.name, project, home, plan.content))
-    except MtzError as error:
-        reason = str(error)
-        if isinstance(error, StageFailed):
-            reason += f" (all it said: {log_file(home, plan.name, error.stage)})"
-        progress.current.get().ended(plan.name, reason)
-        return GroupReport(plan.name, error=reason, seconds=round(time.monotonic() - start, 3))
+        if not try_exclusive(descriptor):
+            raise FleetBusy(f"a run of fleet '{fleet}' is under way in {home}. Wait for it to end, or stop it.")
+        yield
+    finally:
+        os.close(descriptor)

@@ -10,13 +10,17 @@ from rich.text import Text
 
 from flows import workspace
 from flows.checks import check_project
+from flows.fleet_file import select
 from flows.pipeline import Pipeline, Stage
 from flows.processes import Child, python_environment, stop_all
+from flows.snapshot import Project
 from mtz_core.errors import MtzError
 from tasks import storage
+from tasks.contents import Contents
 from tasks.home import find_home
 from tasks.params import read_yaml
 from tasks.pareto import Asked, Row, limits, read_rows
+from tasks.sources import Access
 from tasks.workspace import Workspace
 
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -48,13 +52,17 @@ def draw_pareto(
         MtzError: in its kinds; `ParetoFailed` with the reason that the process which measures has told.
     """
     name = group or str(read_yaml(project / params).get("group"))
-    (plan,) = check_project(project, params, fleet, (name,), settings)
+    declared, _ = check_project(project, params, fleet, (), settings)
+    (plan,) = select(declared.explicit_groups(), (name,))
     home = find_home(project)
-    with storage.connect(plan.params.storage, home) as store, workspace.held(home, name) as folder:
-        remote = workspace.Remote(store.url("dvc"), store.endpoint, store.region)
-        environment = {**store.environment(), "MTZ_HOME": str(home), "DVC_SITE_CACHE_DIR": str(home / "dvc")}
-        code = (*workspace.CODE, *workspace.modules_of(plan.params))
-        pipeline, stages = workspace.prepare(project, folder, plan.content, remote, environment, code)
+    folder = workspace.folder_of(home, name)
+    with storage.connect(plan.params.storage, home) as store, workspace.held(folder):
+        contents = Contents(home / "contents", store)
+        access = Access(project, home, contents, store, plan.params.tracking)
+        snapshot = Project(project, contents).group(plan, access)
+        environment = workspace.environment_of(store, home)
+        cache, remote = workspace.cache_of(home), workspace.remote_of(store)
+        pipeline, stages = workspace.prepare(folder, snapshot, contents, plan.content, cache, remote, environment)
         try:
             _bring_up_to_date(pipeline, stages, tell)
             _measure(folder, environment, asked, tell)

@@ -6,8 +6,9 @@ DVC runs as a process of its own each time, through its command line. It alone d
 import json
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import yaml
 
 from flows.processes import Child, Interrupted, python_environment, stopping
 from mtz_core.errors import MtzError
-from tasks.faults import EXIT_TRY_AGAIN
+from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 
 Outcome = Literal["executed", "restored", "unchanged"]
 
@@ -24,6 +25,9 @@ _STAGE_STARTS = re.compile(r"> ")
 _STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
 _RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs$|Pulling data for stage: '(.+)'$")
+_ATTEMPTS = 3
+_STUCK_SECONDS = 300.0
+_SLOWEST_BYTES_PER_SECOND = 250_000
 _INDEX_SCRIPT = Path(__file__).with_name("dvc_index.py")
 
 
@@ -43,6 +47,10 @@ class StageFailed(MtzError):
         super().__init__(f"{stage}: {reason}")
         self.stage = stage
         self.can_be_retried = can_be_retried
+
+
+class StageRefused(StageFailed):
+    """A stage found that the group cannot be zipped as asked; with the same inputs it always will."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Pipeline:
 
     def stages(self) -> tuple[Stage, ...]:
         """Return all stages, each after those it needs."""
-        found = self._json(str(_INDEX_SCRIPT))
+        found = self._json((str(_INDEX_SCRIPT),))
         return tuple(
             Stage(
                 name=stage["name"],
@@ -94,7 +102,7 @@ class Pipeline:
 
     def changed(self) -> frozenset[str]:
         """Return the stages whose command, dependencies or outputs differ from the recorded ones."""
-        return frozenset(self._json("dvc", "--wait-for-lock", "status", "--json"))
+        return frozenset(self._json(("dvc", "--wait-for-lock", "status", "--json")))
 
     def reproduce(
         self, stage: str, *, force: bool = False, on_line: Callable[[str], None] = lambda line: None
@@ -126,8 +134,8 @@ class Pipeline:
                 outcome = "restored"
             if line.strip():
                 said.append(line)
-        if child.wait() != 0:
-            raise _stage_failure(stage, said)
+        if (status := child.wait()) != 0:
+            raise _stage_failure(stage, status, said)
         return StageResult(
             stage,
             outcome,
@@ -140,37 +148,67 @@ class Pipeline:
         """Restore the outputs of all stages that this or any other clone has run with the same inputs; run none.
 
         Returns:
-            The stages restored from DVC's records of runs, local or on the remote.
+            The stages whose outputs were there: named by dvc.lock, or by a record of runs, local or on the remote.
         """
         # DVC has no option for this. It starts commands through $SHELL: with one that always fails, a stage that cannot
         # be restored fails, and DVC goes on with those that do not need it.
         nothing_runs = {"SHELL": shutil.which("false") or "/usr/bin/false"}
-        child = self._start("dvc", "--wait-for-lock", "repro", "--pull", "--keep-going", **nothing_runs)
-        lines = [line for line in child.lines() if line.strip()]
-        if child.wait() != 0 and not (reason := _dvc_reason(lines)).startswith("failed to reproduce"):
+        command = ("dvc", "--wait-for-lock", "repro", "--pull", "--keep-going")
+        status, lines = self._run(command, self._transfer_seconds(), **nothing_runs)
+        if status != 0 and not (reason := _dvc_reason(lines)).startswith("failed to reproduce"):
             raise self._failure(reason)
         return frozenset(match[1] or match[2] for line in lines if (match := _RESTORED.match(line)))
 
     def output_objects(self) -> frozenset[str]:
         """Return the names that the recorded outputs have below the remote's URL."""
-        lock = yaml.safe_load((self.folder / "dvc.lock").read_text(encoding="utf-8"))
-        outputs = (output for stage in lock["stages"].values() for output in stage.get("outs", ()))
-        return frozenset(f"files/md5/{output['md5'][:2]}/{output['md5'][2:]}" for output in outputs)
+        return frozenset(f"files/md5/{output['md5'][:2]}/{output['md5'][2:]}" for output in self._outputs())
 
     def push(self) -> None:
-        """Send all data of this pipeline and the records of all runs to the remote."""
-        self._output("dvc", "--wait-for-lock", "push", "--run-cache")
+        """Send all data of this pipeline to the remote."""
+        # Not --run-cache: it sends the records of all runs of all groups each time. Our dvc.lock does as well.
+        self._output(("dvc", "--wait-for-lock", "push"), self._transfer_seconds())
 
-    def _json(self, *arguments: str) -> Any:
-        printed = [line for line in self._output(*arguments) if line.startswith(("{", "["))]
+    def _outputs(self) -> Iterator[dict[str, Any]]:
+        """Yield what dvc.lock says of every output: `path`, `md5`, `size`."""
+        if not (lock := self.folder / "dvc.lock").exists():
+            return
+        for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values():
+            yield from stage.get("outs", ())
+
+    def _transfer_seconds(self) -> float:
+        """Return the time after which a transfer of all outputs must have got stuck."""
+        return _STUCK_SECONDS + sum(output["size"] for output in self._outputs()) / _SLOWEST_BYTES_PER_SECOND
+
+    def _json(self, arguments: Sequence[str]) -> Any:
+        printed = [line for line in self._output(arguments) if line.startswith(("{", "["))]
         return json.loads(printed[-1])
 
-    def _output(self, *arguments: str) -> list[str]:
-        child = self._start(*arguments)
-        lines = [line for line in child.lines() if line.strip()]
-        if child.wait() != 0:
+    def _output(self, arguments: Sequence[str], patience: float | None = None) -> list[str]:
+        status, lines = self._run(arguments, patience)
+        if status != 0:
             raise self._failure(_dvc_reason(lines))
         return lines
+
+    def _run(self, arguments: Sequence[str], patience: float | None = None, **variables: str) -> tuple[int, list[str]]:
+        """Run a command that may be run any number of times, again if it is killed; return its status and output.
+
+        Args:
+            patience: seconds after which it is killed. (DVC has no limit of its own where a server accepts and says
+                nothing.)
+        """
+        for _ in range(_ATTEMPTS):
+            child = self._start(*arguments, **variables)
+            watchdog = threading.Timer(patience, child.stop) if patience is not None else None
+            if watchdog is not None:
+                watchdog.start()
+            lines = [line for line in child.lines() if line.strip()]
+            status = child.wait()
+            if watchdog is not None:
+                watchdog.cancel()
+            if status >= 0 or stopping():
+                break
+            lines.append(f"ERROR: it was killed (signal {-status}).")
+        return status, lines
 
     def _failure(self, reason: str) -> Exception:
         return Interrupted() if stopping() else DvcFailed(f"DVC failed in {self.folder}: {explain(reason)}")
@@ -192,15 +230,17 @@ def _dvc_reason(lines: list[str]) -> str:
     return errors[-1] if errors else (lines[-1] if lines else "it said nothing.")
 
 
-def _stage_failure(stage: str, said: list[str]) -> Exception:
-    """Return the exception that tells why `dvc repro` failed, from what it and the stage said."""
+def _stage_failure(stage: str, status: int, said: list[str]) -> Exception:
+    """Return the exception that tells why `dvc repro` failed, from its status and what it and the stage said."""
     if stopping():
         return Interrupted()
+    if status < 0:
+        return StageFailed(stage, f"DVC was killed (signal {-status}).", can_be_retried=True)
     reason = _dvc_reason(said)
-    status = _EXIT_STATUS.search(reason)
-    if status is None:
+    ended = _EXIT_STATUS.search(reason)
+    if ended is None:
         return StageFailed(stage, explain(reason.removeprefix(f"failed to reproduce '{stage}': ")))
-    code = int(status[1])
+    code = int(ended[1])
     signal = -code if code < 0 else code - 128
     if signal > 0:
         return StageFailed(
@@ -211,6 +251,8 @@ def _stage_failure(stage: str, said: list[str]) -> Exception:
         )
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
     told = errors[-1] if errors else _last_stage_line(said) or f"it ended with status {code}."
+    if code == EXIT_REFUSED:
+        return StageRefused(stage, told)
     return StageFailed(stage, explain(told), can_be_retried=code == EXIT_TRY_AGAIN)
 
 

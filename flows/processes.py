@@ -10,8 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from tasks import warm
+
 _LIFELINE = Path(__file__).with_name("lifeline.py")
 _GRACE_SECONDS = 5.0
+_RUN_WARM = ("dvc", "dvc_index")
 
 _running: set["Child"] = set()
 _guard = threading.Lock()
@@ -41,25 +44,29 @@ class Child:
         output: IO[bytes] | None = None,
         server: bool = False,
     ) -> None:
-        with _guard:
-            if _stopping.is_set():
-                raise Interrupted
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_LIFELINE), *arguments],
-                cwd=folder,
-                env=dict(environment),
-                stdin=subprocess.PIPE,
-                stdout=output or subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            if not server:
-                _running.add(self)
+        self._output: IO[bytes] | None = None
+        if output is None:
+            reading, sink = os.pipe()
+            self._output = open(reading, "rb")  # noqa: SIM115, PTH123 - closed by wait()
+        else:
+            sink = os.dup(output.fileno())
+        try:
+            warm_process = None if server else _start_warm(arguments, folder, environment, sink)
+            with _guard:
+                if _stopping.is_set():
+                    if warm_process:
+                        warm_process.signal(signal.SIGKILL)
+                    raise Interrupted
+                self._process = warm_process or _start_cold(arguments, folder, environment, sink)
+                if not server:
+                    _running.add(self)
+        finally:
+            os.close(sink)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of output as they come, until the child has closed it."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        assert self._output is not None
+        for line in self._output:
             yield line.decode(errors="replace").rstrip("\r\n")
 
     def ended(self) -> bool:
@@ -70,27 +77,62 @@ class Child:
         """Wait for the end; return the exit status, negative for a signal."""
         status = self._process.wait()
         self._forget()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        if self._output is not None:
+            self._output.close()
         return status
 
     def stop(self) -> None:
         """End the whole process group: politely first, by force after a few seconds."""
         self._signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired, TimeoutError):
             self._process.wait(_GRACE_SECONDS)
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._forget()
 
     def _signal(self, number: signal.Signals) -> None:
+        if isinstance(self._process, warm.Running):
+            self._process.signal(number)
+            return
         with suppress(ProcessLookupError, PermissionError):  # gone; macOS says PermissionError of a group of zombies
             os.killpg(self._process.pid, number)
 
     def _forget(self) -> None:
+        if isinstance(self._process, warm.Running):
+            self._process.release()
+        elif self._process.stdin is not None:
+            self._process.stdin.close()
         with _guard:
             _running.discard(self)
+
+
+def _start_warm(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], sink: int
+) -> warm.Running | None:
+    """Start a module in its warm interpreter; return None, and say why in the output, if it cannot run there."""
+    if Path(arguments[0]).stem not in _RUN_WARM or warm.VARIABLE not in environment or _stopping.is_set():
+        return None
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123
+        try:
+            address = Path(environment[warm.VARIABLE], "dvc")
+            return warm.Running(address, arguments, folder, environment, (nothing.fileno(), sink, sink))
+        except warm.NotWarm as reason:
+            os.write(sink, f"{warm.cold_start(reason)}\n".encode())
+            return None
+
+
+def _start_cold(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], sink: int
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_LIFELINE), *arguments],
+        cwd=folder,
+        env=dict(environment),
+        stdin=subprocess.PIPE,
+        stdout=sink,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def stop_all() -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.pipeline import StageResult
+from flows.report import Status
 
 
 class Progress(Protocol):
@@ -32,7 +34,7 @@ class Progress(Protocol):
     def finished(self, group: str, result: StageResult) -> None:
         """A stage is up to date."""
 
-    def ended(self, group: str, error: str | None = None) -> None:
+    def ended(self, group: str, status: Status, reason: str = "") -> None:
         """Nothing more will happen in the group."""
 
 
@@ -43,7 +45,7 @@ class Silent:
     def busy(self, group: str, what: str) -> None: ...
     def said(self, group: str, line: str) -> None: ...
     def finished(self, group: str, result: StageResult) -> None: ...
-    def ended(self, group: str, error: str | None = None) -> None: ...
+    def ended(self, group: str, status: Status, reason: str = "") -> None: ...
 
 
 current: ContextVar[Progress] = ContextVar("current", default=Silent())  # noqa: B039 - it has no state
@@ -64,8 +66,19 @@ class Lines(Silent):
             seconds = f" ({result.seconds:.1f} s)" if result.seconds else ""
             self._print(group, f"{result.stage}: {result.outcome}{seconds}")
 
-    def ended(self, group: str, error: str | None = None) -> None:
-        self._print(group, f"failed: {error}" if error else "done")
+    def ended(self, group: str, status: Status, reason: str = "") -> None:
+        self._print(group, f"{status}: {reason}" if reason else status)
+
+
+_ALL_SHOWN = 20
+
+_MARKS = {
+    "merged": Text("✓", "green"),
+    "unchanged": Text("✓", "dim"),
+    "measured": Text("✓", "green"),
+    "refused": Text("–", "yellow"),
+    "failed": Text("✗", "red"),
+}
 
 
 @dataclass
@@ -76,7 +89,7 @@ class _Row:
     done: int = 0
     what: str = "waiting"
     line: str = ""
-    error: str | None = None
+    status: Status | None = None
     spinner: Spinner = field(default_factory=lambda: Spinner("dots"))
 
 
@@ -101,9 +114,9 @@ class Display(Silent):
     def finished(self, group: str, result: StageResult) -> None:
         self._row(group).done += 1
 
-    def ended(self, group: str, error: str | None = None) -> None:
+    def ended(self, group: str, status: Status, reason: str = "") -> None:
         row = self._row(group)
-        row.what, row.line, row.error = ("failed" if error else "done"), error or "", error
+        row.what, row.line, row.status = status, reason, status
         row.end = time.monotonic()
 
     def _row(self, group: str) -> _Row:
@@ -117,9 +130,13 @@ class Display(Silent):
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         with self._guard:
             rows = list(self._rows.items())
+        if len(rows) > _ALL_SHOWN:  # of a large fleet, those that are worth looking at
+            well = Counter(row.status for _, row in rows if row.status not in (None, "refused", "failed"))
+            rows = [(group, row) for group, row in rows if row.status not in well]
+            table.add_row("", "", "", ", ".join(f"{count} {status}" for status, count in well.items()), "", Text())
         for group, row in rows:
             seconds = (row.end or time.monotonic()) - row.start
-            mark = row.spinner if row.end is None else Text("✗", "red") if row.error else Text("✓", "green")
+            mark = row.spinner if row.status is None else _MARKS[row.status]
             done = f"{row.done}/{row.stages}" if row.stages else ""
             table.add_row(mark, group, done, row.what, f"{seconds:4.0f} s", Text(row.line))
         return table

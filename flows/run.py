@@ -1,71 +1,157 @@
-"""`mtz run`: the fleet's flow with its services, its display and its summary."""
+"""`mtz run`: the fleet's flow with its server, its display and its summary."""
 
 import os
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
+from rich.text import Text
 
-from flows import services
+from flows import services, warm
 from flows.checks import check_project
-from flows.memory import PeakMemory
+from flows.fleet_file import Fleet, GroupPlan, read_fleet
+from flows.records import FleetFailed, failed_groups
+from flows.summary import print_summary
 from tasks.home import find_home
 
 _WIDTH_WITHOUT_TERMINAL = 120
 _FLUSH_SECONDS = 5.0
+_NAMED = 8
 
 
 def run_fleet(
-    project: Path, params: Path, fleet: Path, groups: Sequence[str], settings: Sequence[str], debug: bool = False
+    project: Path,
+    params: Path,
+    fleet: Path,
+    groups: Sequence[str],
+    settings: Sequence[str],
+    verify: bool = False,
+    debug: bool = False,
 ) -> None:
     """Bring the groups up to date and print a summary.
 
     Raises:
         MtzError: nothing was started, or, as `FleetFailed`, some groups failed.
     """
-    start = time.monotonic()
+    console = console_for_people()
+    declared, plans = check_project(project, params, fleet, groups, settings)
+    console.print(Text(f"Fleet '{declared.name}': {_named(declared, plans)}"), soft_wrap=True)
+    if declared.upgraded:
+        console.print(f"{fleet} is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it.")
+    home = find_home(project)
+    with prefect(home, debug):
+        from flows.fleet import zip_fleet
+        from flows.progress import shown
+
+        try:
+            with shown(console, quiet=debug):
+                result = zip_fleet(str(project), str(params), str(fleet), groups, settings, verify)
+        except FleetFailed as failure:
+            print_summary(console, failure.result, home)
+            raise
+        print_summary(console, result, home)
+
+
+def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
+    """Run the groups that failed in the last run. Raises like `run_fleet`."""
+    declared = read_fleet(project / params, project / fleet, settings)
+    groups = failed_groups(find_home(project), declared.name, declared.common().storage)
+    if not groups:
+        console_for_people().print("Nothing to retry: no group failed in the last run.")
+        return
+    run_fleet(project, params, fleet, groups, settings, debug=debug)
+
+
+def show_plan(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
+    """Show the groups of the fleet, and why they are those. Raises `MtzError` in its kinds."""
+    declared, _ = check_project(project, params, fleet, (), settings)
+    home = find_home(project)
+    console = console_for_people()
+    with prefect(home, debug):
+        from flows.fleet import plan_fleet
+        from flows.plan_page import print_plan
+        from flows.progress import shown
+
+        with shown(console, quiet=debug):
+            plan = plan_fleet(str(project), str(params), str(fleet), settings)
+        print_plan(console, plan, home, declared.name)
+
+
+def deploy_fleet(
+    project: Path,
+    params: Path,
+    fleet: Path,
+    name: str | None,
+    cron: str,
+    timezone: str,
+    pool: str,
+    overlap: Literal["skip", "queue"],
+    settings: Sequence[str],
+    tell: Callable[[str], None],
+) -> None:
+    """Have a Prefect server run the fleet by the clock. Raises `MtzError` in its kinds; then nothing was changed."""
+    os.environ.update(services.prefect_environment(find_home(project)))
+    from flows import schedule
+
+    declared, _ = check_project(project, params, fleet, (), settings)
+    flow = declared.common().flow
+    deployed = schedule.deploy(
+        project,
+        params,
+        fleet,
+        name or declared.name,
+        cron,
+        timezone,
+        pool,
+        {"settings": list(settings)},
+        overlap,
+        flow.pool if flow.executor == "pool" else None,
+    )
+    tell(f"deployed: {deployed}, {cron} ({timezone})")
+    schedule.status(deployed, tell)
+
+
+def _named(fleet: Fleet, plans: Sequence[GroupPlan]) -> str:
+    names = [plan.name for plan in plans]
+    listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    free = len(fleet.file.free_models()) if fleet.file.auto is not None else 0
+    parts = [f"groups {listed}" if names else "", f"{free} models to be grouped" if free else ""]
+    return " and ".join(filter(None, parts))
+
+
+def console_for_people() -> Console:
+    """Return a console that is as wide as the terminal, or wide enough for tables where there is none."""
     console = Console()
     if not console.is_terminal:
         console.width = _WIDTH_WITHOUT_TERMINAL
-    home = find_home(project)
-    plans = check_project(project, params, fleet, groups, settings)
-    names = ", ".join(plan.name for plan in plans)
-    console.print(
-        f"Zipping {len(plans)} groups: {names}" if len(plans) > 1 else f"Zipping group {names}", highlight=False
-    )
-    with ExitStack() as stack:
-        memory = stack.enter_context(PeakMemory())
-        os.environ.update(services.prefect_environment(home, debug))
-        server = None
-        if services.uses_own_prefect_server():
-            services.check_own_prefect_server()
-        else:
-            server = stack.enter_context(services.prefect_server(home))
-            os.environ["PREFECT_API_URL"] = f"{server.url}/api"
-        # Everything slow below goes on while the server starts.
-        from tasks import storage, tracking
+    return console
 
-        shared = plans[0].params
-        stack.enter_context(storage.connect(shared.storage, home))
-        tracking.prepare(shared.tracking, home)
-        from flows.fleet import FleetFailed, zip_fleet
-        from flows.group import as_report
-        from flows.progress import shown
-        from flows.summary import print_summary
 
-        if server is not None:
-            server.wait()
+@contextmanager
+def prefect(home: Path, debug: bool) -> Iterator[None]:
+    """Let flows run in this process: on the server that PREFECT_API_URL names, or on one that is started here.
+
+    Raises:
+        ServiceFailed: the server does not answer.
+    """
+    os.environ.update(services.prefect_environment(home, debug))
+    if services.uses_own_prefect_server():
+        services.check_own_prefect_server()
+        with warm.serving(home):
+            yield
+            _flush()
+        return
+    with warm.serving(home), services.prefect_server(home) as server:
+        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        import flows.fleet  # noqa: F401 - takes seconds, while the server starts
+
+        server.wait()
         try:
-            with shown(console, quiet=debug):
-                reports = [as_report(values) for values in zip_fleet(project, params, fleet, groups, settings)]
-        except FleetFailed as failure:
-            print_summary(console, failure.reports, home, time.monotonic() - start, memory.bytes)
-            raise
+            yield
         finally:
             _flush()
-    print_summary(console, reports, home, time.monotonic() - start, memory.bytes)
 
 
 def _flush() -> None:

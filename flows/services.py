@@ -88,6 +88,8 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
         "PREFECT_API_URL": f"http://{_HOST}:{port}/api",
         # Pages ask the address they came from.
         "PREFECT_UI_API_URL": f"http://{_HOST}:{port}/api",
+        # In memory, as by default, places that were held when a server ended would never be free again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     with _serving(
         "Prefect", ("prefect", "server", "start", *options), port, "/api/health", home, environment

@@ -10,7 +10,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from flows import progress
-from flows.pipeline import Pipeline, StageFailed, StageResult
+from flows.limits import heavy_place
+from flows.pipeline import Pipeline, StageFailed
+
+HEAVY_STAGES = ("match", "merge", "retrain")
+"""Those that take most of the time and memory of a group."""
 
 
 def log_file(home: Path, group: str, stage: str) -> Path:
@@ -36,8 +40,17 @@ def _can_be_retried(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
     persist_result=False,
     retry_condition_fn=_can_be_retried,
 )
-def reproduce_stage(group: str, stage: str, pipeline: Pipeline, home: Path, force: bool = False) -> dict[str, Any]:
-    """Bring one stage up to date; return its `StageResult` as a mapping. Raises `StageFailed`."""
+def reproduce_stage(
+    group: str, stage: str, pipeline: Pipeline, home: Path, force: bool = False, heavy: int | None = None
+) -> dict[str, Any]:
+    """Bring one stage up to date; return its `StageResult` as a mapping.
+
+    Args:
+        heavy: how many heavy stages may run at a time, on all workers together; None: as many as there are workers.
+
+    Raises:
+        StageFailed, StageRefused.
+    """
     logger = get_run_logger()
     shown = progress.current.get()
     shown.busy(group, stage)
@@ -53,7 +66,8 @@ def reproduce_stage(group: str, stage: str, pipeline: Pipeline, home: Path, forc
                     logger.info(line)
                     shown.said(group, line)
 
-            result = pipeline.reproduce(stage, force=force, on_line=on_line)
+            with heavy_place(heavy if stage in HEAVY_STAGES else None):
+                result = pipeline.reproduce(stage, force=force, on_line=on_line)
     except Exception:
         partial.replace(log)
         raise
@@ -64,8 +78,3 @@ def reproduce_stage(group: str, stage: str, pipeline: Pipeline, home: Path, forc
     logger.info("%s in %.1f s", result.outcome, result.seconds)
     shown.finished(group, result)
     return asdict(result)
-
-
-def as_result(values: dict[str, Any]) -> StageResult:
-    """Return the `StageResult` that `reproduce_stage` returned as a mapping."""
-    return StageResult(**values)

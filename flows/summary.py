@@ -1,5 +1,6 @@
-"""What a run came to, for people: errors, sizes, versions, what was done, how long it took, where to look further."""
+"""What a run came to, for people: errors, sizes, what became of every group, how long it took, where to look."""
 
+import io
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -9,28 +10,48 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.group import GroupReport, metrics_table
+from flows.records import FleetResult
+from flows.report import GroupReport, Status, metrics_table
+
+_WIDTH_OF_TEXT = 120
+_UNCHANGED_LISTED = 20
+_STYLES: dict[Status, str] = {
+    "merged": "green",
+    "unchanged": "dim",
+    "refused": "yellow",
+    "failed": "red",
+    "measured": "green",
+}
 
 
-def print_summary(
-    console: Console, reports: Sequence[GroupReport], home: Path, wall_seconds: float, peak_bytes: int
-) -> None:
+def summary_text(result: FleetResult, home: Path) -> str:
+    """Return the whole summary as text."""
+    text = io.StringIO()
+    print_summary(Console(file=text, width=_WIDTH_OF_TEXT), result, home)
+    return text.getvalue()
+
+
+def print_summary(console: Console, result: FleetResult, home: Path) -> None:
     """Print the whole summary."""
-    done = [report for report in reports if not report.error]
-    if any(report.metrics for report in done):
+    reports = result.reports
+    worked = [report for report in reports if report.stages]
+    if measured := [report for report in reports if report.metrics and report.status == "merged"]:
         console.print()
-        console.print(_errors(done))
-    if any(report.stages for report in done):
-        console.print(_times(done))
-        console.print(
-            f"Wall time {wall_seconds:.0f} s, peak memory {peak_bytes / 2**30:.1f} GiB. {_what_was_done(done)}"
-        )
-    for report in done:
-        if report.version is not None:
-            name = f"{report.model} version {report.version}"
-            console.print(Text(f"Registered: {name}  models:/{report.model}/{report.version}"), soft_wrap=True)
-            console.print(Text(f"            {report.release}"), soft_wrap=True)
-    if done:
+        console.print(_errors(measured))
+    if worked:
+        console.print(_times(worked))
+    console.print(_groups(reports))
+    console.print(
+        f"Wall time {result.seconds:.0f} s, peak memory {result.peak_bytes / 2**30:.1f} GiB. {_what_was_done(reports)}"
+    )
+    for report in reports:
+        if report.log:
+            console.print(Text(f"Log of {report.group}: {report.log}"), soft_wrap=True)
+    if result.warning:
+        console.print(Text(result.warning), soft_wrap=True)
+    if any(report.status == "failed" for report in reports):
+        console.print("Try the failed groups again: `mtz fleet retry`.")
+    if worked:
         console.print(
             "Look further: `make ui` serves the MLflow and Prefect pages; each group's files, DVC included, are in"
         )
@@ -44,7 +65,7 @@ def _errors(reports: Sequence[GroupReport]) -> Table:
     for column in ("before", "zipped", "after light\nretraining", "stored %", "bytes", "of"):
         table.add_column(column, justify="right")
     for report in reports:
-        for number, row in enumerate(metrics_table(report) if report.metrics else []):
+        for number, row in enumerate(metrics_table(report)):
             table.add_row(
                 report.group if number == 0 else "",
                 row["task"],
@@ -67,11 +88,31 @@ def _times(reports: Sequence[GroupReport]) -> Table:
     return table
 
 
+def _groups(reports: Sequence[GroupReport]) -> Table:
+    table = Table(title="Groups", title_justify="left", title_style="bold")
+    for column in ("group", "what became of it"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("registered, or why not", overflow="fold")
+    listed = [report for report in reports if report.status != "unchanged"]
+    if len(reports) - len(listed) <= _UNCHANGED_LISTED:
+        listed = list(reports)
+    for report in listed:
+        registered = f"models:/{report.model}/{report.version}  {report.release}" if report.version is not None else ""
+        table.add_row(report.group, Text(report.status, _STYLES[report.status]), Text(report.reason or registered))
+    if len(listed) < len(reports):
+        table.add_row(f"{len(reports) - len(listed)} more", "unchanged", "")
+    return table
+
+
 def _what_was_done(reports: Sequence[GroupReport]) -> str:
+    groups = Counter(report.status for report in reports)
     outcomes = Counter(stage.outcome for report in reports for stage in report.stages)
-    if set(outcomes) == {"unchanged"}:
-        return f"Nothing to do: all {outcomes.total()} stages unchanged."
-    return "Stages: " + ", ".join(f"{outcomes[name]} {name}" for name in ("executed", "restored", "unchanged")) + "."
+    told = ", ".join(f"{groups[status]} {status}" for status in _STYLES if groups[status])
+    if set(groups) == {"unchanged"} and set(outcomes) <= {"unchanged"}:
+        stages = f", all {outcomes.total()} stages" if outcomes else ""
+        return f"Nothing to do: {len(reports)} of {len(reports)} groups unchanged{stages}."
+    stages = ", ".join(f"{outcomes[name]} {name}" for name in ("executed", "restored", "unchanged"))
+    return f"Groups: {told}. Stages: {stages}."
 
 
 def _short(path: Path) -> str:

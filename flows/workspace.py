@@ -1,23 +1,23 @@
-"""A group's workspace: a self-contained snapshot of the project with the group's own params.yaml and DVC repository.
+"""A workspace: the files of a snapshot with a DVC repository of its own, and what its stages have made.
 
-    .mtz/workspaces/<group>/
-        .dvc/config          no_scm; the cache is the project's, the remote is the storage
-        dvc.yaml             as in the project
-        params.yaml          the project's, with the group's overrides
-        mtz_core/ tasks/     the stages' code
-        data/ …              every file that a stage reads and no stage makes: copies, or hard links of large files
-        (all else)           what DVC keeps there: dvc.lock and the stages' outputs
+    HOME/workspaces/GROUP/        one per group
+    HOME/statistics/MODEL/        one per model whose statistics several groups, or the planner, need
+        .dvc/config               no_scm; the cache is shared by all workspaces, the remote is the storage
+        dvc.yaml params.yaml      of the snapshot; params.yaml says where things are kept, too
+        mtz_core/ tasks/          the stages' code
+        networks/ data/ …         every file that a stage reads and no stage makes: copies, or hard links of large files
+        (all else)                what DVC keeps there: dvc.lock and the stages' outputs
 
 Relative paths, commands and parameters are those of the project, so DVC's run cache serves the project and all
 workspaces alike.
 """
 
-import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,29 +27,26 @@ import yaml
 from filelock import FileLock, Timeout
 
 from flows.pipeline import Pipeline, Stage
+from flows.snapshot import PARAMS, Snapshot
 from mtz_core.errors import MtzError
-from tasks.params import Params
-
-CODE = ("mtz_core", "tasks")
-"""Packages that every stage's `python -m tasks` imports."""
+from tasks.contents import Contents
+from tasks.storage import Storage
 
 LINKED_FROM_BYTES = 1 << 20
-"""Files of this size and above are linked. Editing such a file in place changes it for running stages too."""
+"""Files of this size and above are linked to the contents, where they are read-only."""
 
-_COPIED_FILES = ("dvc.yaml", ".dvcignore")
-_NEVER_COPIED = ("__pycache__", ".git", ".DS_Store")
-_PARAMS = "params.yaml"
 _REMOTE = "storage"
 _SECTION = f"'remote \"{_REMOTE}\"'"
 _BROUGHT = Path(".dvc", "brought.json")
+_UNKNOWN: list[Any] = ["", 0, 0]
+_TIMEOUTS = {"connect_timeout": "5", "read_timeout": "60"}
+"""Seconds; DVC itself would wait for ever."""
+_PATIENCE_SECONDS = 15.0  # for the children of a killed run to be gone
+_POLL_SECONDS = 0.2
 
 
 class WorkspaceBusy(MtzError):
     """Another process works in the workspace."""
-
-
-class MissingSource(MtzError):
-    """A file that a stage reads does not exist."""
 
 
 @dataclass(frozen=True)
@@ -66,72 +63,95 @@ def folder_of(home: Path, group: str) -> Path:
     return home / "workspaces" / group
 
 
+def statistics_folder(home: Path, model: str) -> Path:
+    """Return the folder of the workspace for a model's statistics."""
+    return home / "statistics" / model
+
+
+def remote_of(store: Storage) -> Remote:
+    """Return DVC's remote in the storage."""
+    return Remote(store.url("dvc"), store.endpoint, store.region)
+
+
+def environment_of(store: Storage, home: Path) -> dict[str, str]:
+    """Return the variables that DVC and the stages need: the way to the storage, and where state is kept."""
+    return {**store.environment(), "MTZ_HOME": str(home), "DVC_SITE_CACHE_DIR": str(home / "dvc")}
+
+
+def cache_of(home: Path) -> Path:
+    """Return the cache that all workspaces of a home share: the project's own."""
+    return home.parent / ".dvc" / "cache"
+
+
 @contextmanager
-def held(home: Path, group: str) -> Iterator[Path]:
-    """Hold the group's workspace for this process; yield its folder.
+def held(folder: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[Path]:
+    """Hold a workspace for this process, waiting some seconds for it; yield its folder.
 
     Raises:
         WorkspaceBusy: another process holds it, or a DVC that someone started by hand works in it.
     """
-    folder = folder_of(home, group)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{group}.lock"), blocking=False)
+    deadline = time.monotonic() + patience
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
-        lock.acquire()
+        lock.acquire(timeout=patience, poll_interval=_POLL_SECONDS)
     except Timeout:
-        raise WorkspaceBusy(
-            f"group '{group}': another mtz is at work in {folder}. Wait for it to end, or stop it."
-        ) from None
+        raise WorkspaceBusy(f"another mtz is at work in {folder}. Wait for it to end, or stop it.") from None
     try:
-        _release_locks_of_the_dead(folder, group)
+        while (dvc := _release_locks_of_the_dead(folder)) is not None:
+            if time.monotonic() > deadline:
+                raise WorkspaceBusy(f"a DVC process ({dvc}) is at work in {folder}. Wait for it to end, or stop it.")
+            time.sleep(_POLL_SECONDS)
         yield folder
     finally:
         lock.release()
 
 
 def prepare(
-    project: Path,
     folder: Path,
-    params: Mapping[str, Any],
+    snapshot: Snapshot,
+    contents: Contents,
+    settings: Mapping[str, Any],
+    cache: Path,
     remote: Remote,
     environment: Mapping[str, str],
-    code: Iterable[str] = CODE,
 ) -> tuple[Pipeline, tuple[Stage, ...]]:
-    """Bring the workspace up to date with the project; return its pipeline and stages.
+    """Bring the workspace up to date with a snapshot; return its pipeline and stages.
 
     Files are replaced by renaming, and only where their content differs, so DVC need not hash them again and nobody
-    sees half a file; files that are gone from the project are removed; stages' outputs are left alone. Being killed in
-    between does no harm. The caller must hold the workspace.
+    sees half a file; files that are no longer in the snapshot are removed; stages' outputs are left alone. Being killed
+    in between does no harm. The caller must hold the workspace.
 
     Args:
-        code: modules in the project that the stages import, whether or not dvc.yaml lists all of their files.
+        settings: what its params.yaml says: the snapshot's parameters, and where things are kept.
+        cache: DVC's cache, shared by the workspaces of one machine.
 
     Raises:
-        MissingSource: the project lacks a file that a stage reads.
+        MissingContent, StorageError: a content is not to be had.
         DvcFailed: DVC does not understand the pipeline.
     """
-    cache = project / ".dvc" / "cache"
     configure(folder, cache, remote)
-    for name in _COPIED_FILES:
-        if (project / name).exists():
-            _bring(project / name, folder / name)
-    _write(folder / _PARAMS, yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True))
-    pipeline = Pipeline(folder, environment)
-    stages = pipeline.stages()
-    sources = {*_code(project, code), *_sources(project, stages)}
+    _write(folder / PARAMS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     known = _recorded(folder)
-    _record(folder, known | sources)
-    for name in sources:
-        _bring(project / name, folder / name)
-    for name in known - sources:
+    there = {name for name, entry in known.items() if _stat(folder / name) == entry[1:]}
+    brought = {name: known[name] for name in there if known[name][0] == snapshot.files.get(name)}
+    # Written down before anything appears: what a killed run has brought is found again and removed when it must go.
+    _record(folder, {**dict.fromkeys(snapshot.files, _UNKNOWN), **known})
+    for name, digest in snapshot.files.items():
+        if name not in brought:
+            _bring(contents.path(digest), folder / name)
+            brought[name] = [digest, *_stat(folder / name)]
+    for name in known.keys() - snapshot.files.keys():
         (folder / name).unlink(missing_ok=True)
-    _record(folder, sources)
-    return pipeline, stages
+    _record(folder, brought)
+    pipeline = Pipeline(folder, environment)
+    return pipeline, pipeline.stages()
 
 
-def modules_of(params: Params) -> tuple[str, ...]:
-    """Return the top modules of the networks' factories, which may be the user's own, beside ours."""
-    return tuple(sorted({model.network.partition(":")[0].partition(".")[0] for model in params.models.values()}))
+def place(files: Mapping[str, str], contents: Contents, folder: Path) -> None:
+    """Put contents, path → SHA-256, into an empty folder. Raises `MissingContent`, `StorageError`."""
+    for name, digest in files.items():
+        _bring(contents.path(digest), folder / name)
 
 
 def configure(folder: Path, cache: Path, remote: Remote) -> None:
@@ -139,6 +159,8 @@ def configure(folder: Path, cache: Path, remote: Remote) -> None:
     core = {"no_scm": "true", "analytics": "false", "check_update": "false", "remote": _REMOTE}
     # DVC compares fetched files with their digests only on request.
     shared = {"url": remote.url, "verify": "true"}
+    if remote.url.startswith("s3:"):
+        shared |= _TIMEOUTS
     local = {key: value for key, value in (("endpointurl", remote.endpoint), ("region", remote.region)) if value}
     cache_dir = os.path.relpath(cache, folder / ".dvc")
     _write(folder / ".dvc" / "config", _ini({"core": core, "cache": {"dir": cache_dir}, _SECTION: shared}))
@@ -150,7 +172,13 @@ def configure_by_hand(folder: Path, remote: Remote) -> dict[str, str]:
 
     It has the lowest rank of all, so whatever the project's and the user's own configurations say comes first.
     """
-    options = {"url": remote.url, "verify": "true", "endpointurl": remote.endpoint, "region": remote.region}
+    options = {
+        "url": remote.url,
+        "verify": "true",
+        **_TIMEOUTS,
+        "endpointurl": remote.endpoint,
+        "region": remote.region,
+    }
     section = {key: value for key, value in options.items() if value}
     _write(folder / "config", _ini({"core": {"remote": _REMOTE}, _SECTION: section}))
     return {"DVC_SYSTEM_CONFIG_DIR": str(folder)}
@@ -163,74 +191,28 @@ def _ini(sections: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(line for section in lines for line in section) + "\n"
 
 
-def _code(project: Path, modules: Iterable[str]) -> set[str]:
-    return {name for module in modules for start in (module, f"{module}.py") for name in _files(project, start)}
-
-
-def _sources(project: Path, stages: Iterable[Stage]) -> set[str]:
-    """Return the files inside the project that stages read and no stage makes."""
-    outputs = {os.path.normpath(output) for stage in stages for output in stage.outputs}
-    sources: set[str] = set()
-    for stage in stages:
-        for dependency in stage.dependencies:
-            name = os.path.normpath(dependency)
-            if name == _PARAMS or Path(name).is_absolute() or _is_within(name, outputs):
-                continue
-            if name.startswith(os.pardir):
-                raise MissingSource(
-                    f"{stage.name}: its dependency {dependency} lies outside of the project. "
-                    "Give its absolute path, or move it in."
-                )
-            made_later = any(_is_within(output, {name}) for output in outputs)
-            if not (project / name).exists() and not made_later:
-                raise MissingSource(
-                    f"{stage.name}: {dependency} does not exist in {project}. "
-                    "Put it there, or correct the path in params.yaml or dvc.yaml."
-                )
-            sources.update(file for file in _files(project, name) if not _is_within(file, outputs))
-    return sources
-
-
-def _is_within(name: str, outputs: set[str]) -> bool:
-    return name in outputs or any(str(parent) in outputs for parent in Path(name).parents)
-
-
-def _files(project: Path, name: str) -> Iterator[str]:
-    """Yield the file, or all files of the folder, as paths relative to the project."""
-    start = project / name
-    if start.is_file():
-        yield name
-    for path in sorted(start.rglob("*")):
-        relative = path.relative_to(project)
-        if path.is_file() and path.suffix != ".pyc" and not set(relative.parts) & set(_NEVER_COPIED):
-            yield str(relative)
-
-
 def _bring(source: Path, target: Path) -> None:
-    if _same(source, target):
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(target)
     partial.unlink(missing_ok=True)
     if source.stat().st_size >= LINKED_FROM_BYTES:
         try:
-            partial.hardlink_to(source.resolve())
+            partial.hardlink_to(source)
         except OSError:  # another file system, or one without links
-            shutil.copy2(source, partial)
+            shutil.copyfile(source, partial)
     else:
-        shutil.copy2(source, partial)
+        shutil.copyfile(source, partial)
     partial.replace(target)
+    # rename(2) of two names of one file does nothing and leaves both.
+    partial.unlink(missing_ok=True)
 
 
-def _same(source: Path, target: Path) -> bool:
-    if not target.is_file():
-        return False
-    ours, theirs = target.stat(), source.stat()
-    if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino):
-        return True
-    return ours.st_size == theirs.st_size and filecmp.cmp(
-        source, target, shallow=ours.st_mtime_ns == theirs.st_mtime_ns
-    )
+def _stat(file: Path) -> list[int]:
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _write(path: Path, text: str) -> None:
@@ -248,19 +230,22 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _recorded(folder: Path) -> set[str]:
-    try:
-        return set(json.loads((folder / _BROUGHT).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return set()
+def _recorded(folder: Path) -> dict[str, list[Any]]:
+    """Return what was brought: name → digest, size, time of change."""
+    with suppress(FileNotFoundError, ValueError):
+        recorded = json.loads((folder / _BROUGHT).read_text(encoding="utf-8"))
+        if isinstance(recorded, dict):
+            return recorded
+        return dict.fromkeys(recorded, _UNKNOWN)  # as it was recorded before there were digests
+    return {}
 
 
-def _record(folder: Path, names: Iterable[str]) -> None:
-    _write(folder / _BROUGHT, json.dumps(sorted(names), indent=0))
+def _record(folder: Path, brought: Mapping[str, list[Any]]) -> None:
+    _write(folder / _BROUGHT, json.dumps(brought, indent=0, sort_keys=True))
 
 
-def _release_locks_of_the_dead(folder: Path, group: str) -> None:
-    """Remove DVC's list of readers and writers if none of them lives.
+def _release_locks_of_the_dead(folder: Path) -> int | None:
+    """Remove DVC's list of readers and writers if none of them lives; return one that does.
 
     DVC does so itself, but takes any process that has got the number of a dead one for a DVC.
     """
@@ -268,17 +253,15 @@ def _release_locks_of_the_dead(folder: Path, group: str) -> None:
     try:
         locks = json.loads(entries.read_text(encoding="utf-8") or "{}")
     except FileNotFoundError:
-        return
+        return None
     except json.JSONDecodeError:  # written half when its writer was killed
         locks = {}
     readers = [reader for paths in locks.get("read", {}).values() for reader in paths]
     for holder in (*readers, *locks.get("write", {}).values()):
         if _is_dvc(holder["pid"]):
-            raise WorkspaceBusy(
-                f"group '{group}': a DVC process ({holder['pid']}) is at work in {folder}. "
-                "Wait for it to end, or stop it."
-            )
+            return int(holder["pid"])
     entries.unlink(missing_ok=True)
+    return None
 
 
 def _is_dvc(pid: int) -> bool:

@@ -6,12 +6,14 @@ import argparse
 import errno
 import importlib
 import os
+import resource
 import sys
 import traceback
 from pathlib import Path
 
-from mtz_core.errors import MtzError
-from tasks.faults import EXIT_TRY_AGAIN, ServiceFault
+from mtz_core.errors import IncompatibleNetworks, InvalidConfig, MtzError, UnsupportedModule
+from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN, Refused, ServiceFault
+from tasks.warm import hand_over
 
 MODEL_STAGES = ("pretrain", "collect", "hessians")
 """Stages that run once for each model."""
@@ -22,11 +24,18 @@ GROUP_STAGES = ("match", "merge", "retrain", "evaluate", "register")
 EXTRAS = ("pareto",)
 """What is no stage, as nothing in the pipeline needs it."""
 
+MEMORY_LIMIT = "MTZ_MEMORY_LIMIT"
+"""Environment variable: how many bytes of data the stage's process may have."""
+
+_REFUSALS = (Refused, UnsupportedModule, IncompatibleNetworks, InvalidConfig)
+"""Errors that say of these networks, or of what is asked for, that it cannot be."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a stage and tell an error in one line.
 
-    Returns 0 if it went well, `EXIT_TRY_AGAIN` after a fault that may pass by itself, 1 after any other error.
+    Returns 0 if it went well, `EXIT_TRY_AGAIN` after a fault that may pass by itself, `EXIT_REFUSED` if it cannot
+    be done as asked, 1 after any other error.
     """
     parser = argparse.ArgumentParser(
         prog="python -m tasks",
@@ -48,12 +57,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"stage {options.stage} takes no --sizes, --methods or --retrain")
     try:
         _run(options)
-    except (MtzError, OSError) as error:
+    except (MtzError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+            raise
         if options.debug or os.environ.get("MTZ_DEBUG"):
             traceback.print_exc()
         print(f"error: {_message(error)}", file=sys.stderr, flush=True)
-        return EXIT_TRY_AGAIN if isinstance(error, ServiceFault) else 1
+        return _status(error)
     return 0
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, ServiceFault):
+        return EXIT_TRY_AGAIN
+    return EXIT_REFUSED if isinstance(error, _REFUSALS) else 1
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -82,12 +99,32 @@ def _run(options: argparse.Namespace) -> None:
         module.run(params, workspace)
 
 
-def _message(error: MtzError | OSError) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f" (writing {error.filename})" if error.filename else ""
         return f"the disk is full{place}. Free some space and run again."
+    if _lacks_memory(error):
+        limit = os.environ.get(MEMORY_LIMIT)
+        known = f" within the limit of {int(limit):,} bytes. Raise flow.memory" if limit else ". Free some"
+        return f"the memory did not suffice{known}, or lower the stage's batch and sample sizes in params.yaml."
     return str(error)
 
 
+def _lacks_memory(error: Exception) -> bool:
+    """Tell whether an allocation failed; torch says so in a RuntimeError's text only."""
+    if isinstance(error, RuntimeError):
+        return any(told in str(error) for told in ("can't allocate memory", "std::bad_alloc", "CUDA out of memory"))
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def _limit_memory() -> None:
+    if limit := os.environ.get(MEMORY_LIMIT):
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = int(limit) if most == resource.RLIM_INFINITY else min(int(limit), most)
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, most))
+
+
 if __name__ == "__main__":
+    hand_over()
+    _limit_memory()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Figures of curves that a person understands at a glance: every line named where it ends, the same bytes each time.
+"""Figures that a person understands at a glance, the same bytes each time: curves named where they end, whole fleets.
 
 No window system is needed and matplotlib's settings are left as they were. Colours follow Okabe and Ito (2008), so they
 remain different for colour-blind eyes; markers and widths differ as well.
@@ -6,9 +6,10 @@ remain different for colour-blind eyes; markers and widths differ as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from math import ceil
 from pathlib import Path
 from textwrap import fill
@@ -18,11 +19,15 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from mtz_core.affinity import Affinities
+from mtz_core.grouping import Grouping
 from tasks.files import whole_file
 
 _LOOKS = (
@@ -72,6 +77,22 @@ _SPOTS = tuple(
 """Where a name may stand: how far right and up, ±1 being beside, or above, the line's end."""
 
 
+_CELLS, _LEAST_CELL, _MOST_CELL = 8.0, 0.135, 0.6
+"""A matrix takes so many inches as long as its cells are neither smaller nor larger than these."""
+
+_VALUES_TO = 14
+"""So many models have their similarity written in the cells."""
+
+_SHADES = LinearSegmentedColormap.from_list("similarity", ["#FFFFFF", "#CFE3F3", "#5BA3D0", "#08519C"]).with_extremes(
+    bad="#EDEDED"
+)
+_DARK = 0.6
+"""Letters on shades of more than that are white."""
+
+_SCALE, _BELOW = 3.0, 0.65
+"""The scale's width, and the height of all that is below a matrix, in inches."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """A named line through points, at least one: `x` in percent, above 0, and `y` in percentage points."""
@@ -108,9 +129,7 @@ def draw_curves(
     looks = {name: _LOOKS[number % len(_LOOKS)] for number, name in enumerate(names)}
     across = columns or len(panels)
     rows = ceil(len(panels) / across)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own settings are no part of a figure that is the same everywhere
-        matplotlib.rcParams.update(_STYLE)
+    with _own_style():
         width = max(_LEAST_WIDTH, _WIDTH * across)
         figure = Figure((width, _HEIGHT * rows + _HEADING), dpi=_DPI, layout="constrained", facecolor="white")
         grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
@@ -126,10 +145,23 @@ def draw_curves(
         figure.set_layout_engine("none")
         for axes, panel in zip(grid.flat, panels, strict=False):
             _name_lines(axes, panel, looks)
-        kind = path.suffix.removeprefix(".")
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format=kind, dpi=_DPI, metadata=metadata)
+        _save(figure, path)
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own settings are no part of a figure that is the same everywhere
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write an SVG or PNG file, as its suffix says, without the time of its making."""
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=_DPI, metadata=metadata)
 
 
 def _scale(axes: Axes, panels: Sequence[Panel], room: float) -> None:
@@ -219,3 +251,101 @@ def _pixels(axes: Axes, curve: Curve) -> Float[np.ndarray, "n 2"]:
     far = np.concatenate([[0.0], np.cumsum(lengths)])
     along = np.arange(0, far[-1] + 1, _DPI / 72)
     return np.stack([np.interp(along, far, corners[:, axis]) for axis in (0, 1)], axis=1)
+
+
+def draw_fleet(affinities: Affinities, grouping: Grouping, file: Path, names: Sequence[str] = ()) -> None:
+    """Draw what every two models have in common, by group, to an SVG or PNG file, as its suffix says.
+
+    Groups are outlined and named (`names`, in their order; numbered if not given), models left alone have grey names.
+    Pairs that cannot be compared are grey.
+    """
+    names = names or [f"group {number}" for number in range(1, len(grouping.groups) + 1)]
+    alone = [one.model for one in grouping.alone]
+    order = [*(model for group in grouping.groups for model in group.models), *alone]
+    with _own_style():
+        blocks = [
+            (f"{name}: {len(group.models)} models, saves {100 * group.saved / group.bytes:.0f} %", len(group.models))
+            for group, name in zip(grouping.groups, names, strict=True)
+        ]
+        blocks += [(f"alone: {len(alone)}", len(alone))] if alone else []
+        right = _LETTER * max((len(text) for text, _ in blocks), default=0) + 0.3
+        figure, axes = _matrix(affinities, order, alone, grouping.limits.similarity, right)
+        start = 0
+        for number, (text, count) in enumerate(blocks):
+            colour = _LOOKS[number % len(_LOOKS)][0] if number < len(names) else _FAINT
+            if number < len(names):
+                _outline(axes, start, count, colour)
+            _name_block(axes, len(order), start + (count - 1) / 2, text, colour)
+            start += count
+        _save(figure, file)
+
+
+def _matrix(
+    affinities: Affinities, order: Sequence[str], alone: Sequence[str], limit: float, right: float
+) -> tuple[Figure, Axes]:
+    """A figure with the matrix, the models' names and the scale; so many inches to the `right` stay free."""
+    count = len(order)
+    cell = min(max(_CELLS / max(count, 1), _LEAST_CELL), _MOST_CELL)
+    letter = min(11.0, 0.85 * cell * 72)
+    side, room = cell * count, letter / 11 * _LETTER * max(map(len, order), default=0) + 0.2
+    width, height = room + max(side, _SCALE) + right, room + side + _BELOW
+    figure = Figure((width, height), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes((room / width, _BELOW / height, side / width, side / height))
+    values = _similarities(affinities, order)
+    axes.imshow(np.ma.masked_invalid(values), cmap=_SHADES, vmin=0, vmax=1, interpolation="none")
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(count), order, rotation=90, fontsize=letter)
+    axes.set_yticks(range(count), order, fontsize=letter)
+    axes.tick_params(length=0, pad=3)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_color(_FAINT if label.get_text() in alone else _INK)
+    if count <= _VALUES_TO:
+        for row, column in zip(*np.nonzero(~np.isnan(values) & ~np.eye(count, dtype=bool)), strict=True):
+            value = values[row, column]
+            colour = "white" if value > _DARK else _INK
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=0.85 * letter, color=colour)
+    _scale_of_shades(figure.add_axes((room / width, 0.35 / height, _SCALE / width, 0.12 / height)), limit)
+    return figure, axes
+
+
+def _scale_of_shades(axes: Axes, limit: float) -> None:
+    """What the shades mean, and the least similarity that groups may have."""
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=_SHADES, extent=(0, 1, 0, 1), aspect="auto", interpolation="none")
+    axes.set_yticks([])
+    axes.set_xticks([0, 1], ["0", "100 %"], fontsize=9)
+    axes.axvline(limit, color=_INK, linewidth=1.5)
+    text = f"in common; {100 * limit:g} % at least"
+    axes.annotate(text, (0.5, 0), (0, -4), textcoords="offset points", ha="center", va="top", fontsize=9)
+
+
+def _similarities(affinities: Affinities, order: Sequence[str]) -> Float[np.ndarray, "n n"]:
+    """The matrix, NaN where models cannot be compared."""
+    values = np.eye(len(order))
+    for i, j in combinations(range(len(order)), 2):
+        pair = affinities.of(order[i], order[j])
+        values[i, j] = values[j, i] = pair.similarity if pair.comparable else np.nan
+    return values
+
+
+def _outline(axes: Axes, start: int, count: int, colour: str) -> None:
+    corner = start - 0.5, start - 0.5
+    frame = Rectangle(corner, count, count, fill=False, edgecolor=colour, linewidth=2.5, clip_on=False)
+    frame.set_path_effects([withStroke(linewidth=5, foreground="white")])
+    axes.add_patch(frame)
+
+
+def _name_block(axes: Axes, size: int, middle: float, text: str, colour: str) -> None:
+    """Write what rows are, beside the matrix."""
+    axes.annotate(
+        text,
+        (size - 0.5, middle),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        annotation_clip=False,
+        color=colour,
+        fontsize=9,
+        fontweight="bold",
+    )

@@ -22,13 +22,17 @@ from tasks.artifacts import Attempt, Matched, Search, read_moments, read_sensiti
 from tasks.budgets import check_budget
 from tasks.data import read_images
 from tasks.models import calibration, load_network, trace_on_own_image
-from tasks.params import Params
+from tasks.params import InvalidParams, Params
 from tasks.progress import say
 from tasks.workspace import Workspace
 
 
 def run(params: Params, workspace: Workspace) -> None:
     """Write which neurons are kept and which are one, and what that is expected to cost. Raises `MtzError`."""
+    if len(params.models) < 2:
+        raise InvalidParams("models: name two at least; one alone has nothing to share.")
+    if len(params.models) < 2:
+        raise InvalidParams("models: give two at least; there is nothing to zip in one.")
     originals = {model: load_network(params, workspace, model) for model in sorted(params.models)}
     networks = {m: trace_on_own_image(params, workspace, m, original) for m, original in originals.items()}
     matching.check_compatible(networks)

@@ -58,7 +58,7 @@ def _without_password(value: str) -> str:
     return value
 
 
-def _importable_name(value: str) -> str:
+def importable_name(value: str) -> str:
     module, _, attribute = value.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
         raise ValueError("name a factory as 'package.module:function'")
@@ -72,7 +72,7 @@ class ModelParams(_Block):
     submodules that stay task-specific, whatever they do. `metric` measures errors; see `mtz_core.evaluate.METRICS`.
     """
 
-    network: Annotated[str, AfterValidator(_importable_name)]
+    network: Annotated[str, AfterValidator(importable_name)]
     arguments: dict[str, Any] = {}
     weights: Annotated[str, AfterValidator(_below("networks"))]
     data: Annotated[str, AfterValidator(_below("data"))]
@@ -209,9 +209,10 @@ class EvaluateParams(_Block):
 
 
 class RegisterParams(_Block):
-    """`name` of the registered model."""
+    """`name` of the registered model; `floors`: points of test error that each task may lose, or it is refused."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    floors: dict[str, Annotated[float, Field(ge=0)]] = {}
 
 
 class StorageParams(_Block):
@@ -233,10 +234,21 @@ class TrackingParams(_Block):
 
 
 class FlowParams(_Block):
-    """How the flow runs: groups at a time, and tries of what may be tried again."""
+    """Where groups run, how many at a time, and how often is tried again what may be tried again.
 
-    workers: int = Field(default=2, ge=1)
-    retries: int = Field(default=2, ge=0)
+    `executor`: `local`, workers of this process; `dask`, those of the cluster at the address `dask`, or of one that is
+    started here; `pool`, those that serve the Prefect work pool `pool`. `workers` groups run at a time; `auto`: as many
+    as cores and memory allow. `memory`: GiB that each process of a worker may take. `heavy`: how many of the stages
+    match, merge and retrain run at a time, on all workers together. The delay doubles from try to try.
+    """
+
+    executor: Literal["local", "dask", "pool"] = "local"
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    memory: float | None = Field(default=None, ge=1)
+    dask: Annotated[str, Field(pattern=r"^(local|(tcp|tls)://[^\s]+)$")] = "local"
+    pool: str = Field(default="mtz", min_length=1)
+    heavy: int | None = Field(default=None, ge=1)
+    retries: int = Field(default=4, ge=0)
     retry_delay_seconds: float = Field(default=5, ge=0)
 
 
@@ -245,7 +257,7 @@ class Params:
     """All settings of one group's pipeline. (A dataclass, because `register` is taken on pydantic's models.)"""
 
     group: Name
-    models: Annotated[dict[Name, ModelParams], Field(min_length=2)]
+    models: Annotated[dict[Name, ModelParams], Field(min_length=1)]
     register: RegisterParams
     runtime: RuntimeParams = RuntimeParams()
     pretrain: dict[Name, PretrainParams] = field(default_factory=dict)
@@ -266,6 +278,9 @@ class Params:
                 raise ValueError(f"pretrain.{name}: there is no such model; models: {', '.join(self.models)}")
             if self.models[name].weights != f"networks/{name}.safetensors":
                 raise ValueError(f"models.{name}.weights: pretrain writes them to networks/{name}.safetensors; say so")
+        for name in self.register.floors:
+            if name not in self.models:
+                raise ValueError(f"register.floors.{name}: there is no such model; models: {', '.join(self.models)}")
         named: dict[str, object] = {"match.balance": self.match.balance, "retrain.balance": self.retrain.balance}
         if self.match.budget is not None:
             named["match.budget.floor"] = self.match.budget.floor
@@ -310,7 +325,7 @@ def load_params(path: Path) -> Params:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises `InvalidParams`."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InvalidParams(f"{path}: {error.strerror}. Name the file to read, or restore it.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -318,6 +333,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidParams(f"{path} should hold a mapping of blocks, not {type(content).__name__}.")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice, and nothing contains itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            started = self.anchors.get(alias.anchor)
+            if started is not None and started.end_mark is None:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'*{alias.anchor}' stands within '&{alias.anchor}'", problem_mark=alias.start_mark
+                )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def validate(content: Mapping[str, Any], name: str) -> Params:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from tasks import storage, tracking
+from tasks.faults import Refused
 from tasks.files import read_json, write_json
 from tasks.home import find_home
 from tasks.params import Params
@@ -21,7 +22,11 @@ _MANIFEST = "release.json"
 
 
 def run(params: Params, workspace: Workspace) -> None:
-    """Store and register the group's zipped network; write `registration.json`. Raises `MtzError`."""
+    """Store and register the group's zipped network; write `registration.json`.
+
+    Raises `Refused` where a task loses more than its floor allows, and `MtzError` in its other kinds.
+    """
+    _check_floors(params, workspace)
     home = find_home(workspace.root)
     release = gather(params, workspace)
     with storage.connect(params.storage, home) as store:
@@ -47,6 +52,23 @@ def verify(params: Params, workspace: Workspace, home: Path, store: Storage) -> 
     return tracking.find_version(params.tracking, home, model, digest, store)
 
 
+def manifest_key(folder: str) -> str:
+    """The key of a bundle's manifest, which is stored last: a bundle that has it is whole."""
+    return f"{folder}/{_MANIFEST}"
+
+
+def _check_floors(params: Params, workspace: Workspace) -> None:
+    tasks = read_json(workspace.metrics)["tasks"]
+    lost = {task: tasks[task]["error_retrained"] - tasks[task]["error_original"] for task in params.register.floors}
+    broken = [
+        f"{task} loses {points:.2f} points of test error, and {params.register.floors[task]:g} are allowed"
+        for task, points in lost.items()
+        if points > params.register.floors[task]
+    ]
+    if broken:
+        raise Refused(f"{'; '.join(broken)}. Store more (match), retrain more, allow more, or leave that model out.")
+
+
 def _upload(store: Storage, release: Release) -> int:
     """Store the bundle, its manifest last, unless it is there; returns how many objects were sent."""
     if _is_whole(store, release.folder):
@@ -64,7 +86,7 @@ def _upload(store: Storage, release: Release) -> int:
 
 def _is_whole(store: Storage, folder: str) -> bool:
     """Whether a bundle has its manifest, and every file with the content that the manifest states."""
-    if not store.exists(f"{folder}/{_MANIFEST}"):
+    if not store.exists(manifest_key(folder)):
         return False
-    files = json.loads(store.read(f"{folder}/{_MANIFEST}"))["files"]
+    files = json.loads(store.read(manifest_key(folder)))["files"]
     return all(store.digest(f"{folder}/{name}") == digest for name, digest in files.items())

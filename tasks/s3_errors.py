@@ -36,6 +36,15 @@ _REFUSALS = {
     "SlowDown": ("the server asks for fewer requests", "Run again later."),
 }
 
+_MISSING = frozenset({"NoSuchKey", "404"})
+
+# The last line: content was damaged on its way; or the answer that all its parts were put together was lost, and the
+# question asked again.
+_PASSING = frozenset(
+    {"SlowDown", "RequestTimeout", "OperationAborted", "Throttling", "PreconditionFailed"}
+    | {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
+)
+
 
 def explain(error: BaseException) -> tuple[str, str]:
     """Cause and remedy of an error of boto3, in words that hold no secret."""
@@ -56,3 +65,16 @@ def explain(error: BaseException) -> tuple[str, str]:
 def code(error: ClientError) -> str:
     """The error code that the server gave, e.g. `AccessDenied`; a bare status such as `404` where it gave none."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether the object is not there."""
+    return isinstance(error, ClientError) and code(error) in _MISSING
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server would say the same again: it does not let us in, or does not know the place."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return 300 <= status < 500 and code(error) not in _PASSING
+    return isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound | ParamValidationError)

@@ -3,6 +3,7 @@
     <prefix>/dvc/        DVC's remote
     <prefix>/mlflow/     MLflow's artifacts
     <prefix>/releases/   one bundle per released network
+    <prefix>/contents/   source files, by the SHA-256 of their content
 
 Every object that is stored here carries the SHA-256 of its content: the server checks it on arrival, we check it on
 the way back. (DVC and MLflow move theirs by themselves.)
@@ -12,21 +13,30 @@ import base64
 import functools
 import hashlib
 import os
+import random
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
+from boto3.exceptions import Boto3Error, RetriesExceededError, S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from botocore.parsers import ResponseParserError
+from s3transfer.exceptions import S3DownloadFailedError  # type: ignore[import-untyped]
 
 from tasks import embedded_s3, s3_errors
 from tasks.faults import ServiceFault
 from tasks.files import sha256
+
+T = TypeVar("T")
 
 EMBEDDED = "embedded"
 AWS = "aws"
@@ -35,15 +45,44 @@ _DEFAULT_REGION = "us-east-1"
 _LOOPBACK = "127.0.0.1,localhost"
 _DIGEST = "sha256"
 _FULL_DISK_BYTES = 64 << 20
+_THREADS = 16
+# Larger objects go in several parts, side by side.
+_SMALL_BYTES = 8 << 20
+
+_ATTEMPTS = 6
+_ATTEMPTS_OF_OTHERS = 10
+_TRANSFER = TransferConfig(multipart_threshold=_SMALL_BYTES, num_download_attempts=_ATTEMPTS)
+
+# boto3 tries each request several times, but not when all requests together fail too often, nor after the body of an
+# answer was cut off. For so many seconds, with waits that grow to the second number, we try again what has failed then.
+_PATIENCE = 60.0
+_LONGEST_WAIT = 8.0
 
 # A first answer within ten seconds, also from a host that drops packets or accepts and says nothing.
 _IMPATIENT = {"connect_timeout": 3, "read_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 2}}
 _STARTING = {"connect_timeout": 1, "read_timeout": 4, "retries": {"total_max_attempts": 1}}
-_PATIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 6}}
+_PATIENT = {
+    "connect_timeout": 5,
+    "read_timeout": 60,
+    "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
+    "max_pool_connections": 2 * _THREADS,
+}
 
 
 class StorageError(ServiceFault):
     """The S3 storage cannot be reached, does not let us in, or does not hold what was asked for."""
+
+
+class StorageRefused(StorageError):
+    """What the storage says will not change by itself: no access, no such bucket."""
+
+
+class NoSuchObject(StorageRefused):
+    """The storage has no such object."""
+
+
+class DamagedObject(StorageRefused):
+    """An object is not what it was stored as."""
 
 
 class Settings(Protocol):
@@ -74,6 +113,8 @@ class Storage:
     """Where the embedded server keeps its files; None for any other server."""
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Environment variables of the embedded server's credentials; empty where boto3 finds them by itself."""
+    patience: float = 0.0
+    """For how many seconds what fails is tried again."""
 
     def key(self, *parts: str) -> str:
         """The full object key of the path `parts`."""
@@ -83,9 +124,18 @@ class Storage:
         """The `s3://` URL of the path `parts`."""
         return f"s3://{self.bucket}/{self.key(*parts)}".rstrip("/")
 
+    def elsewhere(self, bucket: str) -> "Storage":
+        """All of another bucket, at the same endpoint, with the same credentials."""
+        return replace(self, bucket=bucket, prefix="")
+
     def environment(self) -> dict[str, str]:
         """The environment variables with which another process (DVC, MLflow, boto3) reaches this storage."""
-        variables = {"AWS_DEFAULT_REGION": self.region, "AWS_REGION": self.region}
+        variables = {
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_REGION": self.region,
+            "AWS_RETRY_MODE": "standard",
+            "AWS_MAX_ATTEMPTS": str(_ATTEMPTS_OF_OTHERS),
+        }
         if self.endpoint:
             variables |= {"AWS_ENDPOINT_URL_S3": self.endpoint, "MLFLOW_S3_ENDPOINT_URL": self.endpoint}
         if self.embedded_folder:
@@ -104,13 +154,70 @@ class Storage:
         head = self._head(key)
         return None if head is None else head["Metadata"].get(_DIGEST)
 
+    def version(self, key: str) -> str | None:
+        """What tells this content of the object `key` from any other it had or will have; None where it is not there.
+
+        It says nothing of the content: an object that is stored anew has another.
+        """
+        head = self._head(key)
+        return None if head is None else f"{head.get('VersionId', '')} {head['ETag']} {head['ContentLength']}"
+
     def read(self, key: str) -> bytes:
         """The content of the small object `key`, checked. Raises `StorageError`."""
-        with self.explained():
+
+        def read() -> bytes:
             answer = self.client.get_object(Bucket=self.bucket, Key=self.key(key))
             content: bytes = answer["Body"].read()
-        self._check(key, answer["Metadata"].get(_DIGEST), content_digest(content))
-        return content
+            self._check(key, answer["Metadata"].get(_DIGEST), content_digest(content))
+            return content
+
+        return self._twice(read)
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, bytes | None]:
+        """The contents of small objects, several at a time; None where there is none. Raises `StorageError`."""
+        wanted = list(dict.fromkeys(keys))
+
+        def read(key: str) -> bytes | None:
+            try:
+                return self.read(key)
+            except NoSuchObject:
+                return None
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(wanted, pool.map(read, wanted), strict=True))
+
+    def exist(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that name objects, asked several at a time. Raises `StorageError`."""
+        asked = list(dict.fromkeys(keys))
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return {key for key, there in zip(asked, pool.map(self.exists, asked), strict=True) if there}
+
+    def get(self, key: str, target: Path, digest: str | None = None) -> None:
+        """Fetch the object `key` into the file `target`, which appears when it is whole and checked.
+
+        Its SHA-256 must be `digest`, where that is given, or else the one that it was stored with. Raises
+        `StorageError`.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+
+        def get() -> None:
+            stored = self._download(key, partial)
+            self._check(key, digest or stored, content_digest(partial))
+
+        try:
+            self._twice(get)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def put(self, key: str, content: Path | bytes, digest: str | None = None) -> None:
+        """Store a content as the object `key`, whole or not at all, whatever that holds. Raises `StorageError`.
+
+        `digest` is the content's SHA-256, where that is known.
+        """
+        known = digest or content_digest(content)
+        self._patiently(lambda: self._send(key, content, known))
 
     def put_files(self, folder: str, files: Mapping[str, Path | bytes], last: str | None = None) -> int:
         """Store `files` (name → file or content) below `folder`, `last` after all others; returns how many were sent.
@@ -124,9 +231,12 @@ class Storage:
     def names(self, folder: str) -> list[str]:
         """The names of all objects below `folder`, relative to it."""
         root = self.key(folder) + "/"
-        with self.explained():
+
+        def names() -> list[str]:
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root)
             return sorted(item["Key"].removeprefix(root) for page in pages for item in page.get("Contents", []))
+
+        return self._patiently(names)
 
     def get_folder(self, folder: str, target: Path) -> list[str]:
         """Fetch all objects below `folder` into `target`, each checked before it appears; returns their names."""
@@ -136,55 +246,77 @@ class Storage:
         for name in names:
             if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
                 raise StorageError(f"{self.url(folder, name)} would land outside of {target}. Delete that object.")
-            self._get(f"{folder.rstrip('/')}/{name}", target / name)
+            self.get(f"{folder.rstrip('/')}/{name}", target / name)
         return names
 
     def check_writable(self) -> None:
         """Store and delete an empty object. Raises `StorageError`."""
-        probe = {"Bucket": self.bucket, "Key": self.key(f".writable-{os.getpid()}")}
+        # One name for all: what a killed process leaves is used up by the next one.
+        probe = {"Bucket": self.bucket, "Key": self.key(".writable")}
         with self.explained():
             self.client.put_object(**probe, Body=b"")
             self.client.delete_object(**probe)
 
     def _head(self, key: str) -> Any:
-        with self.explained():
-            try:
-                return self.client.head_object(Bucket=self.bucket, Key=self.key(key))
-            except ClientError as error:
-                if s3_errors.code(error) in ("404", "NoSuchKey"):
-                    return None
-                raise
+        try:
+            return self._patiently(lambda: self.client.head_object(Bucket=self.bucket, Key=self.key(key)))
+        except NoSuchObject:
+            return None
 
     def _put(self, key: str, source: Path | bytes) -> bool:
         digest = content_digest(source)
         if self.digest(key) == digest:
             return False
-        metadata = {_DIGEST: digest}
-        where = {"Bucket": self.bucket, "Key": self.key(key)}
-        with self.explained():
-            if isinstance(source, bytes):
-                checksum = base64.b64encode(bytes.fromhex(digest)).decode()
-                self.client.put_object(**where, Body=source, ChecksumSHA256=checksum, Metadata=metadata)
-            else:
-                extra = {"ChecksumAlgorithm": "SHA256", "Metadata": metadata}
-                self.client.upload_file(str(source), **where, ExtraArgs=extra)
+        self.put(key, source, digest)
         return True
 
-    def _get(self, key: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    def _send(self, key: str, source: Path | bytes, digest: str) -> None:
+        where = {"Bucket": self.bucket, "Key": self.key(key)}
+        metadata = {_DIGEST: digest}
+        if isinstance(source, Path) and source.stat().st_size > _SMALL_BYTES:
+            extra = {"ChecksumAlgorithm": "SHA256", "Metadata": metadata}
+            self.client.upload_file(str(source), **where, ExtraArgs=extra, Config=_TRANSFER)
+        else:
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            checksum = base64.b64encode(bytes.fromhex(digest)).decode()
+            self.client.put_object(**where, Body=content, ChecksumSHA256=checksum, Metadata=metadata)
+
+    def _download(self, key: str, target: Path) -> str | None:
+        """Write the object to `target`; returns the digest that it was stored with."""
+        answer = self.client.get_object(Bucket=self.bucket, Key=self.key(key))
+        stored: str | None = answer["Metadata"].get(_DIGEST)
+        with answer["Body"] as body:
+            if answer["ContentLength"] <= _SMALL_BYTES:
+                target.write_bytes(body.read())
+                return stored
+        self.client.download_file(self.bucket, self.key(key), str(target), Config=_TRANSFER)
+        return stored
+
+    def _twice(self, operation: Callable[[], T]) -> T:
+        """The result of fetching an object, which may have been damaged on its way, or replaced meanwhile."""
         try:
-            expected = self.digest(key)
-            with self.explained():
-                self.client.download_file(self.bucket, self.key(key), str(partial))
-            self._check(key, expected, content_digest(partial))
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            return self._patiently(operation)
+        except DamagedObject:
+            return self._patiently(operation)
+
+    def _patiently(self, operation: Callable[[], T]) -> T:
+        """The result of an operation, tried again for `patience` seconds while what fails may pass by itself."""
+        end, wait = time.monotonic() + self.patience, 0.1
+        while True:
+            try:
+                with self.explained():
+                    return operation()
+            except StorageRefused:
+                raise
+            except StorageError:
+                if time.monotonic() + wait > end:
+                    raise
+            time.sleep(random.uniform(0.5, 1.0) * wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
 
     def _check(self, key: str, expected: str | None, found: str) -> None:
         if expected is not None and expected != found:
-            raise StorageError(
+            raise DamagedObject(
                 f"{self.url(key)} is damaged: its SHA-256 is {found}, it was stored with {expected}. "
                 "Delete the object and run the stage that stored it again."
             )
@@ -194,19 +326,28 @@ class Storage:
         """Turns errors of boto3 inside the block, whoever calls it, into `StorageError`."""
         try:
             yield
-        except S3UploadFailedError as error:
-            # boto3 keeps the reason only as the context of this error.
-            reason = error.__context__
-            raise self._error(reason if isinstance(reason, Exception) else error) from error
-        except (BotoCoreError, ClientError) as error:
-            raise self._error(error) from error
+        except (BotoCoreError, Boto3Error, ClientError, ResponseParserError, S3DownloadFailedError) as error:
+            raise self._error(_reason(error)) from error
 
     def _error(self, error: Exception) -> StorageError:
         cause, remedy = s3_errors.explain(error)
-        if self.embedded_folder and shutil.disk_usage(self.embedded_folder).free < _FULL_DISK_BYTES:
+        kind = StorageRefused if s3_errors.is_refusal(error) else StorageError
+        if s3_errors.is_missing(error):
+            kind = NoSuchObject
+        elif self.embedded_folder and shutil.disk_usage(self.embedded_folder).free < _FULL_DISK_BYTES:
             cause, remedy = f"the disk of {self.embedded_folder} is full", "Free some space and run again."
+            kind = StorageRefused
         place = self.endpoint or "AWS"
-        return StorageError(f"S3 bucket '{self.bucket}' at {place} cannot be used: {cause}. {remedy}")
+        return kind(f"S3 bucket '{self.bucket}' at {place} cannot be used: {cause}. {remedy}")
+
+
+def _reason(error: Exception) -> Exception:
+    """What lies behind an error of a transfer, which boto3 keeps as its context, or wraps."""
+    if isinstance(error, RetriesExceededError):
+        return error.last_exception
+    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, Exception):
+        return error.__context__
+    return error
 
 
 @contextmanager
@@ -220,10 +361,10 @@ def connect(settings: Settings, home: Path) -> Iterator[Storage]:
         folder = home / "s3"
         starting = functools.cache(lambda server: _embedded(settings, folder, server, _STARTING))
         with embedded_s3.joined(folder, lambda server: _serves(starting(server))) as server:
-            yield _embedded(settings, folder, server, _PATIENT)
+            yield replace(_embedded(settings, folder, server, _PATIENT), patience=_PATIENCE)
     else:
         _remote(settings, _IMPATIENT).check_writable()
-        yield _remote(settings, _PATIENT)
+        yield replace(_remote(settings, _PATIENT), patience=_PATIENCE)
 
 
 def _remote(settings: Settings, patience: Mapping[str, Any]) -> Storage:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -34,6 +34,11 @@ EMBEDDED = "embedded"
 _MODEL_FILE = Path(__file__).with_name("served_model.py")
 _SERVING_PACKAGES = ("mlflow", "numpy", "torch", "scipy", "safetensors", "jaxtyping")
 _EXAMPLE_ROWS = 2
+_PAGE = 10_000
+# What a registry says of a request, not of its own state.
+_REFUSALS = frozenset(
+    {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
+)
 # MLflow keeps no more of a data set's digest; the tags hold all of it.
 _DATASET_DIGEST_LENGTH = 32
 
@@ -50,6 +55,10 @@ _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRI
 
 class TrackingError(ServiceFault):
     """The MLflow registry cannot be reached, or refuses."""
+
+
+class TrackingRefused(TrackingError):
+    """The registry answers, and what it says will not change by itself: no such model, no access."""
 
 
 class Settings(Protocol):
@@ -97,6 +106,72 @@ def find_version(
         if store is not None:
             numbers = [number for number in numbers if _is_stored(client, store, model, number)]
     return min(numbers, default=None)
+
+
+def find_versions(settings: Settings, home: Path, store: Storage) -> dict[tuple[str, str], int]:
+    """The version of each content of each model, by ``(model, content digest)``: all that `find_version` would find.
+
+    Only versions count whose files lie in `store`. Raises `TrackingError` and `StorageError`.
+    """
+    if settings.uri == EMBEDDED and not _database(home).exists():
+        return {}
+    with _explained(settings, home):
+        client = _client(settings, home)
+        condition = f"tag.`{DIGEST_TAG}` LIKE '%'"
+        found = list(_paged(lambda token: client.search_model_versions(condition, _PAGE, page_token=token)))
+        locations = _logged_models(client, store) if found else {}
+    sources = [str(version.source).removeprefix("models:/") for version in found]
+    places = [_place(store, locations.get(source, source)) for source in sources]
+    stored = store.exist(f"{place}/MLmodel" for place in places if place is not None)
+    versions: dict[tuple[str, str], int] = {}
+    for version, place in zip(found, places, strict=True):
+        if place is not None and f"{place}/MLmodel" in stored:
+            key, number = (version.name, version.tags[DIGEST_TAG]), int(version.version)
+            versions[key] = min(number, versions.get(key, number))
+    return versions
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version in the registry; `location` is the URI below which its files lie."""
+
+    name: str
+    number: int
+    location: str
+
+
+def find_model(settings: Settings, home: Path, name: str, number_or_alias: int | str) -> ModelVersion:
+    """A version of a registered model, by its number or by an alias.
+
+    Raises `TrackingRefused` where there is none, `TrackingError` where the registry cannot be used.
+    """
+    if settings.uri == EMBEDDED and not _database(home).exists():
+        raise TrackingRefused(f"There is no MLflow registry in {home} yet. Set tracking.uri in params.yaml to yours.")
+    with _explained(settings, home):
+        client = _client(settings, home)
+        version = (
+            client.get_model_version(name, str(number_or_alias))
+            if isinstance(number_or_alias, int)
+            else client.get_model_version_by_alias(name, number_or_alias)
+        )
+        return ModelVersion(name, int(version.version), _location(client, name, int(version.version)))
+
+
+def model_files(settings: Settings, home: Path, version: ModelVersion) -> list[str]:
+    """The paths of all files of a version. Raises `TrackingError`."""
+    with _explained(settings, home):
+        repository, files, folders = _repository(settings, home, version), list[str](), [""]
+        while folders:
+            for entry in repository.list_artifacts(folders.pop()):
+                (folders if entry.is_dir else files).append(entry.path)
+    return sorted(files)
+
+
+def fetch_model_file(settings: Settings, home: Path, version: ModelVersion, file: str, target: Path) -> None:
+    """Write a file of a version to `target`. Raises `TrackingError`."""
+    with _explained(settings, home), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fetched = _repository(settings, home, version).download_artifacts(file, dst_path=folder)
+        Path(fetched).replace(target)
 
 
 def register_release(settings: Settings, home: Path, store: Storage, release: Release) -> int:
@@ -258,13 +333,14 @@ def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
     import torch
 
     network = mtz_core.load(folder)
-    served = mlflow.pyfunc.load_model(model_uri)
-    for task in network.tasks:
-        x = _example(network.structure.networks[task].input_shape)
-        with torch.inference_mode():
-            expected = network(torch.from_numpy(x), task=task).numpy()
-        if not np.array_equal(served.predict(x, params={"task": task}), expected):
-            raise TrackingError(f"The logged model gives other outputs for task '{task}' than {folder}. Run again.")
+    with tempfile.TemporaryDirectory() as copy:
+        served = mlflow.pyfunc.load_model(model_uri, dst_path=copy)
+        for task in network.tasks:
+            x = _example(network.structure.networks[task].input_shape)
+            with torch.inference_mode():
+                expected = network(torch.from_numpy(x), task=task).numpy()
+            if not np.array_equal(served.predict(x, params={"task": task}), expected):
+                raise TrackingError(f"The logged model gives other outputs for task '{task}' than {folder}. Run again.")
 
 
 def _example(shape: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -305,11 +381,45 @@ def _end_interrupted_runs(client: Any, settings: Settings, content_digest: str) 
 
 
 def _is_stored(client: Any, store: Storage, model: str, number: int) -> bool:
-    location = client.get_model_version_download_uri(model, str(number))
+    place = _place(store, _location(client, model, number))
+    return place is not None and store.exists(f"{place}/MLmodel")
+
+
+def _location(client: Any, model: str, number: int) -> str:
+    location: str = client.get_model_version_download_uri(model, str(number))
     if location.startswith("models:/"):
         location = client.get_logged_model(location.removeprefix("models:/")).artifact_location
+    return location
+
+
+def _place(store: Storage, location: str) -> str | None:
+    """The folder of `store` that a URI names; None where it lies elsewhere."""
     root = store.url() + "/"
-    return bool(location.startswith(root)) and store.exists(f"{location.removeprefix(root)}/MLmodel")
+    return location.removeprefix(root) if location.startswith(root) else None
+
+
+def _logged_models(client: Any, store: Storage) -> dict[str, str]:
+    """Where the files of each logged model lie, by its id, for all experiments that keep theirs in `store`."""
+    experiments = _paged(lambda token: client.search_experiments(page_token=token))
+    ids = [experiment.experiment_id for experiment in experiments if _place(store, experiment.artifact_location)]
+    models = _paged(lambda token: client.search_logged_models(ids, page_token=token)) if ids else ()
+    return {model.model_id: model.artifact_location for model in models}
+
+
+def _paged(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All that a search finds, page by page."""
+    page = search(None)
+    yield from page
+    while page.token:
+        page = search(page.token)
+        yield from page
+
+
+def _repository(settings: Settings, home: Path, version: ModelVersion) -> Any:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    uri = tracking_uri(settings, home)
+    return get_artifact_repository(version.location, tracking_uri=uri, registry_uri=uri)
 
 
 def _database(home: Path) -> Path:
@@ -415,12 +525,24 @@ def _explained(settings: Settings, home: Path) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
-        uri = tracking_uri(settings, home)
-        reason = re.sub(r"//[^/@\s]*@", "//", f"The MLflow registry at {uri} cannot be used: {error}".splitlines()[0])
-        remedy = (
-            f"Check {_database(home)} and the free disk; move the file away to start with an empty registry."
-            if settings.uri == EMBEDDED
-            else "Start that server, set its credentials in the environment, or set tracking.uri in params.yaml to "
-            "'embedded' or to another MLflow."
-        )
-        raise TrackingError(f"{reason.rstrip('.')}. {remedy}") from error
+        uri, said = tracking_uri(settings, home), f"{error}".partition("\n")[0].rstrip(".")
+        refused = _is_refusal(error)
+        if refused:
+            remedy = "Correct the name, version, alias or path that it was asked for, or ask for access."
+        elif settings.uri == EMBEDDED:
+            remedy = f"Check {_database(home)} and the free disk; move the file away to start with an empty registry."
+        else:
+            remedy = (
+                "Start that server, set its credentials in the environment, or set tracking.uri in params.yaml to "
+                "'embedded' or to another MLflow."
+            )
+        what = f"The MLflow registry at {uri} {'refuses' if refused else 'cannot be used'}: {said}"
+        without_password = re.sub(r"//[^/@\s]*@", "//", what)
+        raise (TrackingRefused if refused else TrackingError)(f"{without_password}. {remedy}") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a registry, or who keeps its files, would say the same again."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    client_error = 400 <= status < 500 and status not in (408, 429)
+    return client_error or getattr(error, "error_code", None) in _REFUSALS

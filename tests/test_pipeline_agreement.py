@@ -19,8 +19,11 @@ WIRING = {"mtz_core.errors", "mtz_core.settings", "tasks.params", "tasks.progres
 SERVICES = {"tasks.locks", "tasks.embedded_s3", "tasks.s3_errors"}
 """Modules that start and reach services; what they move is versioned."""
 
-BUILDS_NETWORKS = {"pretrain", "collect", "match", "merge", "retrain", "evaluate"}
-"""Stages that import the networks' factories by the names in params.yaml."""
+BUILT_BY = {
+    "pretrain": {"tasks.networks"},
+    **{name: {"tasks.networks", "tasks.programs"} for name in ("collect", "match", "merge", "retrain", "evaluate")},
+}
+"""Modules with the factories of networks, which stages import by the names in params.yaml."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_what_merges_plans_or_networks_depends_on_all_that_decides_how(pipeline:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_uses_is_its_dependency(pipeline: dict[str, Any], stage: str) -> None:
     used = grimp.build_graph("mtz_core", "tasks").find_upstream_modules(f"tasks.{stage}") - WIRING - SERVICES
-    used |= {f"tasks.{stage}"} | ({"tasks.networks"} if stage in BUILDS_NETWORKS else set())
+    used |= {f"tasks.{stage}"} | BUILT_BY.get(stage, set())
     used |= {"tasks.served_model"} if stage == "register" else set()
     body = pipeline[stage].get("do", pipeline[stage])
     named = {path.removesuffix(".py").replace("/", ".") for path in body["deps"] if path.startswith(("tasks", "mtz"))}

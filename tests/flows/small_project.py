@@ -6,7 +6,9 @@ from pathlib import Path
 import yaml
 
 from flows.pipeline import Pipeline, Stage
-from flows.workspace import Remote, held, prepare
+from flows.snapshot import Project
+from flows.workspace import Remote, cache_of, folder_of, held, prepare
+from tasks.contents import Contents
 
 STEP = """
     '''Stage of the small pipeline: python code/step.py NAME OUT IN… writes what it has read.'''
@@ -93,12 +95,16 @@ class Group:
     def __init__(self, root: Path, remote: Remote | None = None, environment: dict[str, str] | None = None) -> None:
         self.root = root
         self.home = root / ".mtz"
+        self.folder = folder_of(self.home, "small")
         self.remote = remote or Remote(str(root.parent / "remote"))
         self.environment = environment or {}
 
     def prepare(self, **blocks: dict[str, object]) -> tuple[Pipeline, tuple[Stage, ...]]:
-        with held(self.home, "small") as folder:
-            return prepare(self.root, folder, params_of(self.root, **blocks), self.remote, self.environment)
+        params, contents = params_of(self.root, **blocks), Contents(self.home / "contents")
+        taken = Project(self.root, contents).take(params)
+        with held(self.folder, patience=0) as folder:
+            cache = cache_of(self.home)
+            return prepare(folder, taken, contents, params, cache, self.remote, self.environment)
 
     def run(self, **blocks: dict[str, object]) -> list[str]:
         """Reproduce all stages; return their outcomes."""

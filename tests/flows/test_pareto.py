@@ -56,7 +56,7 @@ def row(method: str, task: str, stored: int, error: float, least: float = 0.1) -
 def measured(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small project, with a `tasks` of its own; the workspace is brought that one."""
     (project / "params.yaml").write_text(textwrap.dedent(PARAMS))
-    (project / "fleet.yaml").write_text("groups: {small: {}, other: {collect: {images: 2}}}")
+    (project / "fleet.yaml").write_text("groups: {small: {}, other: {collect: {images: 2}, register: {name: other}}}")
     (project / "networks").mkdir()
     (project / "networks" / "any").touch()
     rows = [row("drop", "digits", 1000, 2.5), row("drop", "fashion", 1000, 4.0), row("share", "digits", 2000, 3.0, 0.5)]

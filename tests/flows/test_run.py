@@ -1,15 +1,21 @@
 """`mtz run` on the small project: real Prefect, DVC and S3 servers, groups that succeed and fail."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flows import services
 from tests.flows.small_project import is_alive, make_project
 
 ROOT = Path(__file__).parents[2]
@@ -27,10 +33,13 @@ PARAMS = """
 """
 
 FLEET = """
+    version: 2
+    name: nightly
     groups:
       good: {}
-      bad: {models: {digits: {data: data/refuse}}}
-      slow: {models: {digits: {data: data/wait}}}
+      bad: {params: {models: {digits: {data: data/refuse}}, register: {name: bad}}}
+      gone: {params: {models: {digits: {data: data/gone}}, register: {name: gone}}}
+      slow: {params: {models: {digits: {data: data/wait}}, register: {name: slow}}}
 """
 
 
@@ -44,17 +53,45 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "networks" / "any").touch()
     (root / "data" / "refuse").write_text("please refuse\n")
     (root / "data" / "wait").write_text("please wait\n")
+    (root / "data" / "gone").mkdir()
     return root
 
 
-def start(project: Path, *arguments: str) -> "subprocess.Popen[str]":
+@pytest.fixture(scope="module")
+def prefect_url(project: Path) -> Iterator[str]:
+    """A server as a team has it, so that not every run has to start one."""
+    with services.prefect_server(project / ".mtz") as server:
+        server.wait()
+        yield f"{server.url}/api"
+
+
+@pytest.fixture
+def heard() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A webhook's address, and what it has received."""
+    received: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(503 if len(received) == 1 else 200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/secret-token", received
+        server.shutdown()
+
+
+def start(project: Path, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MTZ_", "PREFECT_", "AWS_"))
     }
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *arguments],
         cwd=project,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": str(ROOT), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,26 +99,66 @@ def start(project: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-def mtz(project: Path, *arguments: str) -> tuple[int, str, str]:
+def mtz(project: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
     """Run the command; return its status and what it printed."""
-    process = start(project, *arguments)
+    process = start(project, *arguments, **variables)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-def test_a_failing_group_stops_no_other_and_a_second_run_does_nothing(project: Path) -> None:
-    status, out, err = mtz(project, "run", "--group", "good", "--group", "bad")
+def last_run(project: Path) -> dict[str, Any]:
+    """What the last run has recorded: group → its row."""
+    record = json.loads((project / ".mtz" / "runs" / "nightly" / "last.json").read_text())
+    return {row["group"]: row for row in record["groups"]}
+
+
+def test_failing_groups_stop_no_other_and_are_tried_again(
+    project: Path, prefect_url: str, heard: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, received = heard
+    three = ("--group", "good", "--group", "bad", "--group", "gone")
+    (project / "data" / "gone").rmdir()
+    (project / "data" / "gone").symlink_to("vanished")
+    status, out, err = mtz(project, "run", *three, PREFECT_API_URL=prefect_url, MTZ_WEBHOOK_URL=url)
     assert status == 1
     assert "error: group 'bad': collect@digits: the data asks to be refused. Give other data." in err
-    assert "Traceback" not in out + err
-    assert "[good] done" in out
-    assert "[good] evaluate: executed" in out
+    assert "group 'gone': data/gone does not exist in" in err
+    assert "Traceback" not in out + err and "secret-token" not in out + err
+    assert "[good] merged" in out and "[good] evaluate: executed" in out
     assert (project / ".mtz" / "workspaces" / "good" / "metrics.txt").exists()
-    assert "asks to be refused" in (project / ".mtz" / "logs" / "bad" / "collect@digits.log").read_text()
+    assert {name: row["status"] for name, row in last_run(project).items()} == {
+        "good": "merged",
+        "bad": "failed",
+        "gone": "failed",
+    }
+    log = Path(last_run(project)["bad"]["log"])
+    assert "asks to be refused" in log.read_text() and str(log) in out
+    assert len(received) == 2, "a webhook that is away for a moment is tried again"
+    assert received[1]["text"].startswith("Fleet nightly: 2 failed, 1 merged. Failed: bad: collect@digits: the data")
 
-    status, out, err = mtz(project, "run", "--group", "good")
+    (project / "data" / "gone").unlink()
+    (project / "data" / "gone").write_text("here again\n")
+    status, out, err = mtz(project, "fleet", "retry", PREFECT_API_URL=prefect_url, MTZ_WEBHOOK_URL="no address")
+    assert status == 1 and list(last_run(project)) == ["bad", "gone"]
+    assert last_run(project)["gone"]["status"] == "merged"
+    assert "warning: nobody was told: the address in MTZ_WEBHOOK_URL cannot be used (ValueError)" in out
+
+    (project / "data" / "refuse").write_text("please do\n")
+    status, out, err = mtz(project, "run", *three, PREFECT_API_URL=prefect_url)
     assert status == 0, err
-    assert "Nothing to do: all 4 stages unchanged." in out
+    assert [row["status"] for row in last_run(project).values()] == ["unchanged", "merged", "unchanged"]
+
+
+def test_a_second_run_does_nothing(project: Path, prefect_url: str) -> None:
+    mtz(project, "run", "--group", "good", PREFECT_API_URL=prefect_url)
+    status, out, err = mtz(project, "run", "--group", "good", PREFECT_API_URL=prefect_url)
+    assert status == 0, err
+    assert "Nothing to do: 1 of 1 groups unchanged." in out
+    status, out, err = mtz(project, "run", "--group", "good", "--verify", PREFECT_API_URL=prefect_url)
+    assert status == 0, err
+    assert "Nothing to do: 1 of 1 groups unchanged, all 4 stages." in out
+    status, out, err = mtz(project, "fleet", "retry", PREFECT_API_URL=prefect_url)
+    assert "Nothing to retry" in out
 
 
 def test_interrupting_stops_everything(project: Path) -> None:
@@ -92,6 +169,9 @@ def test_interrupting_stops_everything(project: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     members = children_of(process.pid)
+    status, _, err = mtz(project, "run", "--group", "good")
+    assert status == 1
+    assert "error: a run of fleet 'nightly' is under way" in err
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -118,9 +198,11 @@ def children_of(parent: int) -> list[int]:
         (["--set", "retrain"], "--set retrain: write it as key.path=value"),
         (["--params", "none.yaml"], "none.yaml: No such file"),
         (["--set", "models.digits.data=data/none"], "models.digits.data: there is no data/none"),
+        (["--fleet", "other.yaml"], "other.yaml: version: 7 is not known here"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(project: Path, arguments: list[str], message: str) -> None:
+    (project / "other.yaml").write_text("version: 7\n")
     status, _, err = mtz(project, "run", *arguments)
     assert status == 1
     assert err.startswith("error: ")

@@ -6,13 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
+from botocore.retries.standard import ExponentialBackoff
 
 from tasks import s3_errors, storage
-from tasks.storage import Storage, StorageError
+from tasks.storage import NoSuchObject, Storage, StorageError, StorageRefused
+from tests.faults.proxy import FaultyProxy
 from tests.tasks.conftest import Place
 
 
@@ -123,7 +127,13 @@ def test_any_server_is_reached_by_its_url(other: Place, store: Storage, home: Pa
 def test_aws_needs_no_endpoint(place: Place) -> None:
     aws = storage._remote(dataclasses.replace(place, endpoint="aws", region="eu-central-1"), storage._PATIENT)
     assert aws.client.meta.endpoint_url == "https://s3.eu-central-1.amazonaws.com"
-    assert aws.environment() == {"AWS_DEFAULT_REGION": "eu-central-1", "AWS_REGION": "eu-central-1"}
+    variables = aws.environment()
+    assert variables == {
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_REGION": "eu-central-1",
+        "AWS_RETRY_MODE": "standard",
+        "AWS_MAX_ATTEMPTS": "10",
+    }
 
 
 def test_a_wrong_secret(other: Place, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +207,106 @@ def test_an_endpoint_that_is_no_url(other: Place, home: Path) -> None:
 def test_what_refusals_mean(code: str, said: str) -> None:
     error = ClientError({"Error": {"Code": code, "Message": "…"}}, "PutObject")
     assert said in " ".join(s3_errors.explain(error))
+
+
+def test_many_small_objects_at_once(store: Storage) -> None:
+    for i in range(30):
+        store.put(f"outcomes/{i}", f"{i}".encode())
+    keys = [f"outcomes/{i}" for i in range(40)]
+    assert store.read_many(keys) == {f"outcomes/{i}": f"{i}".encode() if i < 30 else None for i in range(40)}
+    assert store.exist(keys) == set(keys[:30])
+
+
+def test_a_content_is_put_whatever_was_there(store: Storage, tmp_path: Path) -> None:
+    store.put("a", b"1")
+    first = store.version("a")
+    store.put("a", b"2")
+    assert store.read("a") == b"2"
+    assert None is not store.version("a") != first
+    assert store.version("none") is None
+    store.get("a", tmp_path / "a", storage.content_digest(b"2"))
+    with pytest.raises(StorageRefused, match="damaged"):
+        store.get("a", tmp_path / "b", storage.content_digest(b"1"))
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_will_not_pass_is_told_from_what_may(
+    store: Storage, other: Place, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NoSuchObject):
+        store.read("nothing")
+    with pytest.raises(StorageRefused):
+        store.elsewhere("no-such-bucket").names("a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageRefused), storage.connect(other, home):
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(StorageError) as caught, storage.connect(dataclasses.replace(other, endpoint=url), home):
+        pass
+    assert not isinstance(caught.value, StorageRefused)
+
+
+@pytest.fixture
+def behind(store: Storage, other: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Storage]]:
+    """Opens the storage behind a proxy; waits before further attempts are short."""
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
+    monkeypatch.setattr(storage, "_LONGEST_WAIT", 0.1)
+
+    def open_behind(proxy: FaultyProxy, read_timeout: float = 20) -> Storage:
+        through = dataclasses.replace(other, endpoint=proxy.url)
+        return dataclasses.replace(
+            storage._remote(through, {**storage._PATIENT, "read_timeout": read_timeout}), patience=60
+        )
+
+    yield open_behind
+
+
+def test_one_failure_in_five_requests_is_survived(
+    behind: Callable[..., Storage], store: Storage, tmp_path: Path
+) -> None:
+    assert store.endpoint is not None
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(17 << 20))
+    with FaultyProxy(store.endpoint, stall_seconds=0.2) as proxy, ThreadPoolExecutor(8) as pool:
+        through = behind(proxy)
+        list(pool.map(lambda i: through.put(f"small/{i}", f"{i}".encode() * 1000), range(100)))
+        list(pool.map(lambda i: through.put(f"large/{i}", large), range(3)))
+        assert through.names("small") == sorted(map(str, range(100)))
+        contents = through.read_many(f"small/{i}" for i in range(100))
+        assert through.get_folder("large", tmp_path / "copies") == ["0", "1", "2"]
+        assert through.digest("large/0") == store.digest("large/0") == storage.content_digest(large)
+    assert contents == {f"small/{i}": f"{i}".encode() * 1000 for i in range(100)}
+    assert {file.read_bytes() for file in (tmp_path / "copies").iterdir()} == {large.read_bytes()}
+    assert set(proxy.counts) == {"500", "503", "stalled", "reset", "truncated", "lost"}
+
+
+def test_a_server_that_often_says_nothing(behind: Callable[..., Storage], store: Storage) -> None:
+    assert store.endpoint is not None
+    with FaultyProxy(store.endpoint, 0.3, stall_seconds=60, faults=("stalled",)) as proxy:
+        through = behind(proxy, read_timeout=1)
+        through.put("a", b"1")
+        assert [through.read("a") for _ in range(6)] == 6 * [b"1"]
+    assert proxy.counts["stalled"]
+
+
+def test_a_server_that_fails_for_a_while(behind: Callable[..., Storage], store: Storage) -> None:
+    """When all requests fail, boto3 soon gives up trying again."""
+    assert store.endpoint is not None
+    with FaultyProxy(store.endpoint, 1.0, faults=("503",)) as proxy, ThreadPoolExecutor(8) as pool:
+        through = behind(proxy)
+        written = [pool.submit(through.put, f"{i}", b"1") for i in range(32)]
+        while proxy.counts["503"] < 400:
+            time.sleep(0.05)
+        proxy.fraction = 0.0
+        assert [future.result() for future in written] == 32 * [None]
+    assert len(store.names("")) == 32
+
+
+def test_patience_has_an_end(behind: Callable[..., Storage], store: Storage) -> None:
+    assert store.endpoint is not None
+    with FaultyProxy(store.endpoint, 1.0, faults=("500",)) as proxy:
+        through = dataclasses.replace(behind(proxy), patience=0.5)
+        with pytest.raises(StorageError, match="the server answered InternalError"):
+            through.read("a")
+        assert proxy.counts["500"] > 6

@@ -148,6 +148,10 @@ def test_the_same_content_is_registered_once(
     other = dataclasses.replace(release, content_digest="d" * 64)
     assert tracking.register_release(registry, home, store, other) == first + 1
     assert versions(client, release.model) == [first + 1, first]
+    assert tracking.find_versions(registry, home, store) == {
+        (release.model, "c" * 64): first,
+        (release.model, "d" * 64): first + 1,
+    }
 
 
 def test_a_version_whose_files_are_lost_is_registered_anew(
@@ -157,7 +161,31 @@ def test_a_version_whose_files_are_lost_is_registered_anew(
     for name in store.names("mlflow/models"):
         store.client.delete_object(Bucket=store.bucket, Key=store.key("mlflow/models", name))
     assert tracking.find_version(registry, home, release.model, release.content_digest, store) is None
+    assert tracking.find_versions(registry, home, store) == {}
     assert tracking.register_release(registry, home, store, release) == first + 1
+    assert tracking.find_versions(registry, home, store) == {(release.model, release.content_digest): first + 1}
+
+
+def test_versions_of_many_models_are_found_by_few_questions(
+    registry: Registry, home: Path, store: Storage, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: dict[tuple[str, str], int] = {}
+    for number in range(5):
+        model = f"many-{number}"
+        client.create_registered_model(model)
+        store.put(f"mlflow/{model}/MLmodel", b"")
+        for digest in ("e", "f", "e"):
+            tags = {"mtz.content_digest": digest * 64}
+            version = client.create_model_version(model, store.url(f"mlflow/{model}"), tags=tags)
+            expected.setdefault((model, digest * 64), int(version.version))
+        client.create_model_version(model, store.url(f"mlflow/{model}"))
+        client.create_model_version(model, "s3://elsewhere/mlflow", tags={"mtz.content_digest": "a" * 64})
+    monkeypatch.setattr(tracking, "_PAGE", 8)
+    asked: list[str] = []
+    store.client.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    assert tracking.find_versions(registry, home, store) == expected
+    assert asked == 5 * ["HeadObject"]
+    assert tracking.find_versions(registry, home / "none", store) == {}
 
 
 KILLED = """

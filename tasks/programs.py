@@ -1,0 +1,344 @@
+"""Networks from exported programs: files that `torch.export.save` wrote, whose first dimension is a batch of any size.
+
+`torch.export.load` unpickles parts of such a file and evaluates texts in it. This reader does neither: it takes the
+operators from the file's JSON and the tensors from its raw bytes, runs operators of ATen only, and refuses a file
+that needs more. Sample inputs, which are always pickled, are never opened.
+
+The layout, in a zip archive of uncompressed files, below one folder:
+
+    models/NAME.json                            the operators in order, and what their inputs are
+    data/weights/NAME_weights_config.json       parameters and persistent buffers: name → file, sizes, strides, …
+    data/constants/NAME_constants_config.json   the same of all other tensors
+    data/weights/…, data/constants/…            the tensors' bytes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtz_core.errors import MtzError
+
+_KEYWORD = 2
+_STRIDED = 7
+_SCHEMA = 8
+"""Major version of the layout that this reader knows."""
+
+_EXPORT_AGAIN = (
+    "Export it again with torch.export.export(network.eval(), (example,), dynamic_shapes=({0: Dim('batch')},)) and "
+    "torch.export.save."
+)
+
+_DTYPES: dict[int, torch.dtype] = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
+_MEMORY_FORMATS: dict[int, torch.memory_format] = {
+    1: torch.contiguous_format,
+    2: torch.channels_last,
+    3: torch.channels_last_3d,
+    4: torch.preserve_format,
+}
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    **{f"_operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod")},
+    "torch.sym_max": max,
+    "torch.sym_min": min,
+}
+# An operator with any other text among its arguments may name a file.
+_WORDS = frozenset({"approximate", "rounding_mode", "mode", "equation", "indexing", "reduce", "padding"})
+
+
+_TRAINING = ("train", "training")
+"""What operators call the argument that says whether they run as in training."""
+
+
+class InvalidProgram(MtzError):
+    """A file holds no exported program that can be used."""
+
+
+def exported(program: str) -> nn.Module:
+    """The network of an exported program, a factory for `models.NAME.network`. Raises `InvalidProgram`.
+
+    `program` is the file's path in the project. The network's state is what `extract_weights` gives.
+    """
+    path = Path(program)
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        return Program(_parsed(archive))
+
+
+def extract_weights(program: Path) -> dict[str, Tensor]:
+    """The `state_dict` of an exported program: its parameters and persistent buffers. Raises `InvalidProgram`."""
+    return {name: tensor.detach().clone() for name, tensor in exported(str(program)).state_dict().items()}
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """What a file says: its program, and its tensors by name; `parameters` and `persistent` are names of such."""
+
+    graph: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]]
+    tensors: Mapping[str, Tensor]
+    parameters: frozenset[str]
+    persistent: frozenset[str]
+
+
+class Program(nn.Module):
+    """Runs the operators of an exported program. Parameters and buffers have the names that they had in the network."""
+
+    def __init__(self, archive: _Archive) -> None:
+        super().__init__()
+        # What gives nothing only asserts what was so where the network was exported.
+        self._steps = [_step(node) for node in archive.graph["nodes"] if node["outputs"]]
+        self._output = archive.graph["outputs"][0]["as_tensor"]["name"]
+        self._input = ""
+        self._held: dict[str, str] = {}
+        for argument, spec in zip(archive.graph["inputs"], archive.inputs, strict=True):
+            value = argument["as_tensor"]["name"]
+            (kind, held), *_ = spec.items()
+            if kind == "user_input":
+                self._input = value
+            else:
+                self._held[value] = held[_NAMED[kind]]
+        shared: dict[int, nn.Parameter] = {}
+        for name, tensor in archive.tensors.items():
+            self._register(archive, name, tensor, shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the program."""
+        values: dict[str, Any] = {value: self._tensor(name) for value, name in self._held.items()}
+        values[self._input] = x
+        for step in self._steps:
+            step.run(values)
+        output: Tensor = values[self._output]
+        return output
+
+    def _tensor(self, name: str) -> Tensor:
+        path, _, last = name.rpartition(".")
+        tensor: Tensor = getattr(self.get_submodule(path), last)
+        return tensor
+
+    def _register(self, archive: _Archive, name: str, tensor: Tensor, shared: dict[int, nn.Parameter]) -> None:
+        part: nn.Module = self
+        *path, last = name.split(".")
+        try:
+            for step in path:
+                if step not in part._modules:
+                    part.add_module(step, nn.Module())
+                part = part.get_submodule(step)
+            if name in archive.parameters:
+                parameter = shared.setdefault(id(tensor), nn.Parameter(tensor))
+                part.register_parameter(last, parameter)
+            else:
+                part.register_buffer(last, tensor, persistent=name in archive.persistent)
+        except (KeyError, AttributeError) as error:
+            raise InvalidProgram(
+                f"{name!r} is no name that a tensor of a network can have: {error}. {_EXPORT_AGAIN}"
+            ) from error
+
+
+_NAMED = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+"""The kinds of inputs that are tensors of the program, and where their names are."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operator: what it is given, and the names of what it gives."""
+
+    function: Callable[..., Any]
+    positional: Sequence[Any]
+    keyword: Mapping[str, Any]
+    results: Sequence[str]
+
+    def run(self, values: dict[str, Any]) -> None:
+        given = [_value(argument, values) for argument in self.positional]
+        result = self.function(*given, **{name: _value(argument, values) for name, argument in self.keyword.items()})
+        results = result if isinstance(result, tuple | list) else (result,)
+        values.update(zip(self.results, results, strict=False))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The value of an earlier step, or of an input."""
+
+    name: str
+
+
+def _value(argument: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(argument, _Reference):
+        return values[argument.name]
+    return [_value(entry, values) for entry in argument] if isinstance(argument, list) else argument
+
+
+def _step(node: Mapping[str, Any]) -> _Step:
+    function = _function(str(node["target"]))
+    positional: list[Any] = []
+    keyword: dict[str, Any] = {}
+    for entry in node["inputs"]:
+        if entry.get("kind") == _KEYWORD:
+            keyword[entry["name"]] = _argument(entry["arg"])
+        else:
+            positional.append(_argument(entry["arg"]))
+    names = [argument.name for argument in function._schema.arguments] if hasattr(function, "_schema") else []
+    given = dict(zip(names, positional, strict=False)) | keyword
+    if any(given.get(name) is True for name in _TRAINING):
+        raise InvalidProgram(f"operator {node['target']} runs as in training. {_EXPORT_AGAIN}")
+    results: list[str] = []
+    for output in node["outputs"]:
+        ((kind, value),) = output.items()
+        results += [str(one.get("name", one.get("as_name"))) for one in (value if kind == "as_tensors" else [value])]
+    return _Step(function, positional, keyword, results)
+
+
+def _function(target: str) -> Callable[..., Any]:
+    if target in _ARITHMETIC:
+        return _ARITHMETIC[target]
+    parts = target.split(".")
+    if len(parts) == 5 and parts[:3] == ["torch", "ops", "aten"]:
+        function = getattr(getattr(torch.ops.aten, parts[3], None), parts[4], None)
+        if isinstance(function, torch._ops.OpOverload) and function.namespace == "aten":
+            arguments = function._schema.arguments
+            if all(argument.name in _WORDS for argument in arguments if "str" in str(argument.type)):
+                return function
+    raise InvalidProgram(f"operator {target} is none of those of ATen that may be run. Write the network without it.")
+
+
+def _argument(argument: Mapping[str, Any]) -> Any:
+    ((kind, value),) = argument.items()
+    if kind in _PLURALS:
+        return [_argument({_PLURALS[kind]: entry}) for entry in value]
+    if kind in ("as_optional_tensor", "as_sym_int", "as_sym_float", "as_sym_bool") and "as_name" not in value:
+        return _argument(value)
+    if kind not in _KINDS:
+        raise InvalidProgram(f"an argument of the kind {kind} cannot be read. Write the network without it.")
+    return _KINDS[kind](value)
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "as_none": lambda _: None,
+    "as_tensor": lambda value: _Reference(value["name"]),
+    "as_sym_int": lambda value: _Reference(value["as_name"]),
+    "as_sym_float": lambda value: _Reference(value["as_name"]),
+    "as_sym_bool": lambda value: _Reference(value["as_name"]),
+    "as_int": int,
+    "as_float": float,
+    "as_bool": bool,
+    "as_string": str,
+    "as_scalar_type": lambda value: _DTYPES[value],
+    "as_memory_format": lambda value: _MEMORY_FORMATS[value],
+    "as_layout": lambda value: {_STRIDED: torch.strided}[value],
+    # Where it was exported is not where it runs.
+    "as_device": lambda value: torch.device("cpu"),
+}
+"""How arguments are read, by the names of their kinds."""
+
+_PLURALS = {
+    **{f"{kind}s": kind for kind in ("as_tensor", "as_int", "as_float", "as_bool", "as_sym_int", "as_sym_float")},
+    "as_optional_tensors": "as_optional_tensor",
+    "as_int_lists": "as_ints",
+}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a file may be that is no program, the error says so."""
+    try:
+        yield
+    except InvalidProgram as error:
+        raise InvalidProgram(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise InvalidProgram(f"{path}: there is no such file. Put it there, or correct the path.") from error
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise InvalidProgram(f"{path} is no whole archive of torch.export.save: {error}. {_EXPORT_AGAIN}") from error
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InvalidProgram(f"{path} holds no program that can be read: {error!r}. {_EXPORT_AGAIN}") from error
+
+
+def _parsed(archive: zipfile.ZipFile) -> _Archive:
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise InvalidProgram(f"it is a compressed archive, which torch.export.save does not write. {_EXPORT_AGAIN}")
+    models = [name for name in archive.namelist() if PurePosixPath(name).match("*/models/*.json")]
+    if len(models) != 1:
+        raise InvalidProgram(f"it holds {len(models)} programs, not one. {_EXPORT_AGAIN}")
+    root, model = PurePosixPath(models[0]).parents[1], PurePosixPath(models[0]).stem
+    program = json.loads(archive.read(models[0]))
+    major = program["schema_version"]["major"]
+    if major != _SCHEMA:
+        raise InvalidProgram(
+            f"its layout has version {major}, not {_SCHEMA}. Export it with torch {torch.__version__}."
+        )
+    graph, signature = program["graph_module"]["graph"], program["graph_module"]["signature"]
+    _check_signature(graph, signature)
+    weights = _tensors(archive, root / "data/weights", f"{model}_weights_config.json")
+    constants = _tensors(archive, root / "data/constants", f"{model}_constants_config.json")
+    parameters = frozenset(name for name, (_, is_parameter) in weights.items() if is_parameter)
+    return _Archive(
+        graph=graph,
+        inputs=signature["input_specs"],
+        tensors={name: tensor for name, (tensor, _) in (weights | constants).items()},
+        parameters=parameters,
+        persistent=frozenset(weights) - parameters,
+    )
+
+
+def _check_signature(graph: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
+    inputs = [kind for spec in signature["input_specs"] for kind in spec]
+    outputs = [kind for spec in signature["output_specs"] for kind in spec]
+    if unknown := set(inputs) - {"user_input", *_NAMED}:
+        raise InvalidProgram(f"it has an input of the kind {min(unknown)}, which may be pickled. {_EXPORT_AGAIN}")
+    if "buffer_mutation" in outputs:
+        raise InvalidProgram(f"it changes its buffers, as in training. {_EXPORT_AGAIN}")
+    if inputs.count("user_input") != 1 or outputs != ["user_output"] or "as_tensor" not in graph["outputs"][0]:
+        raise InvalidProgram(
+            f"it does not map one tensor to one tensor. Wrap the network so that it does. {_EXPORT_AGAIN}"
+        )
+    name = graph["inputs"][inputs.index("user_input")]["as_tensor"]["name"]
+    sizes = graph["tensor_values"][name]["sizes"]
+    if not sizes or "as_expr" not in sizes[0]:
+        raise InvalidProgram(f"it accepts batches of one size only. {_EXPORT_AGAIN}")
+
+
+def _tensors(archive: zipfile.ZipFile, folder: PurePosixPath, config: str) -> dict[str, tuple[Tensor, bool]]:
+    """The tensors that a config names, one object where names share one, each with whether it is a parameter."""
+    if str(folder / config) not in archive.namelist():
+        raise InvalidProgram(f"its tensors are pickled, as older versions of torch did. {_EXPORT_AGAIN}")
+    entries = json.loads(archive.read(str(folder / config)))["config"]
+    for name, entry in entries.items():
+        if entry["use_pickle"] or entry["tensor_meta"] is None:
+            raise InvalidProgram(f"{name!r} is pickled, and nothing is unpickled. Export the network without it.")
+    tensors: dict[str, Tensor] = {}
+    read: dict[str, tuple[Tensor, bool]] = {}
+    for name, entry in entries.items():
+        which = json.dumps([entry["path_name"], entry["tensor_meta"]])
+        if which not in tensors:
+            tensors[which] = _tensor(archive.read(str(folder / entry["path_name"])), entry["tensor_meta"])
+        read[name] = tensors[which], bool(entry["is_param"])
+    return read
+
+
+def _tensor(content: bytes, meta: Mapping[str, Any]) -> Tensor:
+    if meta["layout"] != _STRIDED:
+        raise InvalidProgram(f"it holds a tensor that is sparse, or of another layout. {_EXPORT_AGAIN}")
+    sizes, strides = ([int(size["as_int"]) for size in meta[key]] for key in ("sizes", "strides"))
+    dtype = _DTYPES[meta["dtype"]]
+    if math.prod(sizes) == 0:
+        return torch.empty(sizes, dtype=dtype)
+    values = torch.frombuffer(bytearray(content), dtype=dtype)
+    return values.as_strided(sizes, strides, int(meta["storage_offset"]["as_int"])).clone()

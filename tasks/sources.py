@@ -1,0 +1,255 @@
+"""Where a model's files come from: a location becomes the digest of its content in the store of contents.
+
+networks/digits.safetensors          a file of the project
+s3://bucket/key                      an object at the storage's endpoint, with the same credentials
+models:/NAME@ALIAS, models:/NAME/3   a version in the MLflow registry, which has one .safetensors file
+models:/NAME@ALIAS#PATH              that file of it
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtz_core.errors import MtzError
+from tasks import tracking
+from tasks.contents import Contents, SourceChanged
+from tasks.data import SPLITS, SUFFIXES
+from tasks.datasets import recall_key
+from tasks.faults import EXIT_TRY_AGAIN, ServiceFault
+from tasks.storage import NoSuchObject, Storage, StorageError, StorageRefused
+from tasks.tracking import ModelVersion, TrackingError, TrackingRefused
+
+_S3, _REGISTRY = "s3://", "models:/"
+_WEIGHTS = ".safetensors"
+_ATTEMPTS = 3
+_CALIBRATION = "calibration"
+
+
+class SourceError(MtzError):
+    """A source cannot be had as it is named; trying again does not help."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """What resolving needs: the project's folder and home, the contents, the storage, the registry's settings."""
+
+    project: Path
+    home: Path
+    contents: Contents
+    store: Storage
+    registry: tracking.Settings
+
+
+def resolve_file(name: str, location: str, access: Access) -> str:
+    """Put the file at `location` into the contents; returns its digest.
+
+    `name` is what errors call it, such as `models.digits.weights`. What was fetched before and has not changed is not
+    fetched again. Raises `SourceError`, and `ServiceFault` for what may pass by itself.
+    """
+    with _told(f"{name}: {location}"):
+        if location.startswith(_S3):
+            return _object(*_bucket_and_key(location), access)
+        if location.startswith(_REGISTRY):
+            return _registered(location, access)
+        if "://" in location:
+            raise SourceError("is no location. Give a path in the project, s3://bucket/key or models:/name@alias.")
+        return _local(access.project / location, access)
+
+
+def resolve_data(name: str, spec: str | Mapping[str, Any], access: Access) -> dict[str, str]:
+    """Put a model's data into the contents; returns the digest of each file, `{train,validation,test}.{parquet,arrow}`.
+
+    `spec` is the location of a folder (of the project, or `s3://bucket/prefix/`), or `{train: file, validation: file,
+    test: file}` with `calibration` as another word for `train`, or `{factory: "package.module:function", arguments:
+    {…}}`, see `tasks.datasets`. Raises like `resolve_file`.
+    """
+    if isinstance(spec, str):
+        files = _folder(name, spec, access)
+    elif "factory" in spec:
+        return _made(name, spec, access)
+    else:
+        files = _named(name, spec)
+    return {file: resolve_file(name, location, access) for file, location in files.items()}
+
+
+def _local(path: Path, access: Access) -> str:
+    if path.is_dir():
+        raise SourceError("is a folder. Name a file in it.")
+    try:
+        return access.contents.add(path)
+    except FileNotFoundError as error:
+        raise SourceError(f"there is no such file in {access.project}. Put it there, or correct the path.") from error
+
+
+def _object(bucket: str, key: str, access: Access) -> str:
+    place = access.store.elsewhere(bucket)
+    version = place.version(key)
+    for _ in range(_ATTEMPTS):
+        if version is None:
+            raise SourceError("there is no such object, or no such bucket. Put it there, or correct the location.")
+        known = f"{access.store.endpoint or 'aws'} {place.url(key)} {version}"
+        if (digest := access.contents.recall(known)) is not None:
+            return digest
+        digest = access.contents.add_made(lambda partial: place.get(key, partial))
+        if (after := place.version(key)) == version:
+            access.contents.remember(known, digest)
+            return digest
+        version = after
+    raise SourceError("changes while it is read. Store it once, then run again.")
+
+
+def _registered(location: str, access: Access) -> str:
+    reference, _, file = location.removeprefix(_REGISTRY).partition("#")
+    found = re.fullmatch(r"(?P<name>[^/@#]+)(/(?P<number>\d+)|@(?P<alias>[^/@#]+))", reference)
+    if not found:
+        raise SourceError(
+            "names no version. Write models:/name@alias or models:/name/3, and #path for one of its files."
+        )
+    wanted = int(found["number"]) if found["number"] else found["alias"]
+    version = tracking.find_model(access.registry, access.home, found["name"], wanted)
+    registry = re.sub(r"//[^/@]*@", "//", tracking.tracking_uri(access.registry, access.home))
+    known = f"{registry} models:/{version.name}/{version.number} {version.location} {file}"
+    digest = access.contents.recall(known)
+    if digest is None:
+        digest = _fetched(version, file, access)
+        access.contents.remember(known, digest)
+    return digest
+
+
+def _fetched(version: ModelVersion, file: str, access: Access) -> str:
+    """The digest of a version's file, fetched through our own door where it lies in S3."""
+    if version.location.startswith(_S3):
+        bucket, prefix = _bucket_and_key(version.location)
+        place = access.store.elsewhere(bucket)
+        file = file or _only_weights(version, place.names(prefix))
+        return _object(bucket, f"{prefix}/{file}", access)
+    files = tracking.model_files(access.registry, access.home, version)
+    file = file or _only_weights(version, files)
+    if file not in files:
+        raise SourceError(f"version {version.number} has no file {file}. It has {', '.join(files) or 'none'}.")
+
+    def fetch(partial: Path) -> None:
+        tracking.fetch_model_file(access.registry, access.home, version, file, partial)
+
+    return access.contents.add_made(fetch)
+
+
+def _only_weights(version: ModelVersion, files: list[str]) -> str:
+    weights = [file for file in files if file.endswith(_WEIGHTS)]
+    if len(weights) != 1:
+        has = ", ".join(weights) or f"none among {len(files)} files"
+        raise SourceError(
+            f"version {version.number} should have one {_WEIGHTS} file, a state_dict, and has {has}. Register one, or "
+            f"name it: models:/{version.name}/{version.number}#path/in/artifacts{_WEIGHTS}."
+        )
+    return weights[0]
+
+
+def _folder(name: str, location: str, access: Access) -> dict[str, str]:
+    """The location of each split's file in a folder."""
+    with _told(f"{name}: {location}"):
+        if location.startswith(_S3):
+            bucket, prefix = _bucket_and_key(location)
+            there = set(access.store.elsewhere(bucket).names(prefix))
+        else:
+            folder = access.project / location
+            if not folder.is_dir():
+                raise SourceError(
+                    f"there is no such folder in {access.project}. Put the data there, or correct the path."
+                )
+            there = {file.name for file in folder.iterdir()}
+        files = {}
+        for split in SPLITS:
+            wanted = [f"{split}{suffix}" for suffix in SUFFIXES]
+            found = [file for file in wanted if file in there]
+            if len(found) != 1:
+                raise SourceError(
+                    f"has {' and '.join(found) or 'no file'} for {split}. Have one: {' or '.join(wanted)}."
+                )
+            files[found[0]] = f"{location.rstrip('/')}/{found[0]}"
+    return files
+
+
+def _named(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
+    """The location of each split's file as a mapping gives it."""
+    given = {"train" if key == _CALIBRATION else key: location for key, location in spec.items()}
+    if set(given) != set(SPLITS) or len(given) != len(spec):
+        raise SourceError(
+            f"{name}: names the files {', '.join(map(str, spec)) or 'none'}. Name train (or {_CALIBRATION}), "
+            "validation and test, or give a folder, or a factory."
+        )
+    files = {}
+    for split in SPLITS:
+        suffix = Path(str(given[split])).suffix
+        if suffix not in SUFFIXES:
+            raise SourceError(f"{name}: {given[split]}, for {split}, should end with {' or '.join(SUFFIXES)}.")
+        files[f"{split}{suffix}"] = str(given[split])
+    return files
+
+
+def _made(name: str, spec: Mapping[str, Any], access: Access) -> dict[str, str]:
+    """The files of a data set that a factory gives, made once, in a process of its own."""
+    unknown = set(spec) - {"factory", "arguments"}
+    if unknown:
+        raise SourceError(f"{name}: {min(unknown)!r} is unknown beside a factory. Known: factory, arguments.")
+    factory, arguments, contents = str(spec["factory"]), spec.get("arguments") or {}, access.contents
+    with _told(f"{name}: {factory}"):
+        known = recall_key(factory, arguments, access.project)
+        recalled = contents.recall(known)
+        if recalled is not None:
+            files: dict[str, str] = json.loads(contents.read(recalled))
+            if all(contents.has(digest) for digest in files.values()):
+                return files
+        with tempfile.TemporaryDirectory(dir=access.home) as folder:
+            _materialise(factory, arguments, Path(folder), access.project)
+            files = {file.name: contents.add(file) for file in sorted(Path(folder).iterdir())}
+        contents.remember(known, contents.add_bytes(json.dumps(files).encode()))
+    return files
+
+
+def _materialise(factory: str, arguments: Mapping[str, Any], folder: Path, project: Path) -> None:
+    command = [sys.executable, "-m", "tasks.datasets", factory, json.dumps(arguments), str(folder)]
+    paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}."]
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+        raise (ServiceFault if done.returncode == EXIT_TRY_AGAIN else SourceError)(said[-1])
+
+
+def _bucket_and_key(location: str) -> tuple[str, str]:
+    bucket, _, key = location.removeprefix(_S3).partition("/")
+    if not bucket or not key.strip("/"):
+        raise SourceError("names no object. Write s3://bucket/key.")
+    return bucket, key.strip("/")
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors inside the block name the source."""
+    try:
+        yield
+    except NoSuchObject as error:
+        raise SourceError(f"{what}: there is no such object. Put it there, or correct the location.") from error
+    except (StorageRefused, TrackingRefused, SourceChanged, SourceError) as error:
+        raise SourceError(f"{what}: {error}") from error
+    except (StorageError, TrackingError, ServiceFault) as error:
+        raise type(error)(f"{what}: {error}") from error
+    except MtzError as error:
+        raise SourceError(f"{what}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SourceError(f"{what}: {error.strerror or error}. Make it readable, then run again.") from error

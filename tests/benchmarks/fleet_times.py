@@ -1,0 +1,186 @@
+"""Time, overhead and memory of a fleet of a hundred networks in fifty groups, run by `make bench-fleet`.
+
+    python -m tests.benchmarks.fleet_times [--groups 50]
+
+In fresh projects with services of their own: everything with one worker; everything with two; again with nothing to do;
+again after three networks were fine-tuned; and up to twenty groups on a Dask cluster of two workers that share nothing
+with the rest but S3 and the registry. Writes docs/benchmarks/fleet.md and `.mtz/benchmarks/fleet-times.json`. Ends with
+status 1 if a group fails, a group runs that has nothing to do, or two ways of running do not come to the same content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.files import whole_file, write_json
+from tests.benchmarks.fleet_of_models import GROUP_SIZE, fine_tune, make_fleet
+from tests.benchmarks.fleet_project import Run, clone, copy_project, with_settings
+from tests.benchmarks.records import DOCS
+from tests.benchmarks.training import CACHE
+
+GROUPS = 50
+GROUPS_ON_CLUSTER = 20
+CHANGED = 3
+DOCUMENT = "fleet.md"
+FIGURES = "fleet-times.json"
+
+_GIB = 1 << 30
+
+
+class Wrong(Exception):
+    """A run has not done what it should have done."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: what it was, and what came of it."""
+
+    name: str
+    run: Run
+
+    @property
+    def groups(self) -> Sequence[dict[str, Any]]:
+        """What the report says of each group."""
+        return list(self.run.report.get("groups", ()))
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many groups ended how."""
+        return Counter(group["status"] for group in self.groups)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The content that each group came to."""
+        return {group["group"]: group["content_digest"] for group in self.groups}
+
+    @property
+    def merged(self) -> Sequence[dict[str, Any]]:
+        """The groups that had something to do."""
+        return [group for group in self.groups if group["status"] == "merged"]
+
+
+def measure(folder: Path, groups: int) -> Iterator[Measured]:
+    """Run everything in `folder`; yield each run as it ends. Raises `Wrong`."""
+    names = [f"g{number:02d}" for number in range(groups)]
+    copy_project(original := folder / "original")
+    fleet = make_fleet(made := folder / "fleet", GROUP_SIZE * groups)
+    print(f"made {len(fleet.members)} networks", flush=True)
+    alone = _checked("1 worker", clone(folder / "one", original, made).run(*_workers(1)), merged=groups)
+    yield alone
+    shutil.rmtree(folder / "one")
+    project = clone(folder / "two", original, made)
+    both = _checked("2 workers", project.run(*_workers(2)), merged=groups)
+    yield both
+    yield _checked("2 workers, nothing to do", project.run(*_workers(2)), unchanged=groups)
+    changed = [names[i * (groups - 1) // max(1, CHANGED - 1)] for i in range(min(CHANGED, groups))]
+    fine_tune(project.folder, [fleet.groups()[group][0] for group in changed])
+    after = project.run(*_workers(2))
+    tuned = _checked(
+        f"2 workers, {len(changed)} networks changed", after, merged=len(changed), unchanged=groups - len(changed)
+    )
+    if {group["group"] for group in tuned.merged} != {*changed}:
+        raise Wrong(f"other groups ran than those of the changed networks, {', '.join(changed)}")
+    yield tuned
+    shutil.rmtree(folder / "two")
+    some = names[:GROUPS_ON_CLUSTER]
+    on_cluster = with_settings("flow.executor=dask", "flow.dask=local", "flow.workers=2")
+    chosen = [word for name in some for word in ("--group", name)]
+    cluster = clone(folder / "cluster", original, made).run(*on_cluster, *chosen)
+    dask = _checked(f"Dask, 2 workers, {len(some)} groups", cluster, merged=len(some))
+    yield dask
+    for one in (both, dask):
+        if different := [name for name, digest in one.digests.items() if digest != alone.digests[name]]:
+            raise Wrong(f"{one.name}: {', '.join(different)} came to other content than with 1 worker")
+
+
+def _workers(count: int) -> Sequence[str]:
+    return with_settings(f"flow.workers={count}")
+
+
+def _checked(name: str, run: Run, **expected: int) -> Measured:
+    """The run, if it has ended well and its groups ended as expected. Raises `Wrong`."""
+    measured = Measured(name, run)
+    if run.status or measured.counts != Counter({status: n for status, n in expected.items() if n}):
+        counts = dict(measured.counts) if run.report else "no report"
+        raise Wrong(f"{name}: status {run.status}, {counts}. The end of what it said:\n{run.said[-3000:]}")
+    return measured
+
+
+def document(measured: Sequence[Measured], groups: int) -> str:
+    """The page that shows what was measured."""
+    rows = "\n".join(_row(one) for one in measured)
+    models = GROUP_SIZE * groups
+    return f"""# A fleet of {models} networks
+
+{models} LeNet-300-100 for relabelled, reduced and distorted MNIST and Fashion-MNIST, in {groups} groups of two that
+descend from one ancestor (`tests/benchmarks/fleet_of_models.py`). Every hidden neuron is shared, then the network is
+retrained lightly for 20 iterations; each group is evaluated, stored in S3 and registered in MLflow. By
+
+```
+make bench-fleet
+```
+
+on a machine with {os.cpu_count()} cores, in fresh projects; the start of all services is part of the wall time.
+
+| run | merged | unchanged | wall time, s | a group, s | stages, s | overhead, s | most overhead, s | memory, GiB |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+*A group* is the wall time of a merged group while others ran beside it, *stages* that of its stages' own processes,
+*overhead* the rest: preparing its workspace, DVC's part, storing its data, asking the registry. These are medians over
+the merged groups. Memory is the most that all processes of a run held together, the servers included.
+
+With one worker, with two, and on the Dask cluster, each group came to the same content, digest by digest. After
+{CHANGED} networks were fine-tuned, only their groups ran.
+"""
+
+
+def _row(one: Measured) -> str:
+    def median(key: str) -> str:
+        return f"{statistics.median(group[key] for group in one.merged):.1f}" if one.merged else "–"
+
+    most = f"{max(group['overhead_seconds'] for group in one.merged):.1f}" if one.merged else "–"
+    figures = (
+        *(one.name, one.counts["merged"], one.counts["unchanged"], f"{one.run.seconds:.0f}"),
+        *(median("seconds"), median("command_seconds"), median("overhead_seconds"), most),
+        f"{one.run.report['peak_bytes'] / _GIB:.1f}",
+    )
+    return "| " + " | ".join(str(figure) for figure in figures) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=GROUPS, help="pairs of networks; fewer are faster")
+    options = parser.parse_args()
+    measured: list[Measured] = []
+    failure = ""
+    with tempfile.TemporaryDirectory(prefix="mtz-fleet-") as folder:
+        try:
+            for one in measure(Path(folder), options.groups):
+                measured.append(one)
+                print(_row(one), flush=True)
+        except Wrong as reason:
+            failure = str(reason)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    figures = [{"name": one.name, "seconds": one.run.seconds, "report": dict(one.run.report)} for one in measured]
+    write_json(CACHE / FIGURES, {"groups": options.groups, "cores": os.cpu_count(), "runs": figures})
+    if failure:
+        sys.exit(f"error: {failure}")
+    if options.groups == GROUPS:
+        with whole_file(DOCS / DOCUMENT) as temporary:
+            temporary.write_text(document(measured, options.groups))
+        print(f"wrote {DOCS / DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The pipeline while processes are killed and a storage misbehaves."""

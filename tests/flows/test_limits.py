@@ -1,0 +1,88 @@
+"""Places for heavy stages, on a real Prefect server."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from prefect import get_client
+from prefect.exceptions import ObjectNotFound
+
+from flows import limits
+from tests.flows import prefect_server
+from tests.flows.prefect_server import ROOT, until
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home() -> Iterator[Path]:
+    with prefect_server.used() as home:
+        yield home
+
+
+def held() -> int:
+    with get_client(sync_client=True) as client:
+        return client.read_global_concurrency_limit_by_name(limits.HEAVY).active_slots
+
+
+def test_no_more_than_the_limit_at_a_time() -> None:
+    limits.ensure(5)
+    limits.ensure(1)
+    inside: list[int] = []
+    most: list[int] = []
+
+    def stage(number: int) -> None:
+        with limits.heavy_place(1):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.3)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=stage, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1, 1, 1]
+    assert held() == 0
+
+
+def test_the_place_of_a_killed_holder_comes_free(home: Path) -> None:
+    limits.ensure(1)
+    program = "import time\nfrom flows import limits\nwith limits.heavy_place(1):\n    time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    until(lambda: held() == 1)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    end = datetime.fromisoformat(pass_over_lease(home / "prefect" / "concurrency_leases"))
+    assert end < datetime.now(UTC) + timedelta(seconds=limits.LEASE_SECONDS)
+    with limits.heavy_place(1):
+        assert held() == 1
+
+
+def pass_over_lease(folder: Path) -> str:
+    """Set the end of the only lease to now, instead of waiting for it; return when it would have been."""
+    (file,) = [path for path in folder.glob("*.json") if path.name != "expirations.json"]
+    lease = json.loads(file.read_text())
+    end: str = lease["expiration"]
+    now = datetime.now(UTC).isoformat()
+    file.write_text(json.dumps({**lease, "expiration": now}))
+    (folder / "expirations.json").write_text(json.dumps({lease["id"]: now}))
+    return end
+
+
+def test_without_a_limit_nothing_is_asked() -> None:
+    limits.ensure(1)
+    limits.ensure(None)
+    limits.ensure(None)
+    with get_client(sync_client=True) as client, pytest.raises(ObjectNotFound):
+        client.read_global_concurrency_limit_by_name(limits.HEAVY)
+    with limits.heavy_place(None):
+        pass
+    with pytest.raises(limits.NoPlace, match=r"flow\.heavy"), limits.heavy_place(1):
+        pytest.fail("there is no such limit")
