@@ -97,7 +97,7 @@ def _check_declared(fleet: Fleet, plans: Sequence[GroupPlan], access: Access, te
     """Fetch the sources of all models that the fleet declares; build and trace their networks, group by group."""
     free = fleet.file.free_models() if fleet.file.auto is not None else ()
     for plan in (*(plan for plan in plans if plan.models), *(fleet.model(name) for name in free)):
-        with tempfile.TemporaryDirectory(dir=access.home) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             place(sources_of(plan, access), access.contents, Path(folder))
             _check_networks(Path(folder), plan.params)
         tell(f"networks of {plan.name}: {', '.join(plan.params.models)}")

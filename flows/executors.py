@@ -257,4 +257,6 @@ def report_of(job: Job, result: Callable[[], Report]) -> Report:
 
 def broken(job: Job, reason: str) -> Report:
     """Return the report of a job that ended without one of its own."""
-    return GroupReport(job["group"], "failed", reason, fingerprint=job["fingerprint"]).as_values()
+    return GroupReport(
+        job["group"], "failed", reason, fingerprint=job["fingerprint"], kind=job.get("kind", "group")
+    ).as_values()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from flows.job import Job, shown_as
 from flows.memory import PeakMemory
 from flows.planning import FleetPlan, Measured, PlannedFleet, choose
 from flows.records import FleetFailed, FleetResult, last_run
-from flows.report import GroupReport, as_report
+from flows.report import GroupReport, Status, as_report
 from flows.snapshot import Project, Snapshot
 from flows.summary import summary_text
 from mtz_core.errors import MtzError
@@ -117,8 +117,8 @@ class FleetRun:
     project: Project
     access: Access
     executor: Executor
-    places: Mapping[str, Any]
-    """The blocks storage and tracking as workers need them: with addresses that they can reach."""
+    places: Callable[[], Mapping[str, Any]]
+    """Returns the blocks storage and tracking as workers need them: with addresses that they can reach."""
     id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -128,7 +128,7 @@ class FleetRun:
         Args:
             names, verify: as of `zip_fleet`.
         """
-        plan = self.plan()
+        plan = self.plan(names)
         plans = select(plan.groups, names)
         snapshots, reports = self.take(plans, self.project.group)
         if not verify:
@@ -139,11 +139,15 @@ class FleetRun:
         reports |= self.run("group", waiting, snapshots)
         return [*plan.failed, *(reports[plan.name] for plan in plans)]
 
-    def plan(self) -> FleetPlan:
-        """Return the groups that the file lists and those that the planner chooses. Raises `InvalidFleet`."""
+    def plan(self, names: Sequence[str] = ()) -> FleetPlan:
+        """Return the groups that the file lists and those that the planner chooses. Raises `InvalidFleet`.
+
+        Args:
+            names: of the groups that are wanted, all where there are none; what the file lists needs no planner.
+        """
         listed = self.fleet.explicit_groups()
         check_names(listed)
-        if self.fleet.file.auto is None:
+        if self.fleet.file.auto is None or (names and {plan.name for plan in listed}.issuperset(names)):
             return FleetPlan(listed)
         measured, failed = self._measure()
         progress.current.get().busy(_PLANNER, "comparing models")
@@ -172,13 +176,15 @@ class FleetRun:
     ) -> dict[str, GroupReport]:
         """Run what is to be done, side by side; return a report of each."""
         contents, reports = self.access.contents, dict[str, GroupReport]()
+        if not plans:
+            return reports
         jobs = [
             Job(
                 fleet=self.fleet.name,
                 kind=kind,
                 group=plan.name,
                 fingerprint=snapshots[plan.name].keep(contents),
-                settings={**plan.content, **self.places},
+                settings={**plan.content, **self.places()},
                 run=self.id,
             )
             for plan in plans
@@ -194,24 +200,21 @@ class FleetRun:
 
     def _measure(self) -> tuple[dict[str, Measured], list[GroupReport]]:
         """Return where the statistics of the models in no group are, made where they changed, and what failed."""
-        plans = [self.fleet.model(name) for name in self.fleet.file.free_models()]
-        snapshots, failed = self.take(plans, self.project.model)
+        plans = {name: self.fleet.model(name) for name in self.fleet.file.free_models()}
+        snapshots, reports = self.take(list(plans.values()), self.project.model)
         fingerprints = {name: snapshot.keep(self.access.contents) for name, snapshot in snapshots.items()}
         known = outcomes.recall(self.access.store, fingerprints.values())
-        reports = self.run(
-            "model",
-            [plan for plan in plans if fingerprints.get(plan.name, "") not in known and plan.name in snapshots],
-            snapshots,
-        )
-        statistics = {name: known[digest].statistics for name, digest in fingerprints.items() if digest in known}
-        statistics |= {name: report.statistics for name, report in reports.items() if report.statistics}
-        failed |= {name: report for name, report in reports.items() if not report.statistics}
+        for name, fingerprint in fingerprints.items():
+            if (outcome := known.get(fingerprint)) is not None:
+                status: Status = "refused" if outcome.status == "refused" else "measured"
+                reports[name] = GroupReport(name, status, outcome.reason, statistics=outcome.statistics)
+        reports |= self.run("model", [plans[name] for name in fingerprints if name not in reports], snapshots)
         measured = {
-            plan.name: Measured(plan, snapshots[plan.name], digest, frozenset(plan.models[plan.name].tags))
-            for plan in plans
-            if (digest := statistics.get(plan.name)) is not None
+            name: Measured(plan, snapshots[name], reports[name].statistics, frozenset(plan.models[name].tags))
+            for name, plan in plans.items()
+            if reports[name].status == "measured"
         }
-        return measured, list(failed.values())
+        return measured, [replace(reports[name], kind="model") for name in plans if name not in measured]
 
     def settled(self, snapshots: Mapping[str, Snapshot]) -> dict[str, GroupReport]:
         """Return reports of the groups whose outcome is known, and registered in the registry and storage at hand."""
@@ -254,7 +257,7 @@ def open_fleet(fleet: Fleet, project: Path) -> Iterator[FleetRun]:
         limits.ensure(common.flow.heavy)
         contents = Contents(home / "contents", store)
         access = Access(project, home, contents, store, common.tracking)
-        places = _places(common, store, home, stack)
+        places = cache(partial(_places, common, store, home, stack))
         environment = {**store.environment(), "PREFECT_API_URL": os.environ.get("PREFECT_API_URL", "")}
         yield FleetRun(fleet, Project(project, contents), access, executor_for(common.flow, home, environment), places)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict  # pydantic, and so Prefect, refuses the one of typing before 3.12
 
+from flows import warm
 from flows.pipeline import StageFailed, StageRefused
 from flows.report import GroupReport
 from mtz_core.errors import MtzError
@@ -41,8 +42,9 @@ def run_job(job: Job, home: Path | None = None) -> dict[str, Any]:
     """
     start = time.monotonic()
     home = home or find_home()
+    warm.keep(home)
     flow = getattr(importlib.import_module(f"flows.{_FLOWS[job['kind']][0]}"), _FLOWS[job["kind"]][1])
-    report = GroupReport(job["group"], fingerprint=job["fingerprint"])
+    report = GroupReport(job["group"], fingerprint=job["fingerprint"], kind=job["kind"])
     try:
         return dict(flow(job, home))
     except StageRefused as error:

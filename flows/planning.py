@@ -100,6 +100,6 @@ def _load(name: str, measured: Measured, access: Access) -> Network:
     """Build the network here; its files need not be in this machine's workspaces."""
     places = ("networks/", "data/")
     files = {path: digest for path, digest in measured.snapshot.files.items() if path.startswith(places)}
-    with tempfile.TemporaryDirectory(dir=access.home) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         workspace.place(files, access.contents, Path(folder))
         return load_traced(measured.plan.params, Workspace(Path(folder)), name)

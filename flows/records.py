@@ -59,8 +59,10 @@ def last_run(home: Path, fleet: str) -> Path:
     return home / "runs" / fleet / "last.json"
 
 
-def failed_groups(home: Path, fleet: str, settings: StorageParams) -> tuple[str, ...]:
+def failed_groups(home: Path, fleet: str, settings: StorageParams) -> tuple[str, ...] | None:
     """Return the groups that failed in the fleet's last run from here, or else from any machine.
+
+    None stands for all groups: where a model failed, the planner has left it out, and may choose others now.
 
     Raises `NoRun`, `StorageError`.
     """
@@ -75,12 +77,14 @@ def failed_groups(home: Path, fleet: str, settings: StorageParams) -> tuple[str,
                 f"fleet '{fleet}' has not run yet: there is no {file}, nor a record in the storage. `mtz run` it."
             )
         content = found
-    return tuple(row["group"] for row in json.loads(content)["groups"] if row["status"] == "failed")
+    failed = [row for row in json.loads(content)["groups"] if row["status"] == "failed"]
+    return None if any(row["kind"] == "model" for row in failed) else tuple(row["group"] for row in failed)
 
 
 def _row(report: GroupReport) -> dict[str, Any]:
     kept = (
         "group",
+        "kind",
         "status",
         "reason",
         "log",

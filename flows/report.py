@@ -34,6 +34,7 @@ class GroupReport:
     """Where the bundle lies."""
     content_digest: str = ""
     """Of the registered content."""
+    kind: Literal["group", "model"] = "group"
     statistics: str = ""
     """SHA-256 of a model's statistics, a content."""
 

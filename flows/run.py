@@ -58,10 +58,10 @@ def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[st
     """Run the groups that failed in the last run. Raises like `run_fleet`."""
     declared = read_fleet(project / params, project / fleet, settings)
     groups = failed_groups(find_home(project), declared.name, declared.common().storage)
-    if not groups:
+    if groups == ():
         console_for_people().print("Nothing to retry: no group failed in the last run.")
         return
-    run_fleet(project, params, fleet, groups, settings, debug=debug)
+    run_fleet(project, params, fleet, groups or (), settings, debug=debug)
 
 
 def show_plan(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:

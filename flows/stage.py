@@ -12,6 +12,7 @@ from prefect.tasks import Task
 from flows import progress
 from flows.limits import heavy_place
 from flows.pipeline import Pipeline, StageFailed
+from tasks.faults import ServiceFault
 
 HEAVY_STAGES = ("match", "merge", "retrain")
 """Those that take most of the time and memory of a group."""
@@ -27,6 +28,8 @@ def _can_be_retried(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
         state.result(raise_on_failure=True)
     except StageFailed as error:
         return error.can_be_retried
+    except ServiceFault:
+        return True
     except Exception:
         return False
     return False

@@ -8,6 +8,7 @@ from prefect import flow
 
 from flows import workspace
 from flows.job import Job, shown_as
+from flows.pipeline import StageRefused
 from flows.pipeline_run import opened
 from flows.report import GroupReport
 from tasks import outcomes
@@ -25,9 +26,13 @@ def measure_model(job: Job, home: Path) -> dict[str, Any]:
     start = time.monotonic()
     name, model = shown_as(job), job["group"]
     folder = workspace.statistics_folder(home, model)
-    report = GroupReport(model, "measured", fingerprint=job["fingerprint"], folder=str(folder))
+    report = GroupReport(model, "measured", fingerprint=job["fingerprint"], folder=str(folder), kind="model")
     with opened(job, home, folder, name) as run:
-        report.stages = run.bring_up_to_date()
+        try:
+            report.stages = run.bring_up_to_date()
+        except StageRefused as refusal:
+            outcomes.record(run.store, job["fingerprint"], Outcome("refused", model, reason=str(refusal)))
+            raise
         run.store_data(report.stages)
         report.statistics = run.contents.add(Workspace(folder).hessians(model))
         run.contents.upload([report.statistics])

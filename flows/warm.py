@@ -3,6 +3,7 @@
 Each `dvc` command takes a second to start, each stage several, and a group's run starts two dozen of them.
 """
 
+import atexit
 import os
 import socket
 import subprocess
@@ -72,6 +73,14 @@ def serving(home: Path) -> Iterator[None]:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = before
+
+
+def keep(home: Path) -> None:
+    """Keep warm interpreters ready for as long as this process lives, unless it was given some."""
+    if VARIABLE not in os.environ:
+        servers = ExitStack()
+        servers.enter_context(serving(home))
+        atexit.register(servers.close)
 
 
 class _Interpreter:

@@ -44,7 +44,7 @@ def read_images(folder: Path, split: str, count: int | None = None, seed: int = 
 
     Images are ``[n, channels, height, width]`` with values from 0 to 1. Raises `InvalidData`.
     """
-    path = _file(folder, split)
+    path = file_of(folder, split)
     table, column = _read(path, [])
     return _inputs(table, column, path, _sample(len(table), count, seed))
 
@@ -53,7 +53,7 @@ def read_examples(
     folder: Path, split: str, count: int | None = None, seed: int = 0
 ) -> tuple[Float[Tensor, "n ..."], Int64[Tensor, " n"]]:
     """The inputs of `read_images`, and their labels. Raises `InvalidData`."""
-    path = _file(folder, split)
+    path = file_of(folder, split)
     table, column = _read(path, [LABEL])
     labels = table.column(LABEL).to_numpy()
     if table.column(LABEL).null_count or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
@@ -62,7 +62,8 @@ def read_examples(
     return _inputs(table, column, path, sample), torch.from_numpy(labels[sample].astype(np.int64))
 
 
-def _file(folder: Path, split: str) -> Path:
+def file_of(folder: Path, split: str) -> Path:
+    """The file that holds a split. Raises `InvalidData` where there is none, or two."""
     candidates = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
     found = [path for path in candidates if path.is_file()]
     if not found:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import mtz_core
 from mtz_core.retrain import Retraining, RetrainState, RetrainStep, Targets
-from tasks.data import read_examples, read_images
+from tasks.data import file_of, read_examples, read_images
 from tasks.files import sha256, whole_file, whole_folder, write_table
 from tasks.models import load_network
 from tasks.params import Params
@@ -76,7 +76,7 @@ def _digest(params: Params, workspace: Workspace) -> str:
     files = sorted(workspace.merged.iterdir())
     for block in params.models.values():
         files.append(workspace.root / block.weights)
-        files += [workspace.root / block.data / f"{split}.parquet" for split in ("train", "validation")]
+        files += [file_of(workspace.root / block.data, split) for split in ("train", "validation")]
     code = (Path(mtz_core.__path__[0]), Path(__file__).parent)
     content = {
         "files": _digests(files),

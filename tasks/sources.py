@@ -211,7 +211,7 @@ def _made(name: str, spec: Mapping[str, Any], access: Access) -> dict[str, str]:
             files: dict[str, str] = json.loads(contents.read(recalled))
             if all(contents.has(digest) for digest in files.values()):
                 return files
-        with tempfile.TemporaryDirectory(dir=access.home) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             _materialise(factory, arguments, Path(folder), access.project)
             files = {file.name: contents.add(file) for file in sorted(Path(folder).iterdir())}
         contents.remember(known, contents.add_bytes(json.dumps(files).encode()))

@@ -3,7 +3,10 @@
     <prefix>/dvc/        DVC's remote
     <prefix>/mlflow/     MLflow's artifacts
     <prefix>/releases/   one bundle per released network
-    <prefix>/contents/   source files, by the SHA-256 of their content
+    <prefix>/contents/   source files and snapshots, by the SHA-256 of their content
+    <prefix>/outcomes/   what came of each snapshot
+    <prefix>/locks/      the newest dvc.lock of each group, and of each model's statistics
+    <prefix>/runs/ reports/ logs/   what runs of fleets came to
 
 Every object that is stored here carries the SHA-256 of its content: the server checks it on arrival, we check it on
 the way back. (DVC and MLflow move theirs by themselves.)

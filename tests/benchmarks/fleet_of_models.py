@@ -120,12 +120,13 @@ class _Examples:
     labels: Tensor
 
 
-def make_fleet(folder: Path, models: int = 100, seed: int = 0, name: str = "hundred") -> Fleet:
+def make_fleet(folder: Path, models: int = 100, seed: int = 0, name: str = "hundred", auto: bool = False) -> Fleet:
     """Write a fleet into `folder`: the networks, their data, and fleet.yaml.
 
     Args:
         models: how many networks; an even number.
         name: the fleet's.
+        auto: leave the groups to the planner.
     """
     if models < GROUP_SIZE or models % GROUP_SIZE:
         raise ValueError(f"a fleet has groups of {GROUP_SIZE}, so {models} networks cannot be made")
@@ -145,7 +146,7 @@ def make_fleet(folder: Path, models: int = 100, seed: int = 0, name: str = "hund
         wrong = _logits(state, splits["test"].images, classes).argmax(2) != splits["test"].labels
         errors |= zip((member.name for member in some), (100 * wrong.double().mean(1)).tolist(), strict=True)
     fleet = Fleet(name, {member.name: member for member in members}, errors)
-    write_fleet_file(folder, fleet)
+    write_fleet_file(folder, fleet, auto)
     return fleet
 
 
@@ -161,14 +162,14 @@ def fine_tune(folder: Path, names: Sequence[str], seed: int = 1) -> None:
         _save(folder, name, _unstacked(state, [classes])[0])
 
 
-def write_fleet_file(folder: Path, fleet: Fleet) -> None:
-    """Write fleet.yaml: every model and where it comes from, and which are zipped together."""
+def write_fleet_file(folder: Path, fleet: Fleet, auto: bool = False) -> None:
+    """Write fleet.yaml: every model and where it comes from, and which are zipped together, unless that is planned."""
     content = {
         "version": 2,
         "name": fleet.name,
         "models": {member.name: _declared(member) for member in fleet.members.values()},
         "defaults": {block: dict(values) for block, values in SETTINGS.items()},
-        "groups": {group: {"models": names} for group, names in fleet.groups().items()},
+        "groups": "auto" if auto else {group: {"models": names} for group, names in fleet.groups().items()},
     }
     with whole_file(folder / "fleet.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
@@ -355,9 +356,10 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=100, help="networks, two in each group")
     parser.add_argument("--name", default="hundred", help="the fleet's name")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--auto", action="store_true", help="leave the groups to the planner")
     options = parser.parse_args()
     start = time.perf_counter()
-    fleet = make_fleet(options.out, options.models, options.seed, options.name)
+    fleet = make_fleet(options.out, options.models, options.seed, options.name, options.auto)
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in (options.out / "fleet").rglob("*") if path.is_file())
     errors = sorted(fleet.errors.values())

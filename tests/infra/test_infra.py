@@ -367,6 +367,27 @@ def test_the_automation_is_the_one_that_the_code_makes() -> None:
     assert image_variables()["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == str(schedule.HEARTBEAT_SECONDS)
 
 
+def test_places_that_are_held_outlive_the_server() -> None:
+    import prefect.server.concurrency.lease_storage.filesystem as kept
+
+    name, home = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", image_variables()["PREFECT_HOME"]
+    assert SERVICES["prefect"]["environment"][name] == kept.__name__
+    volumes = dict(volume.split(":") for volume in SERVICES["prefect"]["volumes"])
+    assert any(home.startswith(f"{path}/") and volume in COMPOSE["volumes"] for volume, path in volumes.items())
+    [pod] = [pod for pod in pod_specs() if pod["containers"][0]["name"] == "prefect"]
+    [container], [volume] = pod["containers"], pod["volumes"]
+    assert {"name": name, "value": kept.__name__} in container["env"]
+    assert home.startswith(f"{container['volumeMounts'][0]['mountPath']}/")
+    claims = {d["metadata"]["name"] for d in resources() if d["kind"] == "PersistentVolumeClaim"}
+    assert volume["persistentVolumeClaim"]["claimName"] in claims
+
+
+def test_jobs_have_a_prefect_folder_and_a_heartbeat_of_their_own() -> None:
+    template = json.loads((KUBERNETES / "work-pool-template.json").read_text())
+    given = template["variables"]["properties"]["env"]["default"]
+    assert given == {name: image_variables()[name] for name in ("PREFECT_HOME", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY")}
+
+
 # --- S3 --------------------------------------------------------------------------------------------------------------
 
 PRINCIPALS = ("admin", "worker", "reader")
@@ -493,16 +514,17 @@ def refused(operation: Any, **arguments: Any) -> bool:
     return False
 
 
-WORK = ("snapshots", "outcomes", "dvc", "mlflow", "locks", "reports", "runs", "logs", contents.FOLDER)
+WORK = ("outcomes", "dvc", "mlflow", "locks", "reports", "runs", "logs", contents.FOLDER)
 
 
 def test_workers_read_write_and_delete_their_work_and_nothing_else(endpoint: str) -> None:
     worker = client(endpoint, "worker")
-    for key in (".writable-1", *(f"{folder}/ab/x" for folder in WORK)):
+    for key in (".writable", *(f"{folder}/ab/x" for folder in WORK)):
         assert not refused(worker.put_object, Key=key, Body=b"x"), key
         assert not refused(worker.get_object, Key=key), key
         assert not refused(worker.delete_object, Key=key), key
-    assert refused(worker.put_object, Key="elsewhere/x", Body=b"x")
+    for key in ("elsewhere/x", "snapshots/x"):
+        assert refused(worker.put_object, Key=key, Body=b"x")
     assert not refused(worker.list_objects_v2)
     assert refused(worker.put_bucket_policy, Policy="{}")
     assert refused(worker.put_object_lock_configuration, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"})

@@ -1,0 +1,170 @@
+"""A fleet with everything that can go well or wrong in it: `mtz run` and `mtz fleet` with real services."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from flows import services
+from tests.benchmarks.fleet_project import copy_project
+from tests.flows.test_run import mtz
+
+pytestmark = pytest.mark.e2e
+
+MODULE = '''
+"""Networks and data of the fleet."""
+
+import torch
+from torch import nn
+
+from safetensors.torch import load_file
+
+
+def build(width=12):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def deep(width=12):
+    return nn.Sequential(*build(width)[:-1], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def read(split, weights):
+    """Images whose labels are what a network says, so that it makes no error."""
+    images = torch.rand(dict(train=80, validation=20, test=200)[split], 1, 4, 4)
+    network = deep() if "deep" in weights else build()
+    network.load_state_dict(load_file(weights))
+    with torch.no_grad():
+        return images, network(images).argmax(1)
+'''
+
+FLEET = {
+    "version": 2,
+    "name": "all",
+    "defaults": {
+        "collect": {"images": 60},
+        "match": {"share": 1.0},
+        "retrain": {"images": 60, "iterations": 4, "validate_every": 2},
+    },
+    "groups": {
+        "good": {"models": ["a", "b"]},
+        "floor": {"models": ["c", "d"]},
+        "misfit": {"models": ["e", "deep"]},
+        "nan": {"models": ["f", "nan"]},
+        "broken": {"models": ["g", "broken"]},
+        "gone": {"models": ["h", "gone"]},
+    },
+    "auto": {"size": 2},
+}
+NAMES = ("a", "b", "c", "d", "e", "deep", "f", "nan", "g", "broken", "h", "gone", "twin-1", "twin-2", "deep-loner")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fleet") / "project"
+    copy_project(root)
+    shutil.rmtree(root / "data")
+    (root / "my_fleet.py").write_text(MODULE)
+    module: dict[str, Any] = {}
+    exec(MODULE, module)
+    models: dict[str, dict[str, Any]] = {}
+    (root / "models").mkdir()
+    for number, name in enumerate(NAMES):
+        torch.manual_seed(0 if name.startswith("twin") else number + 1)
+        kind = "deep" if "deep" in name else "build"
+        save_file(module[kind]().state_dict(), root / f"models/{name}.safetensors")
+        data = {"factory": "my_fleet:read", "arguments": {"weights": f"models/{name}.safetensors"}}
+        models[name] = {"source": f"models/{name}.safetensors", "network": f"my_fleet:{kind}", "data": data}
+    models["c"]["floor"] = models["d"]["floor"] = 0
+    models["nan"]["data"] = models["f"]["data"]
+    models["broken"]["data"] = models["gone"]["data"] = models["g"]["data"]
+    weights = module["build"]().state_dict()
+    weights["1.weight"][0, 0] = torch.nan
+    save_file(weights, root / "models/nan.safetensors")
+    (root / "models/broken.safetensors").write_bytes(b"half a fi")
+    (root / "models/gone.safetensors").unlink()
+    (root / "fleet.yaml").write_text(yaml.safe_dump({**FLEET, "models": models}, sort_keys=False))
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(project: Path) -> Iterator[dict[str, str]]:
+    with services.prefect_server(project / ".mtz") as server:
+        server.wait()
+        yield {"PREFECT_API_URL": f"{server.url}/api"}
+
+
+@pytest.fixture(scope="module")
+def first_run(project: Path, server: dict[str, str]) -> tuple[int, str, str]:
+    return mtz(project, "run", **server)
+
+
+def rows(project: Path) -> dict[str, dict[str, Any]]:
+    record = json.loads((project / ".mtz/runs/all/last.json").read_text())
+    return {row["group"]: row for row in record["groups"]}
+
+
+def test_every_group_ends_as_it_must_and_none_stops_another(project: Path, first_run: tuple[int, str, str]) -> None:
+    status, out, err = first_run
+    assert status == 1
+    found = rows(project)
+    assert {name: row["status"] for name, row in found.items()} == {
+        "good": "merged",
+        "floor": "refused",
+        "misfit": "refused",
+        "nan": "failed",
+        "broken": "failed",
+        "gone": "failed",
+        "auto-twin-1": "merged",
+    }
+    assert "points of test error, and 0 are allowed" in found["floor"]["reason"]
+    assert "the networks differ in structure" in found["misfit"]["reason"]
+    assert "finite" in found["nan"]["reason"]
+    assert "models/gone.safetensors: there is no such file" in found["gone"]["reason"]
+    for name in ("nan", "broken"):
+        assert Path(found[name]["log"]).read_text()
+        assert f"Log of {name}: {found[name]['log']}" in out
+    assert "Try the failed groups again: `mtz fleet retry`." in out
+    assert err.count("error: ") == 1 and "Traceback" not in out + err
+    assert found["good"]["version"] == 1 and len(found["good"]["content_digest"]) == 64
+
+
+def test_only_what_changed_or_failed_runs_again(
+    project: Path, server: dict[str, str], first_run: tuple[int, str, str]
+) -> None:
+    before = rows(project)
+    shutil.copy2(project / "models/h.safetensors", project / "models/gone.safetensors")
+    status, out, _ = mtz(project, "run", **server)
+    after = rows(project)
+    assert status == 1
+    assert {name: row["status"] for name, row in after.items()} == {
+        "good": "unchanged",
+        "floor": "refused",
+        "misfit": "refused",
+        "nan": "failed",
+        "broken": "failed",
+        "gone": "merged",
+        "auto-twin-1": "unchanged",
+    }
+    for name in ("good", "floor", "misfit", "auto-twin-1"):
+        assert f"[{name}] collect" not in out, "it is not even looked at"
+        assert after[name]["fingerprint"] == before[name]["fingerprint"]
+        assert after[name]["version"] == before[name]["version"]
+
+
+def test_the_plan_says_which_models_belong_together(
+    project: Path, server: dict[str, str], first_run: tuple[int, str, str]
+) -> None:
+    status, out, err = mtz(project, "fleet", "plan", **server)
+    assert status == 0, out + err
+    assert "leave it: auto-twin-1 version 1" in out
+    assert "refuse it: " in out
+    assert "deep-loner" in out.partition("Better left alone")[2]
+    assert (project / ".mtz/plans/all.svg").read_text().startswith("<?xml")
