@@ -15,7 +15,9 @@ from distributed.security import Security
 from flows.processes import Child, python_environment
 from flows.services import free_port
 from tasks.home import HOME_NAME
+from tasks.warm import VARIABLE as WARM
 
+_CODE = Path(__file__).parents[1]
 _HOST = "127.0.0.1"
 _WATCH_SECONDS = 0.5
 _LONG_LIFE_SECONDS = 30.0
@@ -103,7 +105,10 @@ class _Worker:
         own.mkdir(parents=True, exist_ok=True)
         self._log = (self._folder / "worker.log").open("ab")
         homes = {"MTZ_HOME": str(own), "PREFECT_HOME": str(own / "prefect")}
+        # They run the code that starts them, also where that is not the installed one.
+        homes["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_CODE), os.environ.get("PYTHONPATH"))))
         everything = python_environment(**{**self._environment, **homes})
+        everything.pop(WARM, None)  # each has warm interpreters of its own, as on a machine of its own
         self._child = Child(self._command, self._folder, everything, self._log, server=True)
         self._started = time.monotonic()
 

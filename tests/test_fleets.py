@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from flows import services
 from tests.benchmarks.fleet_project import copy_project
-from tests.flows.test_run import mtz
+from tests.flows.test_run import mtz, start
 
 pytestmark = pytest.mark.e2e
 
@@ -168,3 +169,37 @@ def test_the_plan_says_which_models_belong_together(
     assert "refuse it: " in out
     assert "deep-loner" in out.partition("Better left alone")[2]
     assert (project / ".mtz/plans/all.svg").read_text().startswith("<?xml")
+
+
+def test_a_deployed_fleet_runs_its_groups_on_workers_elsewhere(
+    project: Path, server: dict[str, str], first_run: tuple[int, str, str], tmp_path: Path
+) -> None:
+    """The whole chain: deployment, the fleet's worker, the pool of groups, a worker that shares nothing but S3."""
+    elsewhere = ("--set", "flow.executor=pool", "--set", "flow.pool=groups")
+    status, out, err = mtz(project, "fleet", "deploy", "--cron", "0 2 * * *", "--pool", "fleets", *elsewhere, **server)
+    assert status == 0, out + err
+    assert "deployed: zip-fleet/all, 0 2 * * * (UTC)" in out and "0 workers" in out
+    _, exported, _ = mtz(project, "s3", "--export")
+    credentials = dict(re.findall(r"export (\w+)=(\S+)", exported.replace("'", "")))
+    (tmp_path / "elsewhere").mkdir()
+    own = {**server, **credentials, "MTZ_HOME": str(tmp_path / "elsewhere/.mtz"), "PYTHONPATH": str(project)}
+    workers = [
+        start(project, "fleet", "worker", "--pool", "fleets", output=tmp_path / "fleets.log", **server),
+        start(tmp_path / "elsewhere", "fleet", "worker", "--pool", "groups", output=tmp_path / "groups.log", **own),
+    ]
+    try:
+        changed = ("--group", "good", "--set", "retrain.iterations=2")
+        status, out, err = mtz(project, "fleet", "start", *changed, "--wait", **server)
+        assert status == 0, out + err + (tmp_path / "fleets.log").read_text() + (tmp_path / "groups.log").read_text()
+        assert rows(project)["good"]["status"] == "merged" and rows(project)["good"]["version"] == 2
+        assert (tmp_path / "elsewhere/.mtz/workspaces/good/metrics.json").exists()
+        status, out, err = mtz(project, "fleet", "status", **server)
+        assert re.search(r"last .* Completed", out), out
+        assert re.search(r"next .* Scheduled", out), out
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait(30)
+    for log in (tmp_path / "fleets.log", tmp_path / "groups.log"):
+        assert credentials["AWS_SECRET_ACCESS_KEY"] not in log.read_text()

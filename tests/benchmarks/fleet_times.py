@@ -1,11 +1,12 @@
 """Time, overhead and memory of a fleet of a hundred networks in fifty groups, run by `make bench-fleet`.
 
-    python -m tests.benchmarks.fleet_times [--groups 50]
+    python -m tests.benchmarks.fleet_times [--groups 50] [--part local|cluster]
 
-In fresh projects with services of their own: everything with one worker; everything with two; again with nothing to do;
-again after three networks were fine-tuned; and up to twenty groups on a Dask cluster of two workers that share nothing
-with the rest but S3 and the registry. Writes docs/benchmarks/fleet.md and `.mtz/benchmarks/fleet-times.json`. Ends with
-status 1 if a group fails, a group runs that has nothing to do, or two ways of running do not come to the same content.
+In fresh projects with services of their own. Part *local*: everything with one worker; everything with two; again with
+nothing to do; again after three networks were fine-tuned. Part *cluster*: up to twenty groups with two workers of one
+process, and on a Dask cluster of two workers that share nothing with the rest but S3 and the registry. Figures are kept
+in `.mtz/benchmarks/fleet-times.json`; docs/benchmarks/fleet.md is written when both parts are there. Ends with status 1
+if a group fails, a group runs that has nothing to do, or two ways of running do not come to the same content.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.files import whole_file, write_json
-from tests.benchmarks.fleet_of_models import GROUP_SIZE, fine_tune, make_fleet
+from tasks.files import read_json, whole_file, write_json
+from tests.benchmarks.fleet_of_models import GROUP_SIZE, Fleet, fine_tune, make_fleet
 from tests.benchmarks.fleet_project import Run, clone, copy_project, with_settings
 from tests.benchmarks.records import DOCS
 from tests.benchmarks.training import CACHE
@@ -69,18 +70,17 @@ class Measured:
         return [group for group in self.groups if group["status"] == "merged"]
 
 
-def measure(folder: Path, groups: int) -> Iterator[Measured]:
-    """Run everything in `folder`; yield each run as it ends. Raises `Wrong`."""
+def measure_here(folder: Path, groups: int) -> Iterator[Measured]:
+    """Run everything on workers of one process; yield each run as it ends. Raises `Wrong`."""
     names = [f"g{number:02d}" for number in range(groups)]
-    copy_project(original := folder / "original")
-    fleet = make_fleet(made := folder / "fleet", GROUP_SIZE * groups)
-    print(f"made {len(fleet.members)} networks", flush=True)
+    original, made, fleet = _made(folder, groups)
     alone = _checked("1 worker", clone(folder / "one", original, made).run(*_workers(1)), merged=groups)
     yield alone
     shutil.rmtree(folder / "one")
     project = clone(folder / "two", original, made)
     both = _checked("2 workers", project.run(*_workers(2)), merged=groups)
     yield both
+    _check_same(both, alone)
     yield _checked("2 workers, nothing to do", project.run(*_workers(2)), unchanged=groups)
     changed = [names[i * (groups - 1) // max(1, CHANGED - 1)] for i in range(min(CHANGED, groups))]
     fine_tune(project.folder, [fleet.groups()[group][0] for group in changed])
@@ -91,16 +91,35 @@ def measure(folder: Path, groups: int) -> Iterator[Measured]:
     if {group["group"] for group in tuned.merged} != {*changed}:
         raise Wrong(f"other groups ran than those of the changed networks, {', '.join(changed)}")
     yield tuned
-    shutil.rmtree(folder / "two")
-    some = names[:GROUPS_ON_CLUSTER]
+
+
+def measure_cluster(folder: Path, groups: int) -> Iterator[Measured]:
+    """Run some groups here and on a Dask cluster; yield both runs. Raises `Wrong`."""
+    some = min(groups, GROUPS_ON_CLUSTER)
+    original, made, _ = _made(folder, some)
+    here = _checked(f"2 workers, {some} groups", clone(folder / "here", original, made).run(*_workers(2)), merged=some)
+    yield here
     on_cluster = with_settings("flow.executor=dask", "flow.dask=local", "flow.workers=2")
-    chosen = [word for name in some for word in ("--group", name)]
-    cluster = clone(folder / "cluster", original, made).run(*on_cluster, *chosen)
-    dask = _checked(f"Dask, 2 workers, {len(some)} groups", cluster, merged=len(some))
+    run = clone(folder / "cluster", original, made).run(*on_cluster)
+    dask = _checked(f"Dask, 2 workers in folders of their own, {some} groups", run, merged=some)
     yield dask
-    for one in (both, dask):
-        if different := [name for name, digest in one.digests.items() if digest != alone.digests[name]]:
-            raise Wrong(f"{one.name}: {', '.join(different)} came to other content than with 1 worker")
+    _check_same(dask, here)
+
+
+PARTS = {"local": measure_here, "cluster": measure_cluster}
+
+
+def _made(folder: Path, groups: int) -> tuple[Path, Path, Fleet]:
+    """A copy of the project, a generated fleet, and what is in it."""
+    copy_project(original := folder / "original")
+    fleet = make_fleet(made := folder / "fleet", GROUP_SIZE * groups)
+    print(f"made {len(fleet.members)} networks", flush=True)
+    return original, made, fleet
+
+
+def _check_same(one: Measured, other: Measured) -> None:
+    if different := [name for name, digest in one.digests.items() if digest != other.digests[name]]:
+        raise Wrong(f"{one.name}: {', '.join(different)} came to other content than with {other.name}")
 
 
 def _workers(count: int) -> Sequence[str]:
@@ -140,8 +159,8 @@ on a machine with {os.cpu_count()} cores, in fresh projects; the start of all se
 *overhead* the rest: preparing its workspace, DVC's part, storing its data, asking the registry. These are medians over
 the merged groups. Memory is the most that all processes of a run held together, the servers included.
 
-With one worker, with two, and on the Dask cluster, each group came to the same content, digest by digest. After
-{CHANGED} networks were fine-tuned, only their groups ran.
+With one worker and with two, and here and on the Dask cluster, each group came to the same content, digest by digest.
+After {CHANGED} networks were fine-tuned, only their groups ran.
 """
 
 
@@ -161,24 +180,30 @@ def _row(one: Measured) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=GROUPS, help="pairs of networks; fewer are faster")
+    parser.add_argument("--part", choices=PARTS, help="one part only")
     options = parser.parse_args()
-    measured: list[Measured] = []
-    failure = ""
-    with tempfile.TemporaryDirectory(prefix="mtz-fleet-") as folder:
-        try:
-            for one in measure(Path(folder), options.groups):
-                measured.append(one)
-                print(_row(one), flush=True)
-        except Wrong as reason:
-            failure = str(reason)
     CACHE.mkdir(parents=True, exist_ok=True)
-    figures = [{"name": one.name, "seconds": one.run.seconds, "report": dict(one.run.report)} for one in measured]
-    write_json(CACHE / FIGURES, {"groups": options.groups, "cores": os.cpu_count(), "runs": figures})
-    if failure:
-        sys.exit(f"error: {failure}")
-    if options.groups == GROUPS:
+    figures: dict[str, Any] = read_json(CACHE / FIGURES) if (CACHE / FIGURES).exists() else {}
+    for part in [options.part] if options.part else PARTS:
+        measured: list[Measured] = []
+        with tempfile.TemporaryDirectory(prefix="mtz-fleet-") as folder:
+            try:
+                for one in PARTS[part](Path(folder), options.groups):
+                    measured.append(one)
+                    print(_row(one), flush=True)
+            except Wrong as reason:
+                sys.exit(f"error: {reason}")
+        runs = [{"name": one.name, "seconds": one.run.seconds, "report": dict(one.run.report)} for one in measured]
+        figures[part] = {"groups": options.groups, "cores": os.cpu_count(), "runs": runs}
+        write_json(CACHE / FIGURES, figures)
+    if all(figures.get(part, {}).get("groups") == GROUPS for part in PARTS):
+        kept = [
+            Measured(run["name"], Run(0, run["seconds"], "", run["report"]))
+            for part in PARTS
+            for run in figures[part]["runs"]
+        ]
         with whole_file(DOCS / DOCUMENT) as temporary:
-            temporary.write_text(document(measured, options.groups))
+            temporary.write_text(document(kept, GROUPS))
         print(f"wrote {DOCS / DOCUMENT}")
 
 
