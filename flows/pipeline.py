@@ -21,7 +21,9 @@ from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 
 Outcome = Literal["executed", "restored", "unchanged"]
 
-_STAGE_STARTS = re.compile(r"> ")
+STAGE_STARTS = re.compile(r"> ")
+"""What DVC says when it runs a stage's command."""
+
 _STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
 _RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs$|Pulling data for stage: '(.+)'$")
@@ -125,7 +127,7 @@ class Pipeline:
         child = self._start("dvc", "--wait-for-lock", "repro", "--single-item", *options, stage)
         for line in child.lines():
             on_line(line)
-            if _STAGE_STARTS.match(line) and outcome != "executed":
+            if STAGE_STARTS.match(line) and outcome != "executed":
                 outcome, running, command_start = "executed", True, time.monotonic()
             elif _STAGE_IS_OVER.match(line):
                 command_end = time.monotonic() if running else command_end
@@ -261,7 +263,7 @@ def _last_stage_line(said: list[str]) -> str:
     last = ""
     running = False
     for line in said:
-        if _STAGE_STARTS.match(line):
+        if STAGE_STARTS.match(line):
             running = True
         elif _STAGE_IS_OVER.match(line):
             running = False

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -11,7 +11,7 @@ from prefect.tasks import Task
 
 from flows import progress
 from flows.limits import heavy_place
-from flows.pipeline import Pipeline, StageFailed
+from flows.pipeline import STAGE_STARTS, Pipeline, StageFailed
 from tasks.faults import ServiceFault
 
 HEAVY_STAGES = ("match", "merge", "retrain")
@@ -57,27 +57,52 @@ def reproduce_stage(
     logger = get_run_logger()
     shown = progress.current.get()
     shown.busy(group, stage)
-    log = log_file(home, group, stage)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    partial = log.with_name(f"{log.name}.partial")
+    log = _Log(log_file(home, group, stage))
+
+    def on_line(line: str) -> None:
+        log.add(line)
+        if line.strip():
+            logger.info(line)
+            shown.said(group, line)
+
     try:
-        with partial.open("w", encoding="utf-8") as lines:
-
-            def on_line(line: str) -> None:
-                print(line, file=lines, flush=True)
-                if line.strip():
-                    logger.info(line)
-                    shown.said(group, line)
-
-            with heavy_place(heavy if stage in HEAVY_STAGES else None):
-                result = pipeline.reproduce(stage, force=force, on_line=on_line)
+        with heavy_place(heavy if stage in HEAVY_STAGES else None):
+            result = pipeline.reproduce(stage, force=force, on_line=on_line)
     except Exception:
-        partial.replace(log)
+        log.begin()
         raise
-    if result.outcome == "executed":
-        partial.replace(log)
-    else:
-        partial.unlink()
+    finally:
+        log.close()
     logger.info("%s in %.1f s", result.outcome, result.seconds)
     shown.finished(group, result)
     return asdict(result)
+
+
+class _Log:
+    """The log of a stage. It is written from when the stage starts: of one that need not run, the last log stays."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._before: list[str] = []
+        self._open: IO[str] | None = None
+
+    def add(self, line: str) -> None:
+        """Take a line of DVC or of the stage."""
+        if self._open is not None:
+            print(line, file=self._open, flush=True)
+            return
+        self._before.append(line)
+        if STAGE_STARTS.match(line):
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin the file, with what was said until now."""
+        if self._open is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._open = self._file.open("w", encoding="utf-8")
+            print(*self._before, sep="\n", file=self._open, flush=True)
+
+    def close(self) -> None:
+        """End the file."""
+        if self._open is not None:
+            self._open.close()

@@ -41,7 +41,7 @@ def clone(target: Path) -> Path:
     params["match"] |= {"share": None, "budget": {"size": 0.35}}
     params["retrain"] |= {"images": 1000, "iterations": 40}
     (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    (target / "fleet.yaml").write_text("groups:\n  small: {}\n")
+    (target / "fleet.yaml").write_text("version: 2\ngroups: {small: {}}\n")
     subprocess.run(["git", "init", "--quiet"], cwd=target, check=True)
     return target
 
@@ -122,8 +122,8 @@ def test_dvc_by_hand_gives_the_same_bytes(project: Path, workspace: Path, tmp_pa
 
 def test_a_second_run_executes_nothing_and_says_so(project: Path, workspace: Path) -> None:
     before = contents(workspace)
-    told = mtz(project, "run")
-    assert "Nothing to do: all 11 stages unchanged" in told
+    told = mtz(project, "run", "--verify")
+    assert "Nothing to do: 1 of 1 groups unchanged, all 11 stages" in told
     assert f"models:/{MODEL}/1" in told
     assert contents(workspace) == before
 
@@ -136,7 +136,11 @@ def test_a_second_clone_computes_nothing(
         f"storage.endpoint={storage['AWS_ENDPOINT_URL_S3']}",
         f"tracking.uri=sqlite:///{project / '.mtz/mlflow.db'}",
     ]
-    told = mtz(second, "run", *(word for setting in settings for word in ("--set", setting)), **storage)
+    places = [word for setting in settings for word in ("--set", setting)]
+    told = mtz(second, "run", *places, **storage)
+    assert "Nothing to do: 1 of 1 groups unchanged" in told and f"models:/{MODEL}/1" in told
+    assert not (second / ".mtz/workspaces/small").exists()
+    told = mtz(second, "run", "--verify", *places, **storage)
     assert "0 executed, 11 restored, 0 unchanged" in told
     expected, found = contents(workspace), contents(second / ".mtz/workspaces/small")
     expected.pop("params.yaml"), found.pop("params.yaml")  # it says where the storage is

@@ -47,7 +47,7 @@ _MARKER = "MTZ_FAULTS"
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 _SHORTEST_MEAN_SECONDS = 1.5
-_SHARE_OF_TIME_FOR_KILLS = 0.75
+_SHARE_OF_TIME_FOR_KILLS = 0.4
 _RUNS_BESIDE = 4
 """Undisturbed runs that the other parts take about as long as: one to finish, variants' references, the proxy."""
 

@@ -156,7 +156,7 @@ def test_failing_groups_stop_no_other_and_are_tried_again(
 
 def test_interrupting_stops_everything(project: Path) -> None:
     process = start(project, "run", "--group", "slow", "--debug")
-    log = project / ".mtz" / "logs" / "slow" / "collect@digits.log.partial"
+    log = project / ".mtz" / "logs" / "slow" / "collect@digits.log"
     deadline = time.monotonic() + 120
     while not (log.exists() and "reading" in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
