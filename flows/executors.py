@@ -16,6 +16,7 @@ from flows import capacity, processes
 from flows.job import Job
 from flows.report import GroupReport
 from mtz_core.errors import MtzError
+from tasks.storage import Storage
 
 if TYPE_CHECKING:
     from distributed import Future as DaskFuture
@@ -68,10 +69,11 @@ class Settings(Protocol):
     def pool(self) -> str: ...
 
 
-def executor_for(settings: Settings, home: Path, environment: Mapping[str, str]) -> Executor:
+def executor_for(settings: Settings, home: Path, store: Storage, environment: Mapping[str, str]) -> Executor:
     """Return the executor that the settings name.
 
     Args:
+        store: through which reports come back from where they cannot come otherwise.
         environment: variables that workers which we start ourselves need on top of this process's own: the storage's
             address and credentials, and PREFECT_API_URL.
     """
@@ -80,7 +82,7 @@ def executor_for(settings: Settings, home: Path, environment: Mapping[str, str])
     if settings.executor == "pool":
         from flows.pool import PoolExecutor
 
-        return PoolExecutor(settings.pool, settings.workers, home)
+        return PoolExecutor(settings.pool, settings.workers, store)
     return LocalExecutor(settings.workers, settings.memory)
 
 

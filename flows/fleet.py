@@ -259,7 +259,8 @@ def open_fleet(fleet: Fleet, project: Path) -> Iterator[FleetRun]:
         access = Access(project, home, contents, store, common.tracking)
         places = cache(partial(_places, common, store, home, stack))
         environment = {**store.environment(), "PREFECT_API_URL": os.environ.get("PREFECT_API_URL", "")}
-        yield FleetRun(fleet, Project(project, contents), access, executor_for(common.flow, home, environment), places)
+        executor = executor_for(common.flow, home, store, environment)
+        yield FleetRun(fleet, Project(project, contents), access, executor, places)
 
 
 def _places(common: Params, store: Storage, home: Path, stack: ExitStack) -> dict[str, Any]:

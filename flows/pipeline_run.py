@@ -76,16 +76,18 @@ class PipelineRun:
 
     def _fetch_locks(self) -> frozenset[str]:
         """Begin with the stages that another machine, or a model's own workspace, has run; return their names."""
-        keys = [lock_key(self.job["kind"], self.job["group"])]
-        if self.job["kind"] == "group":
-            keys += [lock_key("model", model) for model in self.params.models]
-        locks = [yaml.safe_load(lock) for lock in self.store.read_many(keys).values() if lock is not None]
-        own = self._all()
-        stages = {name: stage for lock in reversed(locks) for name, stage in lock["stages"].items() if name in own}
-        if stages:
-            with whole_file(self.pipeline.folder / _LOCK) as partial:
-                partial.write_text(yaml.safe_dump({**locks[0], "stages": stages}, sort_keys=False, allow_unicode=True))
-        return frozenset(stages)
+        key = lock_key(self.job["kind"], self.job["group"])
+        models = [lock_key("model", model) for model in self.params.models]
+        found = self.store.read_many([key, *models])
+        if (content := found[key]) is None:
+            locks = [yaml.safe_load(lock) for lock in found.values() if lock is not None]
+            if not locks:
+                return frozenset()
+            known = {name: stage for lock in locks for name, stage in lock["stages"].items() if name in self._all()}
+            content = yaml.safe_dump({**locks[0], "stages": known}, sort_keys=False, allow_unicode=True).encode()
+        with whole_file(self.pipeline.folder / _LOCK) as partial:
+            partial.write_bytes(content)
+        return frozenset(yaml.safe_load(content)["stages"])
 
     def _is_stored(self, results: Iterable[StageResult]) -> bool:
         """Tell whether nothing changed and the remote holds all outputs; DVC stores a folder's list after its files."""

@@ -47,17 +47,13 @@ def zip_group_job(job: dict[str, Any]) -> None:
 
 def deliver(job: Job, report: Report, home: Path) -> None:
     """Leave a job's report in the storage, for whoever started the job. Raises `StorageError`."""
-    with _storage(job, home) as store:
+    with storage.connect(StorageParams(**job["settings"]["storage"]), home) as store:
         store.put(report_key(job), json.dumps(report).encode())
 
 
 def report_key(job: Job) -> str:
     """Return the object that a job's report becomes."""
     return f"reports/{job['run']}/{shown_as(job)}.json"
-
-
-def _storage(job: Job, home: Path) -> Any:
-    return storage.connect(StorageParams(**job["settings"]["storage"]), home)
 
 
 @dataclass(frozen=True)
@@ -67,20 +63,21 @@ class PoolExecutor:
     Attributes:
         pool: where the deployment's runs go.
         workers: as many runs are under way at a time; `auto` leaves that to the workers' own limits.
+        store: where the workers leave their reports.
     """
 
     pool: str
     workers: int | Literal["auto"]
-    home: Path
+    store: Storage
     deployment: str = DEPLOYMENT
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """See `flows.executors.Executor`."""
         if not jobs:
             return
-        with get_client(sync_client=True) as client, _storage(jobs[0], self.home) as store:
+        with get_client(sync_client=True) as client:
             self._check(client)
-            _Runs(self, client, store, deque(jobs), done).all()
+            _Runs(self, client, self.store, deque(jobs), done).all()
 
     def _check(self, client: SyncPrefectClient) -> None:
         try:

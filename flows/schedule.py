@@ -205,10 +205,8 @@ def start(name: str, parameters: Mapping[str, Any], wait: bool, tell: Tell) -> N
             time.sleep(_POLL_SECONDS)
             run = client.read_flow_run(run.id)
     if wait and run.state and not run.state.is_completed():
-        raise RunFailed(
-            f"the run '{run.name}' ended as {run.state.name}: {run.state.message or 'without a message'}. "
-            "Its log is in Prefect's pages."
-        )
+        told = (run.state.message or "without a message").rstrip(".")
+        raise RunFailed(f"the run '{run.name}' ended as {run.state.name}: {told}. Its log is in Prefect's pages.")
 
 
 def status(name: str, tell: Tell) -> None:

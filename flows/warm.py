@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 from flows.processes import python_environment
@@ -75,12 +76,12 @@ def serving(home: Path) -> Iterator[None]:
                 os.environ[VARIABLE] = before
 
 
+@cache
 def keep(home: Path) -> None:
-    """Keep warm interpreters ready for as long as this process lives, unless it was given some."""
-    if VARIABLE not in os.environ:
-        servers = ExitStack()
-        servers.enter_context(serving(home))
-        atexit.register(servers.close)
+    """Keep warm interpreters ready for as long as this process lives, unless its parent has some."""
+    servers = ExitStack()
+    servers.enter_context(serving(home))
+    atexit.register(servers.close)
 
 
 class _Interpreter:

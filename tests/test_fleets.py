@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from flows import services
+from tasks.datasets import materialise
 from tests.benchmarks.fleet_project import copy_project
 from tests.flows.test_run import mtz, start
 
@@ -81,11 +82,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0 if name.startswith("twin") else number + 1)
         kind = "deep" if "deep" in name else "build"
         save_file(module[kind]().state_dict(), root / f"models/{name}.safetensors")
-        data = {"factory": "my_fleet:read", "arguments": {"weights": f"models/{name}.safetensors"}}
-        models[name] = {"source": f"models/{name}.safetensors", "network": f"my_fleet:{kind}", "data": data}
+        models[name] = {"source": f"models/{name}.safetensors", "network": f"my_fleet:{kind}", "data": f"data/{name}"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.syspath_prepend(str(root))
+        for name in NAMES:
+            (root / "data" / name).mkdir(parents=True)
+            materialise("my_fleet:read", {"weights": f"models/{name}.safetensors"}, root / "data" / name)
+    arguments = {"weights": "models/a.safetensors"}
+    models["a"]["data"] = {"factory": "my_fleet:read", "arguments": arguments}
     models["c"]["floor"] = models["d"]["floor"] = 0
-    models["nan"]["data"] = models["f"]["data"]
-    models["broken"]["data"] = models["gone"]["data"] = models["g"]["data"]
     weights = module["build"]().state_dict()
     weights["1.weight"][0, 0] = torch.nan
     save_file(weights, root / "models/nan.safetensors")

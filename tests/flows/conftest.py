@@ -1,13 +1,27 @@
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flows import warm
+from tasks.warm import VARIABLE
 from tests.flows.small_project import Group, make_project
 
 
+@pytest.fixture(scope="session")
+def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The folder of warm interpreters, for tests that call DVC again and again; others start cold."""
+    with warm.serving(tmp_path_factory.mktemp("warm")):
+        folder = os.environ.pop(VARIABLE)
+        yield folder
+        os.environ[VARIABLE] = folder
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, interpreters: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small project in a folder of its own, with DVC's state there too."""
+    monkeypatch.setenv(VARIABLE, interpreters)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "dvc-state"))
     monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "dvc-config"))
     monkeypatch.delenv("MTZ_HOME", raising=False)

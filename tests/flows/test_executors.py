@@ -19,6 +19,7 @@ from flows.executors import DaskExecutor, Executor, ExecutorFailed, LocalExecuto
 from flows.pool import PoolExecutor
 from tasks import storage
 from tasks.params import StorageParams
+from tasks.storage import Storage
 from tests.flows import prefect_server, tiny_jobs
 from tests.flows.prefect_server import ROOT, pool_worker, until
 from tests.flows.tiny_jobs import fleet, job, reports
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.e2e
 
 WORK = "tests.flows.tiny_jobs:work"
 POOL = "jobs"
+STORE = Storage(endpoint=None, bucket="never-used", prefix="", region="", client=None)
 
 
 def begun(trail: Path, group: str) -> list[int]:
@@ -58,11 +60,11 @@ def test_settings_choose_the_executor(tmp_path: Path) -> None:
     settings = {"workers": "auto", "memory": 1.5, "dask": "tls://there:8786", "pool": "p"}
 
     def chosen(executor: str) -> Executor:
-        return executors.executor_for(SimpleNamespace(executor=executor, **settings), tmp_path, {"A": "b"})
+        return executors.executor_for(SimpleNamespace(executor=executor, **settings), tmp_path, STORE, {"A": "b"})
 
     assert chosen("local") == LocalExecutor("auto", 1.5)
     assert chosen("dask") == DaskExecutor("tls://there:8786", "auto", 1.5, tmp_path, {"A": "b"})
-    assert chosen("pool") == PoolExecutor("p", "auto", tmp_path)
+    assert chosen("pool") == PoolExecutor("p", "auto", STORE)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +117,8 @@ def test_pool_runs_jobs_on_its_workers_and_reads_their_reports(served: Path, tmp
     place = StorageParams(endpoint=(served / "endpoint").read_text()).model_dump()
     jobs = [job("dies", tmp_path, dies=True, storage=place), job("bad", tmp_path, breaks=True, storage=place)]
     jobs += [job("good", tmp_path, storage=place)]
-    executor = PoolExecutor(POOL, 2, tmp_path / ".mtz", deployment="tiny-job/group")
-    found = fleet(executor, jobs)
+    with storage.connect(StorageParams(**place), tmp_path) as store:
+        found = fleet(PoolExecutor(POOL, 2, store, deployment="tiny-job/group"), jobs)
     assert len(begun(tmp_path, "dies")) == 2
     assert found["dies"]["status"] == found["good"]["status"] == "merged"
     assert {found[name]["home"] for name in ("dies", "good")} <= {
@@ -126,12 +128,12 @@ def test_pool_runs_jobs_on_its_workers_and_reads_their_reports(served: Path, tmp
     assert "ended as Failed and left no report" in found["bad"]["reason"]
     assert "as asked" in found["bad"]["reason"]
     with pytest.raises(ExecutorFailed, match="no work pool 'none'"):
-        reports(PoolExecutor("none", "auto", tmp_path / ".mtz"), jobs)
+        reports(PoolExecutor("none", "auto", STORE), jobs)
 
 
 def test_an_interrupt_cancels_the_pools_runs(served: Path, tmp_path: Path) -> None:
     place = StorageParams(endpoint=(served / "endpoint").read_text()).model_dump()
-    executor = PoolExecutor("unserved", "auto", tmp_path / ".mtz", deployment="tiny-job/unserved")
+    executor = PoolExecutor("unserved", "auto", STORE, deployment="tiny-job/unserved")
 
     with get_client(sync_client=True) as client:
         schedule.deploy_flow(client, tiny_jobs.tiny_job, "tests.flows.tiny_jobs.tiny_job", "unserved", "unserved")

@@ -26,6 +26,7 @@ from tasks.__main__ import main
 from tasks.artifacts import read_moments, read_pairings, read_plan, read_sensitivities
 from tasks.budgets import check_budget
 from tasks.data import read_examples
+from tasks.faults import EXIT_REFUSED
 from tasks.models import calibration, load_network, load_traced
 from tasks.params import load_params
 from tasks.workspace import Workspace
@@ -251,11 +252,11 @@ def test_a_size_that_no_network_has(
     spend(project, size=0.01)
     with monkeypatch.context() as patch:
         patch.setattr("tasks.match.read_moments", None)
-        message = refused(capsys, "match")
+        message = refused(capsys, "match", status=EXIT_REFUSED)
     assert "match.budget.size: 0.01 is impossible with moves share and drop" in message
     assert "cannot be stored in less than 0.0" in message
     spend(project, size=0.3, moves=["share"])
-    assert "match.budget.size: 0.3 is impossible with moves share: " in refused(capsys, "match")
+    assert "match.budget.size: 0.3 is impossible with moves share: " in refused(capsys, "match", status=EXIT_REFUSED)
 
 
 def test_a_size_that_no_plan_has(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -263,7 +264,7 @@ def test_a_size_that_no_plan_has(project: Path, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr("tasks.budgets._check_size", lambda *_: None)
     monkeypatch.setattr(Spender, "_judge", None)
     spend(project, size=0.01)
-    message = refused(capsys, "match")
+    message = refused(capsys, "match", status=EXIT_REFUSED)
     assert "match.budget.size: 0.01 is impossible: the least that these networks can be stored in is 0.0" in message
     assert not Path("pairing").exists()
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import mtz_core
 from tasks.__main__ import main
-from tasks.faults import EXIT_TRY_AGAIN
+from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 from tasks.networks import lenet_300_100
 
 STAGES: list[tuple[str, ...]] = [("collect", "a"), ("collect", "b"), ("hessians", "a"), ("hessians", "b")]
@@ -78,10 +78,10 @@ def change(root: Path, block: str, **values: object) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(content))
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 1) -> str:
     """The one error line of a stage that refuses; nothing else may be on standard error."""
     capsys.readouterr()
-    assert main(list(arguments)) == 1
+    assert main(list(arguments)) == status
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
@@ -217,9 +217,9 @@ def test_impossible_count_of_a_layer(project: Path, capsys: pytest.CaptureFixtur
     for stage in STAGES[:4]:
         assert main(list(stage)) == 0
     change(project, "match", share={"1": 301})
-    assert "share.1: 301 is impossible. Allowed: 0 to 300" in refused(capsys, "match")
+    assert "share.1: 301 is impossible. Allowed: 0 to 300" in refused(capsys, "match", status=EXIT_REFUSED)
     change(project, "match", share={"conv9": 3})
-    assert "share.conv9: there is no such hidden layer" in refused(capsys, "match")
+    assert "share.conv9: there is no such hidden layer" in refused(capsys, "match", status=EXIT_REFUSED)
     assert not Path("pairing").exists()
 
 
