@@ -9,7 +9,7 @@ from tasks.warm import VARIABLE
 from tests.flows.small_project import Group, make_project
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The folder of warm interpreters, for tests that call DVC again and again; others start cold."""
     with warm.serving(tmp_path_factory.mktemp("warm")):
