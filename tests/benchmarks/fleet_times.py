@@ -5,8 +5,8 @@
 In fresh projects with services of their own. Part *local*: everything with one worker; everything with two; again with
 nothing to do; again after three networks were fine-tuned. Part *cluster*: up to twenty groups with two workers of one
 process, and on a Dask cluster of two workers that share nothing with the rest but S3 and the registry. Figures are kept
-in `.mtz/benchmarks/fleet-times.json`; docs/benchmarks/fleet.md has what was measured with all groups. Ends with status 1
-if a group fails, a group runs that has nothing to do, or two ways of running do not come to the same content.
+in `.mtz/benchmarks/fleet-times.json`; docs/benchmarks/fleet.md has what was measured with all groups. Ends with status
+1 if a group fails, a group runs that has nothing to do, or two ways of running do not come to the same content.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ on a machine with {os.cpu_count()} cores, in fresh projects; the start of all se
 *overhead* the rest: preparing its workspace, DVC's part, storing its data, asking the registry. These are medians over
 the merged groups. Memory is the most that all processes of a run held together, the servers included.
 
-However it was run, each group came to the same content, digest by digest. After {CHANGED} networks were fine-tuned, only
-their groups ran.
+However it was run, each group came to the same content, digest by digest. After {CHANGED} networks were fine-tuned,
+only their groups ran.
 """
 
 
