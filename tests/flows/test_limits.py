@@ -66,14 +66,16 @@ def test_the_place_of_a_killed_holder_comes_free(home: Path) -> None:
 
 
 def pass_over_lease(folder: Path) -> str:
-    """Set the end of the only lease to now, instead of waiting for it; return when it would have been."""
-    (file,) = [path for path in folder.glob("*.json") if path.name != "expirations.json"]
-    lease = json.loads(file.read_text())
-    end: str = lease["expiration"]
+    """Set the end of the last lease to now, instead of waiting for it; return when it would have been.
+
+    One that was given back a moment ago may still have its file.
+    """
     now = datetime.now(UTC).isoformat()
-    file.write_text(json.dumps({**lease, "expiration": now}))
-    (folder / "expirations.json").write_text(json.dumps({lease["id"]: now}))
-    return end
+    leases = {path: json.loads(path.read_text()) for path in folder.glob("*.json") if path.name != "expirations.json"}
+    for path, lease in leases.items():
+        path.write_text(json.dumps({**lease, "expiration": now}))
+    (folder / "expirations.json").write_text(json.dumps({lease["id"]: now for lease in leases.values()}))
+    return max(str(lease["expiration"]) for lease in leases.values())
 
 
 def test_without_a_limit_nothing_is_asked() -> None:
