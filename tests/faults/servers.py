@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -103,7 +103,7 @@ class Server:
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_SECONDS)
-        _becomes(lambda: not _is_group(process.pid), _STOP_SECONDS)
+        embedded_s3._becomes(lambda: not _is_group(process.pid), _STOP_SECONDS)
         self._process = None
 
 
@@ -182,13 +182,4 @@ def _is_group(number: int) -> bool:
         os.killpg(number, 0)
     except ProcessLookupError:
         return False
-    return True
-
-
-def _becomes(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_SECONDS)
     return True

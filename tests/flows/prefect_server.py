@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from prefect.context import refresh_global_settings_context
 
 from flows import services
+from tasks.tracking import _variables
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,19 +48,8 @@ def used(**variables: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _variables(changed: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextmanager
 def pool_worker(pool: str, folder: Path, limit: int = 1) -> Iterator[None]:
-    """A worker as `mtz schedule worker` starts one, in a folder of its own, while the block runs."""
+    """A worker as `mtz fleet worker` starts one, in a folder of its own, while the block runs."""
     (folder / ".mtz").mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTZ_")}
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1"}
