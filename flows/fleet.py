@@ -17,18 +17,18 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import deployment
 
-from flows import limits, notify, progress, services, warm
+from flows import limits, notify, progress, services
 from flows.executors import Executor, executor_for
 from flows.fleet_file import Fleet, GroupPlan, check_names, read_fleet, select
 from flows.job import Job, shown_as
 from flows.memory import PeakMemory
-from flows.planning import FleetPlan, Measured, PlannedFleet, choose
+from flows.plan import FleetPlan, Measured, PlannedFleet
 from flows.records import FleetFailed, FleetResult, last_run
 from flows.report import GroupReport, Status, as_report
 from flows.snapshot import Project, Snapshot
 from flows.summary import summary_text
 from mtz_core.errors import MtzError
-from tasks import outcomes, register, storage, tracking
+from tasks import bundle, outcomes, storage, tracking
 from tasks.contents import Contents
 from tasks.files import write_json
 from tasks.home import find_home
@@ -149,6 +149,8 @@ class FleetRun:
         check_names(listed)
         if self.fleet.file.auto is None or (names and {plan.name for plan in listed}.issuperset(names)):
             return FleetPlan(listed)
+        from flows.planning import choose  # brings torch, which no other part of a run needs
+
         measured, failed = self._measure()
         progress.current.get().busy(_PLANNER, "comparing models")
         choice = choose(self.fleet, measured, self.access, partial(progress.current.get().said, _PLANNER))
@@ -221,7 +223,7 @@ class FleetRun:
         store, common = self.access.store, self.fleet.common()
         fingerprints = {name: snapshot.keep(self.access.contents) for name, snapshot in snapshots.items()}
         known = outcomes.recall(store, fingerprints.values())
-        manifests = {fp: register.manifest_key(outcome.release) for fp, outcome in known.items() if outcome.release}
+        manifests = {fp: bundle.manifest_key(outcome.release) for fp, outcome in known.items() if outcome.release}
         stored = store.read_many(manifests.values()) if manifests else {}
         versions = tracking.find_versions(common.tracking, self.access.home, store) if manifests else {}
         settled = {}
@@ -251,7 +253,6 @@ def open_fleet(fleet: Fleet, project: Path) -> Iterator[FleetRun]:
     home, common = find_home(project), fleet.common()
     with ExitStack() as stack:
         stack.enter_context(_alone(home, fleet.name))
-        stack.enter_context(warm.serving(home))
         store = stack.enter_context(storage.connect(common.storage, home))
         tracking.prepare(common.tracking, home)
         limits.ensure(common.flow.heavy)

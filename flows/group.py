@@ -12,7 +12,7 @@ from flows.job import Job
 from flows.pipeline import StageRefused
 from flows.pipeline_run import PipelineRun, opened
 from flows.report import GroupReport, metrics_table
-from tasks import outcomes, register
+from tasks import bundle, outcomes
 from tasks.files import read_json
 from tasks.outcomes import Outcome
 from tasks.workspace import Workspace
@@ -59,11 +59,11 @@ def _release(run: PipelineRun, report: GroupReport) -> None:
     """
     progress.current.get().busy(run.name, "checking the release")
     own = Workspace(run.pipeline.folder)
-    report.version = register.verify(run.params, own, run.home, run.store)
+    report.version = bundle.verify(run.params, own, run.home, run.store)
     if report.version is None:
         again = run.run_stage(REGISTER, force=True)
         report.stages = [again if stage.stage == REGISTER else stage for stage in report.stages]
-        report.version = register.verify(run.params, own, run.home, run.store)
+        report.version = bundle.verify(run.params, own, run.home, run.store)
     registration = read_json(own.registration)
     report.content_digest = registration["content_digest"]
     report.release = run.store.url(registration["release"])

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.planning import Choice, PlannedFleet
+from flows.plan import Choice, PlannedFleet
 from tasks.affinities import write_affinities
 from tasks.charts import draw_fleet
 

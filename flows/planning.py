@@ -1,69 +1,19 @@
-"""Which groups a fleet has: those that its file lists, and those that the planner chooses for all other models."""
+"""The planner at work: models compared by their statistics, and put into groups."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from flows import workspace
-from flows.fleet_file import Fleet, GroupPlan
-from flows.report import GroupReport
-from flows.snapshot import Snapshot
-from mtz_core.affinity import Affinities
+from flows.fleet_file import Fleet
+from flows.plan import Choice, Measured
 from mtz_core.graph import Network
-from mtz_core.grouping import LEAST_SIMILARITY, Grouping, Limits, choose_groups
+from mtz_core.grouping import LEAST_SIMILARITY, Limits, choose_groups
 from tasks.affinities import ModelStatistics, compare
 from tasks.models import load_traced
 from tasks.sources import Access
 from tasks.workspace import Workspace
-
-_PREFIX = "auto"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A model whose statistics are there."""
-
-    plan: GroupPlan
-    snapshot: Snapshot
-    statistics: str
-    """SHA-256 of its Hessians and sensitivities, a content."""
-    tags: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the planner has compared, and chosen."""
-
-    affinities: Affinities
-    grouping: Grouping
-
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """Return the models of each group by its name, which stays the same as long as its first model does."""
-        return {f"{_PREFIX}-{group.models[0]}": group.models for group in self.grouping.groups}
-
-
-@dataclass(frozen=True)
-class FleetPlan:
-    """The groups of a fleet.
-
-    Attributes:
-        failed: models whose sources or statistics are not to be had, so that the planner left them out.
-        choice: why the planner chose the groups that the file does not list; None where there are none.
-    """
-
-    groups: Sequence[GroupPlan]
-    failed: Sequence[GroupReport] = field(default_factory=list)
-    choice: Choice | None = None
-
-
-@dataclass(frozen=True)
-class PlannedFleet:
-    """The groups of a fleet, with reports of those that have nothing to do, or cannot be begun."""
-
-    plan: FleetPlan
-    reports: Mapping[str, GroupReport]
 
 
 def choose(fleet: Fleet, measured: Mapping[str, Measured], access: Access, tell: Callable[[str], None]) -> Choice:

@@ -9,11 +9,12 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
-from flows import services, warm
+from flows import services
 from flows.checks import check_project
 from flows.fleet_file import Fleet, GroupPlan, read_fleet
 from flows.records import FleetFailed, failed_groups
 from flows.summary import print_summary
+from tasks import tracking
 from tasks.home import find_home
 
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -139,14 +140,14 @@ def prefect(home: Path, debug: bool) -> Iterator[None]:
     os.environ.update(services.prefect_environment(home, debug))
     if services.uses_own_prefect_server():
         services.check_own_prefect_server()
-        with warm.serving(home):
-            yield
-            _flush()
+        yield
+        _flush()
         return
-    with warm.serving(home), services.prefect_server(home) as server:
+    with services.prefect_server(home) as server:
         os.environ["PREFECT_API_URL"] = f"{server.url}/api"
         import flows.fleet  # noqa: F401 - takes seconds, while the server starts
 
+        tracking.preload()
         server.wait()
         try:
             yield

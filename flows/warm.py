@@ -43,6 +43,7 @@ _IMPORT_SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "q
 
 _STARTS = 3
 _GRACE_SECONDS = 0.5
+_keeping = threading.Lock()
 _LONGEST_FOLDER = 90  # a socket's path has at most 107 bytes
 
 
@@ -76,9 +77,14 @@ def serving(home: Path) -> Iterator[None]:
                 os.environ[VARIABLE] = before
 
 
-@cache
 def keep(home: Path) -> None:
     """Keep warm interpreters ready for as long as this process lives, unless its parent has some."""
+    with _keeping:
+        _keep(home)
+
+
+@cache
+def _keep(home: Path) -> None:
     servers = ExitStack()
     servers.enter_context(serving(home))
     atexit.register(servers.close)

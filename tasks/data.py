@@ -20,18 +20,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mtz_core.errors import MtzError
+from tasks.layout import IMAGE, INPUT, LABEL, SUFFIXES
 
 
 class InvalidData(MtzError):
     """A data set is missing, unreadable, empty, or not in the expected layout."""
 
-
-SPLITS = ("train", "validation", "test")
-
-SUFFIXES = (".parquet", ".arrow")
-"""What the file of a split may end with."""
-
-IMAGE, INPUT, LABEL = "image", "input", "label"
 
 LAYOUT = (
     "Expected are the columns image: struct<bytes, path> with encoded images, or input: fixed_shape_tensor<float>; and "

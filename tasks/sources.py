@@ -24,9 +24,9 @@ from typing import Any
 from mtz_core.errors import MtzError
 from tasks import tracking
 from tasks.contents import Contents, SourceChanged
-from tasks.data import SPLITS, SUFFIXES
 from tasks.datasets import recall_key
 from tasks.faults import EXIT_TRY_AGAIN, ServiceFault
+from tasks.layout import SPLITS, SUFFIXES
 from tasks.storage import NoSuchObject, Storage, StorageError, StorageRefused
 from tasks.tracking import ModelVersion, TrackingError, TrackingRefused
 

@@ -47,6 +47,7 @@ AWS = "aws"
 _DEFAULT_REGION = "us-east-1"
 _LOOPBACK = "127.0.0.1,localhost"
 _DIGEST = "sha256"
+_OLD_OBJECT = ".readable"
 _FULL_DISK_BYTES = 64 << 20
 _THREADS = 16
 # Larger objects go in several parts, side by side.
@@ -392,7 +393,7 @@ def _embedded(settings: Settings, folder: Path, server: embedded_s3.Server, pati
 
 
 def _serves(storage: Storage) -> bool:
-    """Whether a starting embedded server stores objects already; makes its bucket."""
+    """Whether a starting embedded server stores objects already, and finds those of before; makes its bucket."""
     try:
         storage.client.create_bucket(Bucket=storage.bucket)
     except ParamValidationError as error:
@@ -406,6 +407,10 @@ def _serves(storage: Storage) -> bool:
         return False
     try:
         storage.check_writable()
+        # It takes new objects up to five seconds before it knows where the old ones are.
+        if not storage.exists(_OLD_OBJECT):
+            storage.put(_OLD_OBJECT, b"stored by the first start")
+        storage.read(_OLD_OBJECT)
     except StorageError:
         return False
     return True

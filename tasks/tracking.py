@@ -70,6 +70,12 @@ class Settings(Protocol):
     def experiment(self) -> str: ...
 
 
+def preload() -> None:
+    """Import MLflow, which takes seconds, for all that follows."""
+    os.environ.update(_VARIABLES)
+    import mlflow  # noqa: F401
+
+
 def tracking_uri(settings: Settings, home: Path) -> str:
     """The MLflow tracking URI, which is the registry's too."""
     return f"sqlite:///{_database(home)}" if settings.uri == EMBEDDED else settings.uri
@@ -515,7 +521,7 @@ def _ignoring_existing() -> Iterator[None]:
 
 @contextmanager
 def _explained(settings: Settings, home: Path) -> Iterator[None]:
-    os.environ.update(_VARIABLES)
+    preload()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError

@@ -297,7 +297,7 @@ def _print(report: Report, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--groups", type=int, default=6, help="pairs of networks in the fleet")
+    parser.add_argument("--groups", type=int, default=4, help="pairs of networks in the fleet")
     parser.add_argument("--seed", type=int, default=0, help="decides which processes are killed, and when")
     parser.add_argument("--minutes", type=float, default=9.5, help="most that all of it may take")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all files and logs")

@@ -133,11 +133,19 @@ def test_help_teaches_and_is_quick(project: Path) -> None:
         status, out, _ = mtz(project, command, "--help")
         assert status == 0
         assert "Example: mtz " in out
-    program = "import sys, flows.cli; print({'torch', 'prefect', 'mlflow', 'boto3'} & sys.modules.keys())"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert loaded.strip() == "set()"
+    assert loaded_by("flows.cli", "torch", "prefect", "mlflow", "boto3") == set()
+
+
+def test_the_flows_do_without_torch_and_mlflow_until_they_need_them() -> None:
+    assert loaded_by("flows.fleet, flows.group, flows.run, flows.pool", "torch", "mlflow", "scipy", "prefect") == {
+        "prefect"
+    }
+
+
+def loaded_by(modules: str, *libraries: str) -> set[str]:
+    program = f"import sys, {modules}; print(*({{*sys.argv[1:]}} & sys.modules.keys()))"
+    command = [sys.executable, "-c", program, *libraries]
+    return {*subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()}
 
 
 def test_a_group_runs_and_dvc_by_hand_reaches_its_data(project: Path, prefect_url: str) -> None:

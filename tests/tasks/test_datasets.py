@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from tasks import datasets
-from tasks.data import SPLITS, InvalidData, read_examples, read_images
+from tasks.data import InvalidData, read_examples, read_images
 from tasks.datasets import InvalidDataset, materialise, recall_key
+from tasks.layout import SPLITS
 
 COUNT = 7
 

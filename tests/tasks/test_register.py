@@ -17,10 +17,10 @@ import yaml
 from safetensors.torch import save_model
 from torch import nn
 
-from tasks import register, tracking
+from tasks import bundle, register, tracking
 from tasks.files import InvalidArtifact, write_json, write_table
+from tasks.gather import gather
 from tasks.params import Params, load_params
-from tasks.release import gather
 from tasks.storage import Storage
 from tasks.workspace import Workspace
 from tests.tasks.conftest import Place, Registry
@@ -83,7 +83,7 @@ def params(workspace: Workspace) -> Params:
 @pytest.fixture
 def number(params: Params, workspace: Workspace, home: Path, store: Storage) -> Callable[[], int | None]:
     """Asks for the version that the workspace's registration stands for."""
-    return lambda: register.verify(params, workspace, home, store)
+    return lambda: bundle.verify(params, workspace, home, store)
 
 
 def folder_of(workspace: Workspace) -> str:
@@ -203,9 +203,9 @@ def test_another_registry_does_not_know_the_version(
     params: Params, workspace: Workspace, store: Storage, tmp_path: Path
 ) -> None:
     register.run(params, workspace)
-    assert register.verify(params, workspace, tmp_path / ".mtz", store) is None
+    assert bundle.verify(params, workspace, tmp_path / ".mtz", store) is None
     tracking.prepare(params.tracking, tmp_path / ".mtz")
-    assert register.verify(params, workspace, tmp_path / ".mtz", store) is None
+    assert bundle.verify(params, workspace, tmp_path / ".mtz", store) is None
 
 
 KILLED = """
