@@ -17,7 +17,6 @@ Locks, not files, say who is alive: a process that is killed lets go of its lock
 import fcntl
 import json
 import os
-import random
 import secrets
 import signal
 import socket
@@ -240,7 +239,7 @@ def _free_ports(preferred: dict[str, int]) -> dict[str, int]:
     for name in _LISTENERS:
         port = preferred.get(name)
         while port is None or port in ports.values() or not (_is_free(port) and _is_free(port + _GRPC_OFFSET)):
-            port = random.randint(_LOWEST_PORT, _HIGHEST_PORT)
+            port = _LOWEST_PORT + secrets.randbelow(_HIGHEST_PORT - _LOWEST_PORT)  # whoever seeds `random` shares it
         ports[name] = port
     return ports
 

@@ -408,9 +408,10 @@ def _serves(storage: Storage) -> bool:
     try:
         storage.check_writable()
         # It takes new objects up to five seconds before it knows where the old ones are.
-        if not storage.exists(_OLD_OBJECT):
-            storage.put(_OLD_OBJECT, b"stored by the first start")
-        storage.read(_OLD_OBJECT)
+        root = storage.elsewhere(storage.bucket)
+        if not root.exists(_OLD_OBJECT):
+            root.put(_OLD_OBJECT, b"stored by the first start")
+        root.read(_OLD_OBJECT)
     except StorageError:
         return False
     return True

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.flows import prefect_server
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +139,7 @@ def test_a_second_clone_computes_nothing(
         f"tracking.uri=sqlite:///{project / '.mtz/mlflow.db'}",
     ]
     places = [word for setting in settings for word in ("--set", setting)]
-    told = mtz(second, "run", "--verify", *places, **storage)
+    told = mtz(second, "run", "--verify", *places, **storage, PREFECT_API_URL=prefect_server.running()[0])
     assert "0 executed, 11 restored, 0 unchanged" in told
     expected, found = contents(workspace), contents(second / ".mtz/workspaces/small")
     expected.pop("params.yaml"), found.pop("params.yaml")  # it says where the storage is
@@ -178,7 +180,7 @@ def test_only_what_depends_on_a_setting_runs_again(project: Path, first_run: str
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["retrain"]["iterations"] = 20
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    told = mtz(project, "run")
+    told = mtz(project, "run", PREFECT_API_URL=prefect_server.running()[0])
     assert re.findall(r"\[small\] (\S+): executed", told) == ["retrain", "evaluate", "register"]
     assert "3 executed, 0 restored, 8 unchanged" in told
     assert f"models:/{MODEL}/2" in told

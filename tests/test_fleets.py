@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from flows import services
 from tasks.datasets import materialise
 from tests.benchmarks.fleet_project import copy_project
+from tests.flows import prefect_server
 from tests.flows.test_run import mtz, start
 
 pytestmark = pytest.mark.e2e
@@ -100,10 +99,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(project: Path) -> Iterator[dict[str, str]]:
-    with services.prefect_server(project / ".mtz") as server:
-        server.wait()
-        yield {"PREFECT_API_URL": f"{server.url}/api"}
+def server() -> dict[str, str]:
+    return {"PREFECT_API_URL": prefect_server.running()[0]}
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +162,10 @@ def test_a_deployed_fleet_runs_its_groups_on_workers_elsewhere(
     project: Path, server: dict[str, str], first_run: tuple[int, str, str], tmp_path: Path
 ) -> None:
     """The whole chain: deployment, the fleet's worker, the pool of groups, a worker that shares nothing but S3."""
-    elsewhere = ("--set", "flow.executor=pool", "--set", "flow.pool=groups")
-    status, out, err = mtz(project, "fleet", "deploy", "--cron", "0 2 * * *", "--pool", "fleets", *elsewhere, **server)
+    elsewhere = ("--set", "flow.executor=pool", "--set", "flow.pool=all-groups")
+    status, out, err = mtz(
+        project, "fleet", "deploy", "--cron", "0 2 * * *", "--pool", "all-fleets", *elsewhere, **server
+    )
     assert status == 0, out + err
     assert "deployed: zip-fleet/all, 0 2 * * * (UTC)" in out and "0 workers" in out
     _, exported, _ = mtz(project, "s3", "--export")
@@ -174,8 +173,8 @@ def test_a_deployed_fleet_runs_its_groups_on_workers_elsewhere(
     (tmp_path / "elsewhere").mkdir()
     own = {**server, **credentials, "MTZ_HOME": str(tmp_path / "elsewhere/.mtz"), "PYTHONPATH": str(project)}
     workers = [
-        start(project, "fleet", "worker", "--pool", "fleets", output=tmp_path / "fleets.log", **server),
-        start(tmp_path / "elsewhere", "fleet", "worker", "--pool", "groups", output=tmp_path / "groups.log", **own),
+        start(project, "fleet", "worker", "--pool", "all-fleets", output=tmp_path / "fleets.log", **server),
+        start(tmp_path / "elsewhere", "fleet", "worker", "--pool", "all-groups", output=tmp_path / "groups.log", **own),
     ]
     try:
         changed = ("--group", "good", "--set", "retrain.iterations=2")

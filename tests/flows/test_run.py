@@ -6,12 +6,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flows import services
+from tests.flows import prefect_server
 from tests.flows.small_project import is_alive, make_project
 
 ROOT = Path(__file__).parents[2]
@@ -49,12 +48,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def prefect_url(project: Path) -> Iterator[str]:
+@pytest.fixture
+def prefect_url() -> str:
     """A server as a team has it, so that not every run has to start one."""
-    with services.prefect_server(project / ".mtz") as server:
-        server.wait()
-        yield f"{server.url}/api"
+    return prefect_server.running()[0]
 
 
 def start(project: Path, *arguments: str, output: Path | None = None, **variables: str) -> "subprocess.Popen[str]":
