@@ -6,8 +6,8 @@ Real servers, S3 and MLflow, on loopback. First a small fleet is merged undistur
 nothing, while at random moments a seeded choice of processes is killed by SIGKILL: `mtz run` itself, stages, DVC, Dask
 workers and scheduler, the S3 server, the MLflow server. `mtz run` is started again whenever it was killed or a group
 failed; when all groups are up to date and kills are left, a setting changes and it goes on. Half of the kills meet
-groups that run in the flow's own process, half those that run on a Dask cluster. Last, the fleet is merged from nothing
-through a proxy that spoils every fifth request to S3.
+groups that run in the flow's own process, half those that run on a Dask cluster. Beside all that, with an S3 server and
+a registry of its own, the fleet is merged from nothing through a proxy that spoils every fifth request to S3.
 
 After each, what must hold is looked up where it lies: in the registry, in the bucket, on disk, in the processes. Ends
 with status 1 if anything does not hold.
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,8 @@ _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 _SHORTEST_MEAN_SECONDS = 1.5
 _SHARE_OF_TIME_FOR_KILLS = 0.4
-_RUNS_BESIDE = 4
-"""Undisturbed runs that the other parts take about as long as: one to finish, variants' references, the proxy."""
+_RUNS_AFTER = 4
+"""Undisturbed runs that all after the kills takes about as long as: one to finish, variants' references, checks."""
 
 
 @dataclass(frozen=True)
@@ -96,40 +97,40 @@ class Harness:
 
     def run(self, kills: int) -> None:
         """All parts. Raises `TooSlow`."""
-        with self._mlflow("undisturbed") as registry:
-            undisturbed = self._project("undisturbed", registry, self.s3.url)
+        with ThreadPoolExecutor(1) as beside, self._mlflow("undisturbed") as registry:
+            undisturbed = self._project("undisturbed", registry, self.s3)
             start = time.monotonic()
             expected = [self._undisturbed(undisturbed, 0)]
             seconds = time.monotonic() - start
             print(f"undisturbed: {len(expected[0])} groups in {seconds:.0f} s", flush=True)
+            proxied = beside.submit(self._through_proxy, expected[0])
             with self._mlflow("killed") as other:
-                killed = self._project("killed", other, self.s3.url)
+                killed = self._project("killed", other, self.s3)
                 found = self._under_kills(killed, other, kills, self._mean_seconds(kills, seconds))
                 expected += [self._undisturbed(undisturbed, variant) for variant in range(1, len(found))]
                 for variant, digests in enumerate(found):
                     wrong = verdicts.same_digests(digests, expected[variant])
                     self.report.check("killed", f"round {variant + 1}: digests as undisturbed", wrong)
-                self._look("killed", killed, other, found, _settings(len(found) - 1))
-        with self._mlflow("proxied") as registry:
-            self._through_proxy(registry, expected[0])
+                self._look("killed", killed, other, self.s3, found, _settings(len(found) - 1))
+            proxied.result()
 
     def _mean_seconds(self, kills: int, undisturbed: float) -> float:
-        left = self.deadline - time.monotonic() - _RUNS_BESIDE * undisturbed
+        left = self.deadline - time.monotonic() - _RUNS_AFTER * undisturbed
         return max(_SHORTEST_MEAN_SECONDS, _SHARE_OF_TIME_FOR_KILLS * left / kills)
 
     def _mlflow(self, part: str) -> MlflowServer:
         return MlflowServer(self.folder / f"mlflow-{part}")
 
-    def _project(self, part: str, registry: MlflowServer, endpoint: str) -> FleetProject:
+    def _project(self, part: str, registry: MlflowServer, s3: S3Server, endpoint: str = "") -> FleetProject:
         temporary = self.folder / f"tmp-{part}"
         temporary.mkdir()
         settings: dict[str, dict[str, object]] = {
-            "storage": {"endpoint": endpoint, "bucket": BUCKET, "prefix": part, "region": REGION},
+            "storage": {"endpoint": endpoint or s3.url, "bucket": BUCKET, "prefix": part, "region": REGION},
             "tracking": {"uri": registry.url},
             "flow": {"workers": 2, "retry_delay_seconds": 0.5},
         }
         marker = f"{self.folder.name}-{part}"
-        variables = {**self.s3.credentials, _MARKER: marker, "TMPDIR": str(temporary)}
+        variables = {**s3.credentials, _MARKER: marker, "TMPDIR": str(temporary)}
         registry.wait()
         return clone(self.folder / part, self.folder / "original", self.folder / "fleet", settings, variables)
 
@@ -187,9 +188,14 @@ class Harness:
         flows.end(start)
         return start
 
-    def _through_proxy(self, registry: MlflowServer, expected: Digests) -> None:
-        with FaultyProxy(self.s3.url, SHARE_OF_FAULTS, self.seed) as proxy:
-            project = self._project("proxied", registry, proxy.url)
+    def _through_proxy(self, expected: Digests) -> None:
+        with (
+            S3Server(self.folder / "s3-proxied") as s3,
+            self._mlflow("proxied") as registry,
+            FaultyProxy(s3.url, SHARE_OF_FAULTS, self.seed) as proxy,
+        ):
+            s3.wait()
+            project = self._project("proxied", registry, s3, proxy.url)
             starts = 0
             status: int | None = None
             while status != 0 and starts < MOST_STARTS_WITH_PROXY:
@@ -202,13 +208,14 @@ class Harness:
                 "proxied", "digests as undisturbed", verdicts.same_digests(_digests(run.report), expected)
             )
             proxy.fraction = 0.0
-            self._look("proxied", project, registry, [expected], _settings(0))
+            self._look("proxied", project, registry, s3, [expected], _settings(0))
 
     def _look(
         self,
         part: str,
         project: FleetProject,
         registry: MlflowServer,
+        s3: S3Server,
         rounds: Sequence[Digests],
         settings: Sequence[str],
     ) -> None:
@@ -217,7 +224,7 @@ class Harness:
         # DVC looks into each of this machine's workspaces, also where a group went on elsewhere: leftovers are used up.
         verified = self._run(project, [*settings, "--verify"])
         _wait_for_end(f"{_MARKER}={project.variables[_MARKER]}")
-        bucket, versions = Bucket(self.s3.client(), part), Registry(registry.url)
+        bucket, versions = Bucket(s3.client(), part), Registry(registry.url)
         marker = f"{_MARKER}={project.variables[_MARKER]}"
         for claim, wrong in (
             ("a following run finds everything unchanged", verdicts.all_unchanged(again.report)),
@@ -297,7 +304,7 @@ def _print(report: Report, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--groups", type=int, default=4, help="pairs of networks in the fleet")
+    parser.add_argument("--groups", type=int, default=6, help="pairs of networks in the fleet")
     parser.add_argument("--seed", type=int, default=0, help="decides which processes are killed, and when")
     parser.add_argument("--minutes", type=float, default=9.5, help="most that all of it may take")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all files and logs")
