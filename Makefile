@@ -58,7 +58,7 @@ bench-full: setup ## the same on all networks and three seeds, in hours; writes 
 bench-fleet: setup ## a fleet of 100 models: time, overhead and memory, what a second run costs, a Dask cluster; an hour
 	@$(WITH_ENV) python -m tests.benchmarks.fleet_times
 
-faults: setup ## a fleet that is killed thirty times, and its S3 faulty: everything must come out the same
+faults: setup ## a fleet whose processes are killed thirty times, another whose S3 is faulty: both must come out the same; 7 min
 	@$(WITH_ENV) python -m tests.faults.harness
 
 bench-residual: setup ## zip networks with batch normalisation trained on the full data
