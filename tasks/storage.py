@@ -62,7 +62,9 @@ _TRANSFER = TransferConfig(multipart_threshold=_SMALL_BYTES, num_download_attemp
 _PATIENCE = 60.0
 _LONGEST_WAIT = 8.0
 
-# A first answer within ten seconds, also from a host that drops packets or accepts and says nothing.
+# A first answer within ten seconds, also from a host that drops packets or accepts and says nothing; what fails at once
+# is tried again for so many of them.
+_PATIENCE_AT_FIRST = 4.0
 _IMPATIENT = {"connect_timeout": 3, "read_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 2}}
 _STARTING = {"connect_timeout": 1, "read_timeout": 4, "retries": {"total_max_attempts": 1}}
 _PATIENT = {
@@ -257,9 +259,8 @@ class Storage:
         """Store and delete an empty object. Raises `StorageError`."""
         # One name for all: what a killed process leaves is used up by the next one.
         probe = {"Bucket": self.bucket, "Key": self.key(".writable")}
-        with self.explained():
-            self.client.put_object(**probe, Body=b"")
-            self.client.delete_object(**probe)
+        self._patiently(lambda: self.client.put_object(**probe, Body=b""))
+        self._patiently(lambda: self.client.delete_object(**probe))
 
     def _head(self, key: str) -> Any:
         try:
@@ -367,7 +368,7 @@ def connect(settings: Settings, home: Path) -> Iterator[Storage]:
         with embedded_s3.joined(folder, lambda server: _serves(starting(server))) as server:
             yield replace(_embedded(settings, folder, server, _PATIENT), patience=_PATIENCE)
     else:
-        _remote(settings, _IMPATIENT).check_writable()
+        replace(_remote(settings, _IMPATIENT), patience=_PATIENCE_AT_FIRST).check_writable()
         yield replace(_remote(settings, _PATIENT), patience=_PATIENCE)
 
 

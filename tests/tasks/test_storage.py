@@ -281,6 +281,16 @@ def test_one_failure_in_five_requests_is_survived(
     assert set(proxy.counts) == {"500", "503", "stalled", "reset", "truncated", "lost"}
 
 
+@pytest.mark.usefixtures("behind")
+def test_a_server_that_fails_now_and_then_is_connected_to(other: Place, store: Storage, home: Path) -> None:
+    assert store.endpoint is not None
+    with FaultyProxy(store.endpoint, 0.5, faults=("500", "503", "reset")) as proxy:
+        for _ in range(4):
+            with storage.connect(dataclasses.replace(other, endpoint=proxy.url), home):
+                pass
+    assert sum(proxy.counts.values()) >= 4
+
+
 def test_a_server_that_often_says_nothing(behind: Callable[..., Storage], store: Storage) -> None:
     assert store.endpoint is not None
     with FaultyProxy(store.endpoint, 0.3, stall_seconds=60, faults=("stalled",)) as proxy:
