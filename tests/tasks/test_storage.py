@@ -284,7 +284,7 @@ def test_one_failure_in_five_requests_is_survived(
 @pytest.mark.usefixtures("behind")
 def test_a_server_that_fails_now_and_then_is_connected_to(other: Place, store: Storage, home: Path) -> None:
     assert store.endpoint is not None
-    with FaultyProxy(store.endpoint, 0.5, faults=("500", "503", "reset")) as proxy:
+    with FaultyProxy(store.endpoint, 0.7, faults=("500", "503", "reset")) as proxy:
         for _ in range(4):
             with storage.connect(dataclasses.replace(other, endpoint=proxy.url), home):
                 pass
