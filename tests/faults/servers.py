@@ -134,12 +134,15 @@ class S3Server(Server):
         return self._session.client("s3", endpoint_url=url or self.url, region_name=REGION, config=config)
 
     def is_ready(self) -> bool:
-        """Whether an object can be stored; makes the bucket."""
+        """Whether an object can be stored, and one of before is found; makes the bucket."""
         client = self.client(connect_timeout=1, read_timeout=4, retries={"total_max_attempts": 1})
         try:
             with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
                 client.create_bucket(Bucket=BUCKET)
             client.put_object(Bucket=BUCKET, Key="ready", Body=b"")
+            if not client.list_objects_v2(Bucket=BUCKET, Prefix="old")["KeyCount"]:
+                client.put_object(Bucket=BUCKET, Key="old", Body=b"stored by the first start")
+            client.get_object(Bucket=BUCKET, Key="old")["Body"].read()
         except (BotoCoreError, ClientError):
             return False
         return True
