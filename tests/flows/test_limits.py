@@ -54,28 +54,27 @@ def test_no_more_than_the_limit_at_a_time() -> None:
 
 def test_the_place_of_a_killed_holder_comes_free(home: Path) -> None:
     limits.ensure(1)
+    leases = home / "prefect" / "concurrency_leases"
+    before = {*leases.glob("*.json")}  # of other tests
     program = "import time\nfrom flows import limits\nwith limits.heavy_place(1):\n    time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     until(lambda: held() == 1)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    end = datetime.fromisoformat(pass_over_lease(home / "prefect" / "concurrency_leases"))
+    end = datetime.fromisoformat(pass_over_lease(leases, before))
     assert end < datetime.now(UTC) + timedelta(seconds=limits.LEASE_SECONDS)
     with limits.heavy_place(1):
         assert held() == 1
 
 
-def pass_over_lease(folder: Path) -> str:
-    """Set the end of the last lease to now, instead of waiting for it; return when it would have been.
-
-    One that was given back a moment ago may still have its file.
-    """
+def pass_over_lease(folder: Path, before: set[Path]) -> str:
+    """Set the end of the lease that is new to now, instead of waiting for it; return when it would have been."""
     now = datetime.now(UTC).isoformat()
-    leases = {path: json.loads(path.read_text()) for path in folder.glob("*.json") if path.name != "expirations.json"}
-    for path, lease in leases.items():
-        path.write_text(json.dumps({**lease, "expiration": now}))
-    (folder / "expirations.json").write_text(json.dumps({lease["id"]: now for lease in leases.values()}))
-    return max(str(lease["expiration"]) for lease in leases.values())
+    (path,) = {*folder.glob("*.json")} - before - {folder / "expirations.json"}
+    lease = json.loads(path.read_text())
+    path.write_text(json.dumps({**lease, "expiration": now}))
+    (folder / "expirations.json").write_text(json.dumps({lease["id"]: now}))
+    return str(lease["expiration"])
 
 
 def test_without_a_limit_nothing_is_asked() -> None:
