@@ -180,7 +180,7 @@ def lost(zipped: ZippedNetwork, found: Mapping[str, nn.Module], task: str) -> fl
     return 100 * (wrong[0] - wrong[1]) / len(data.labels)
 
 
-@pytest.mark.parametrize("floor", [0.0, 5.0])
+@pytest.mark.parametrize("floor", [0.0, 2.0, 10.0])
 def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
     found = networks()
     config = ZipConfig(share=Budget(floor=floor), sweeps=1)
@@ -192,7 +192,7 @@ def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
 def test_every_step_says_what_it_lost_and_a_lower_floor_never_stores_less() -> None:
     found = networks()
     sizes = []
-    for floor in (1.0, 20.0):
+    for floor in (1.0, 5.0, 20.0):
         steps = search(found, floor)
         assert steps[0].size == 1.0 and steps[0].kept and set(steps[0].lost.values()) == {0.0}
         for step in steps:
