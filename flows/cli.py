@@ -72,7 +72,7 @@ def run(
     Example: `mtz run --group lenet5 --set retrain.iterations=50`
     """
     with _told(debug):
-        from flows.run import run_fleet
+        from flows.commands.run import run_fleet
 
         run_fleet(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), verify, debug)
 
@@ -91,7 +91,7 @@ def check(
     Example: `mtz fleet check --set storage.endpoint=https://s3.example.org`
     """
     with _told(debug):
-        from flows.checks import check_all
+        from flows.commands.check import check_all
 
         check_all(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), tell=typer.echo)
         typer.echo("All is well: `mtz run` can start.")
@@ -108,7 +108,7 @@ def fleet_plan(
     Example: `mtz fleet plan`
     """
     with _told(debug):
-        from flows.run import show_plan
+        from flows.commands.run import show_plan
 
         show_plan(Path.cwd(), params, fleet, tuple(settings or ()), debug)
 
@@ -122,7 +122,7 @@ def fleet_retry(
     Example: `mtz fleet retry`
     """
     with _told(debug):
-        from flows.run import retry_failed
+        from flows.commands.run import retry_failed
 
         retry_failed(Path.cwd(), params, fleet, tuple(settings or ()), debug)
 
@@ -161,7 +161,7 @@ def fleet_deploy(
     Example: `mtz fleet deploy --cron "0 2 * * *" --timezone Europe/Zurich`
     """
     with _told(debug):
-        from flows.run import deploy_fleet
+        from flows.commands.run import deploy_fleet
 
         deploy_fleet(Path.cwd(), params, fleet, name, cron, timezone, pool, overlap, tuple(settings or ()), typer.echo)
 
@@ -234,16 +234,16 @@ def fleet_worker(
 
 
 def _schedule() -> ModuleType:
-    """Return `flows.schedule`, with Prefect's settings made before it is imported."""
-    from flows.services import prefect_environment
+    """Return `flows.commands.schedule`, with Prefect's settings made before it is imported."""
+    from flows.processes.servers import prefect_environment
     from tasks.home import find_home
 
     os.environ.update(prefect_environment(find_home()))
-    return importlib.import_module("flows.schedule")
+    return importlib.import_module("flows.commands.schedule")
 
 
 def _deployment(name: str | None, fleet: Path) -> str:
-    from flows.fleet_file import fleet_name
+    from flows.spec.fleet_file import fleet_name
 
     return name or fleet_name(fleet)
 
@@ -255,7 +255,7 @@ def fleet_upgrade(fleet: FleetFile = FLEET) -> None:
     Example: `mtz fleet upgrade`
     """
     with _told():
-        from flows.fleet_file import upgrade_file
+        from flows.spec.fleet_file import upgrade_file
 
         typer.echo(upgrade_file(fleet))
 
@@ -294,8 +294,8 @@ def pareto(
     Example: `mtz pareto --group lenet5 --sizes 0.25,0.5 --methods mixture,paper`
     """
     with _told(debug):
-        from flows.pareto import draw_pareto
-        from tasks.pareto import Asked
+        from flows.commands.pareto import draw_pareto
+        from tasks.studies.pareto import Asked
 
         asked = Asked.parse(sizes, methods, retrain)
         draw_pareto(Path.cwd(), params, fleet, group, asked, tuple(settings or ()), tell=typer.echo)
@@ -308,7 +308,7 @@ def ui(params: ParamsFile = PARAMS, debug: Debug = False) -> None:
     Example: `mtz ui`, then open the addresses that it prints.
     """
     with _told(debug):
-        from flows.pages import serve_pages
+        from flows.commands.serve import serve_pages
 
         serve_pages(Path.cwd(), params, tell=typer.echo)
 
@@ -326,7 +326,7 @@ def s3(
     Example: `mtz s3` in one terminal; in another `eval "$(mtz s3 --export)"`, then `dvc pull` or `aws s3 ls`.
     """
     with _told(debug):
-        from flows.pages import export_storage, serve_storage
+        from flows.commands.serve import export_storage, serve_storage
 
         (export_storage if export else serve_storage)(Path.cwd(), params, typer.echo)
 
@@ -344,7 +344,7 @@ def dvc(
     Example: `mtz dvc -- pull`, `mtz dvc --group lenet5 -- metrics show`
     """
     with _told():
-        from flows.by_hand import run_dvc
+        from flows.commands.dvc import run_dvc
 
         raise typer.Exit(run_dvc(Path.cwd(), params, group, context.args))
 

@@ -8,29 +8,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtz_core.budget import Validation
     from mtz_core.errors import MtzError
     from mtz_core.facade import zip_networks
-    from mtz_core.growth import add_network
-    from mtz_core.operations import register_operation
+    from mtz_core.merging.adding import add_network
+    from mtz_core.network.operations import register_operation
+    from mtz_core.network.tracing import trace
+    from mtz_core.planning.search import Validation
     from mtz_core.settings import Budget, RetrainConfig, ZipConfig
-    from mtz_core.structure import LayerReport, ZipReport
-    from mtz_core.tracing import trace
-    from mtz_core.zipped import ZippedNetwork, load
+    from mtz_core.zipped.module import ZippedNetwork, load
+    from mtz_core.zipped.report import LayerReport, ZipReport
 
 _HOMES = {
     "Budget": "settings",
-    "LayerReport": "structure",
+    "LayerReport": "zipped.report",
     "MtzError": "errors",
     "RetrainConfig": "settings",
-    "Validation": "budget",
+    "Validation": "planning.search",
     "ZipConfig": "settings",
-    "ZipReport": "structure",
-    "ZippedNetwork": "zipped",
-    "add_network": "growth",
-    "load": "zipped",
-    "register_operation": "operations",
-    "trace": "tracing",
+    "ZipReport": "zipped.report",
+    "ZippedNetwork": "zipped.module",
+    "add_network": "merging.adding",
+    "load": "zipped.module",
+    "register_operation": "network.operations",
+    "trace": "network.tracing",
     "zip_networks": "facade",
 }
 

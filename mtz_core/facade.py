@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mtz_core.activations import as_batches, original_moments
-from mtz_core.budget import FloorSearch, Spender, Validation
 from mtz_core.errors import InvalidConfig
-from mtz_core.matching import check_compatible, descent, match, shared_counts
-from mtz_core.sensitivity import sensitivities
+from mtz_core.merging.compatibility import check_compatible, shared_counts
+from mtz_core.merging.matching import descent, match
+from mtz_core.merging.walk import check_task_name, finish, merge, trace_task
+from mtz_core.planning.search import FloorSearch, Spender, Validation
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
-from mtz_core.zipped import ZippedNetwork
-from mtz_core.zipping import check_task_name, finish, merge, trace_task
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.zipped.module import ZippedNetwork
 
 
 def zip_networks(

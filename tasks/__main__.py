@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig, MtzError, UnsupportedModule
 from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN, Refused, ServiceFault
-from tasks.warm import hand_over
+from tasks.warm_client import hand_over
 
 MODEL_STAGES = ("pretrain", "collect", "hessians")
 """Stages that run once for each model."""
@@ -76,9 +76,9 @@ def _status(error: Exception) -> int:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
-    from tasks.factories import find_factory
+    from tasks.artifacts.paths import Workspace
+    from tasks.models.factories import find_factory
     from tasks.params import InvalidParams, load_params
-    from tasks.workspace import Workspace
 
     stage, model = options.stage, options.model
     workspace = Workspace(Path())
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
     if stage not in MODEL_STAGES:
         for name in params.models:
             find_factory(params, name)
-    module = importlib.import_module(f"tasks.{stage}")
+    module = importlib.import_module(f"tasks.{'studies' if stage in EXTRAS else 'stages'}.{stage}")
     if stage in MODEL_STAGES:
         module.run(params, workspace, model)
     elif stage in EXTRAS:

@@ -69,7 +69,7 @@ class ModelParams(_Block):
     """One pre-trained network: the factory that builds it, the file of its weights, and the folder of its data.
 
     `weights` lie under `networks/` and `data` under `data/`, where DVC versions them. `keep_separate` are paths of
-    submodules that stay task-specific, whatever they do. `metric` measures errors; see `mtz_core.evaluate.METRICS`.
+    submodules that stay task-specific, whatever they do. `metric` measures errors; see `mtz_core.evaluation.METRICS`.
     """
 
     network: Annotated[str, AfterValidator(importable_name)]

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from mtz_core.errors import MtzError
-from tasks import tracking
-from tasks.contents import Contents, SourceChanged
-from tasks.datasets import recall_key
+from tasks.data.factories import recall_key
+from tasks.data.layout import SPLITS, SUFFIXES
 from tasks.faults import EXIT_TRY_AGAIN, ServiceFault
-from tasks.layout import SPLITS, SUFFIXES
-from tasks.storage import NoSuchObject, Storage, StorageError, StorageRefused
-from tasks.tracking import ModelVersion, TrackingError, TrackingRefused
+from tasks.registry import mlflow_client
+from tasks.registry.mlflow_client import ModelVersion, TrackingError, TrackingRefused
+from tasks.storage.contents import Contents, SourceChanged
+from tasks.storage.s3 import NoSuchObject, Storage, StorageError, StorageRefused
 
 _S3, _REGISTRY = "s3://", "models:/"
 _WEIGHTS = ".safetensors"
@@ -48,7 +48,7 @@ class Access:
     home: Path
     contents: Contents
     store: Storage
-    registry: tracking.Settings
+    registry: mlflow_client.Settings
 
 
 def resolve_file(name: str, location: str, access: Access) -> str:
@@ -72,7 +72,7 @@ def resolve_data(name: str, spec: str | Mapping[str, Any], access: Access) -> di
 
     `spec` is the location of a folder (of the project, or `s3://bucket/prefix/`), or `{train: file, validation: file,
     test: file}` with `calibration` as another word for `train`, or `{factory: "package.module:function", arguments:
-    {…}}`, see `tasks.datasets`. Raises like `resolve_file`.
+    {…}}`, see `tasks.data.factories`. Raises like `resolve_file`.
     """
     if isinstance(spec, str):
         files = _folder(name, spec, access)
@@ -117,8 +117,8 @@ def _registered(location: str, access: Access) -> str:
             "names no version. Write models:/name@alias or models:/name/3, and #path for one of its files."
         )
     wanted = int(found["number"]) if found["number"] else found["alias"]
-    version = tracking.find_model(access.registry, access.home, found["name"], wanted)
-    registry = re.sub(r"//[^/@]*@", "//", tracking.tracking_uri(access.registry, access.home))
+    version = mlflow_client.find_model(access.registry, access.home, found["name"], wanted)
+    registry = re.sub(r"//[^/@]*@", "//", mlflow_client.tracking_uri(access.registry, access.home))
     known = f"{registry} models:/{version.name}/{version.number} {version.location} {file}"
     digest = access.contents.recall(known)
     if digest is None:
@@ -134,13 +134,13 @@ def _fetched(version: ModelVersion, file: str, access: Access) -> str:
         place = access.store.elsewhere(bucket)
         file = file or _only_weights(version, place.names(prefix))
         return _object(bucket, f"{prefix}/{file}", access)
-    files = tracking.model_files(access.registry, access.home, version)
+    files = mlflow_client.model_files(access.registry, access.home, version)
     file = file or _only_weights(version, files)
     if file not in files:
         raise SourceError(f"version {version.number} has no file {file}. It has {', '.join(files) or 'none'}.")
 
     def fetch(partial: Path) -> None:
-        tracking.fetch_model_file(access.registry, access.home, version, file, partial)
+        mlflow_client.fetch_model_file(access.registry, access.home, version, file, partial)
 
     return access.contents.add_made(fetch)
 
@@ -219,7 +219,7 @@ def _made(name: str, spec: Mapping[str, Any], access: Access) -> dict[str, str]:
 
 
 def _materialise(factory: str, arguments: Mapping[str, Any], folder: Path, project: Path) -> None:
-    command = [sys.executable, "-m", "tasks.datasets", factory, json.dumps(arguments), str(folder)]
+    command = [sys.executable, "-m", "tasks.data.factories", factory, json.dumps(arguments), str(folder)]
     paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows import prefect_server
+from tests.support import prefect_server
 
 pytestmark = pytest.mark.e2e
 
@@ -36,7 +36,7 @@ def clone(target: Path) -> Path:
     params = yaml.safe_load((target / "params.yaml").read_text())
     params |= {"group": "small", "register": {"name": MODEL}}
     for model in params["models"].values():
-        model["network"] = "tasks.networks:lenet_300_100"
+        model["network"] = "tasks.models.example_networks:lenet_300_100"
     for settings in params["pretrain"].values():
         settings["epochs"] = 1
     params["collect"]["images"] = 1000
@@ -151,7 +151,7 @@ import sys
 import mlflow, torch
 import mtz_core
 from pathlib import Path
-from tasks.data import read_examples
+from tasks.data.examples import read_examples
 
 registry, network, model = sys.argv[1:]
 mlflow.set_tracking_uri(registry)

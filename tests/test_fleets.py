@@ -13,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tasks.datasets import materialise
+from tasks.data.factories import materialise
 from tests.benchmarks.fleet_project import copy_project
-from tests.flows import prefect_server
-from tests.flows.test_run import mtz, start
+from tests.flows.commands.test_run import mtz, start
+from tests.support import prefect_server
 
 pytestmark = pytest.mark.e2e
 

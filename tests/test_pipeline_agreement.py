@@ -16,12 +16,15 @@ STAGES = (*MODEL_STAGES, *GROUP_STAGES)
 WIRING = {"mtz_core.errors", "mtz_core.settings", "tasks.params", "tasks.progress", "tasks.home", "tasks.faults"}
 """Modules that say what to do and tell what is done, but compute nothing; settings are versioned as parameters."""
 
-SERVICES = {"tasks.locks", "tasks.embedded_s3", "tasks.s3_errors"}
+SERVICES = {"tasks.locks", "tasks.storage.embedded", "tasks.storage.errors"}
 """Modules that start and reach services; what they move is versioned."""
 
 BUILT_BY = {
-    "pretrain": {"tasks.networks"},
-    **{name: {"tasks.networks", "tasks.programs"} for name in ("collect", "match", "merge", "retrain", "evaluate")},
+    "pretrain": {"tasks.models.example_networks"},
+    **{
+        name: {"tasks.models.example_networks", "tasks.models.programs"}
+        for name in ("collect", "match", "merge", "retrain", "evaluate")
+    },
 }
 """Modules with the factories of networks, which stages import by the names in params.yaml."""
 
@@ -37,7 +40,7 @@ def test_same_stages_everywhere(pipeline: dict[str, Any]) -> None:
     params = yaml.safe_load(Path("params.yaml").read_text())
     for stage in STAGES:
         assert stage in params
-        assert Path("tasks", f"{stage}.py").is_file()
+        assert Path("tasks", "stages", f"{stage}.py").is_file()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -61,9 +64,9 @@ def test_what_merges_plans_or_networks_depends_on_all_that_decides_how(pipeline:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_uses_is_its_dependency(pipeline: dict[str, Any], stage: str) -> None:
-    used = grimp.build_graph("mtz_core", "tasks").find_upstream_modules(f"tasks.{stage}") - WIRING - SERVICES
-    used |= {f"tasks.{stage}"} | BUILT_BY.get(stage, set())
-    used |= {"tasks.served_model"} if stage == "register" else set()
+    used = grimp.build_graph("mtz_core", "tasks").find_upstream_modules(f"tasks.stages.{stage}") - WIRING - SERVICES
+    used |= {f"tasks.stages.{stage}"} | BUILT_BY.get(stage, set())
+    used |= {"tasks.registry.served_model"} if stage == "register" else set()
     body = pipeline[stage].get("do", pipeline[stage])
     named = {path.removesuffix(".py").replace("/", ".") for path in body["deps"] if path.startswith(("tasks", "mtz"))}
     if "mtz_core" in named:

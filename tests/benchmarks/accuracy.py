@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core import Budget, ZippedNetwork, zip_networks
-from mtz_core.retrain import original_outputs, retrain
+from mtz_core.retraining import original_outputs, retrain
 from mtz_core.settings import Move, RetrainConfig, ZipConfig
-from tasks.networks import lenet5, lenet_300_100
+from tasks.models.example_networks import lenet5, lenet_300_100
 from tests.benchmarks.full_data import FOLDERS, Split, read_split, test_error
 from tests.benchmarks.records import Records, Setting
 from tests.benchmarks.residual_networks import residual_network

@@ -20,14 +20,14 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from mtz_core import ZipConfig, zip_networks
-from mtz_core.activations import as_batches, original_moments
-from mtz_core.affinity import Affinity, Comparer, Profile
-from mtz_core.grouping import LEAST_SIMILARITY
-from mtz_core.retrain import distillation_loss
-from mtz_core.sensitivity import TEMPERATURE, sensitivities
-from mtz_core.tracing import trace
+from mtz_core.grouping.affinity import Affinity, Comparer, Profile
+from mtz_core.grouping.groups import LEAST_SIMILARITY
+from mtz_core.network.tracing import trace
+from mtz_core.retraining import distillation_loss
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.sensitivity import TEMPERATURE, sensitivities
 from tasks.files import whole_file
-from tasks.networks import lenet_300_100
+from tasks.models.example_networks import lenet_300_100
 from tests.benchmarks.fleets import ANCESTOR, fleet_networks, member_split
 from tests.benchmarks.full_data import Split, data_folder, read_split, test_error
 from tests.benchmarks.records import DOCS

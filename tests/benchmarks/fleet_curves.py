@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtz_core.activations import as_batches, original_moments
-from mtz_core.budget import Spender, Trial
 from mtz_core.errors import InvalidConfig
-from mtz_core.retrain import original_outputs, retrain
-from mtz_core.sensitivity import sensitivities
+from mtz_core.network.tracing import trace
+from mtz_core.planning.search import Spender, Trial
+from mtz_core.retraining import original_outputs, retrain
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
-from mtz_core.tracing import trace
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.fleets import fleet_networks, member_split
 from tests.benchmarks.full_data import Split, read_split, test_error
 from tests.benchmarks.records import Records, Setting

@@ -36,9 +36,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.build import encode_png
-from tasks.data import read_examples
+from tasks.data.examples import read_examples
 from tasks.files import whole_file
-from tasks.networks import lenet_300_100
+from tasks.models.example_networks import lenet_300_100
 from tests.benchmarks.fleets import DISTORTIONS, LABELLINGS
 
 DATA = Path(__file__).parents[2] / "data"
@@ -56,7 +56,7 @@ SETTINGS: Mapping[str, Mapping[str, object]] = {
 }
 """What all groups have in place of the values of params.yaml."""
 
-_NETWORK = "tasks.networks:lenet_300_100"
+_NETWORK = "tasks.models.example_networks:lenet_300_100"
 _TENSORS = tuple(lenet_300_100().state_dict())
 _SIDE_BY_SIDE = 20
 _THREADS = 2

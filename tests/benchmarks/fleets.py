@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.networks import lenet_300_100
+from tasks.models.example_networks import lenet_300_100
 from tests.benchmarks.full_data import Split
 from tests.benchmarks.training import Recipe, trained
 

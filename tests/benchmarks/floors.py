@@ -1,8 +1,8 @@
 """The smallest network that loses at most half a point of each task, by every method.
 
-The same search for all (`mtz_core.budget.FloorSearch`), with 50 iterations of light retraining. The first half of the
-test images is the validation data on which the floor is kept; errors are also given on the second half, which nothing
-has seen.
+The same search for all (`mtz_core.planning.search.FloorSearch`), with 50 iterations of light retraining. The first half
+of the test images is the validation data on which the floor is kept; errors are also given on the second half, which
+nothing has seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mtz_core import Budget, Validation
-from mtz_core.budget import FloorSearch
+from mtz_core.planning.search import FloorSearch
 from mtz_core.settings import Method, Move, RetrainConfig, ZipConfig
 from tests.benchmarks.accuracy import PAIRS, Pair
 from tests.benchmarks.fleet_curves import spender

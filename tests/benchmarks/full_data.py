@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.build import read_idx
-from mtz_core.evaluate import error_rate, predict
+from mtz_core.evaluation import error_rate, predict
 
 FOLDERS = {"digits": "mnist", "fashion": "fashion-mnist"}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.charts import Curve, Panel, draw_curves
 from tasks.files import whole_file
+from tasks.studies.charts import Curve, Panel, draw_curves
 from tests.benchmarks.accuracy import METHODS, PAIRS
 from tests.benchmarks.fleet_curves import DROP, FLEETS, MIXTURE, PAPER, SHARE, SIZES
 from tests.benchmarks.fleets import DISTORTIONS, LABELLINGS

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtz_core.activations import as_batches, original_moments
-from mtz_core.matching import check_compatible, match
+from mtz_core.merging.compatibility import check_compatible
+from mtz_core.merging.matching import match
+from mtz_core.merging.walk import merge
+from mtz_core.network.tracing import trace
 from mtz_core.settings import ZipConfig
-from mtz_core.tracing import trace
-from mtz_core.zipped import ZippedNetwork
-from mtz_core.zipping import merge
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.zipped.module import ZippedNetwork
 
 MOST_MEMORY = 12 * 2**30
 MOST_SECONDS = 3600

@@ -21,8 +21,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from flows.services import free_port
-from tasks import embedded_s3
+from flows.processes.servers import free_port
+from tasks.storage import embedded
 
 BUCKET = "mtz"
 REGION = "us-east-1"
@@ -103,7 +103,7 @@ class Server:
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_SECONDS)
-        embedded_s3._becomes(lambda: not _is_group(process.pid), _STOP_SECONDS)
+        embedded._becomes(lambda: not _is_group(process.pid), _STOP_SECONDS)
         self._process = None
 
 
@@ -111,12 +111,12 @@ class S3Server(Server):
     """An S3 server with one bucket; its data lie in the folder."""
 
     def __init__(self, folder: Path) -> None:
-        ports = embedded_s3._free_ports({})
-        command = [embedded_s3._binary(), "-logtostderr=true", "mini", *embedded_s3._OPTIONS]
+        ports = embedded._free_ports({})
+        command = [embedded._binary(), "-logtostderr=true", "mini", *embedded._OPTIONS]
         for name, port in ports.items():
             command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + _GRPC_OFFSET}"]
         keys = {name: secrets.token_hex(16) for name in ("access_key", "secret_key", "signing_key")}
-        super().__init__("S3", folder, command, embedded_s3._environment(folder, keys))
+        super().__init__("S3", folder, command, embedded._environment(folder, keys))
         self._ports = ports
         self.url = f"http://{_HOST}:{ports['s3']}"
         self.credentials = {"AWS_ACCESS_KEY_ID": keys["access_key"], "AWS_SECRET_ACCESS_KEY": keys["secret_key"]}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import warm
-from tasks.warm import VARIABLE
-from tests.flows.small_project import Group, make_project
+from flows.processes import warm
+from tasks.warm_client import VARIABLE
+from tests.support.small_project import Group, make_project
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ import yaml
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from tasks import contents
+from tasks.storage import contents
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -325,7 +325,7 @@ def test_deployments_are_understood_and_their_flows_take_the_parameters() -> Non
 
 
 def test_deployments_are_those_that_the_code_asks_for() -> None:
-    from flows import pool
+    from flows.jobs import pool
     from tasks.params import FlowParams
 
     _, group = yaml.safe_load((INFRA / "prefect.yaml").read_text())["deployments"]
@@ -345,7 +345,7 @@ def test_deployments_are_those_that_the_code_asks_for() -> None:
 
 
 def test_settings_of_the_deployment_are_known() -> None:
-    from flows.fleet_file import read_fleet
+    from flows.spec.fleet_file import read_fleet
 
     nightly, _ = declared(register_environments()[0])["deployments"]
     common = read_fleet(ROOT / "params.yaml", ROOT / "fleet.yaml", nightly["parameters"]["settings"]).common()
@@ -356,7 +356,7 @@ def test_settings_of_the_deployment_are_known() -> None:
 def test_the_automation_is_the_one_that_the_code_makes() -> None:
     from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
-    from flows import schedule
+    from flows.commands import schedule
 
     [declared] = yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]
     automation = AutomationCore.model_validate(declared)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest.register_assert_rewrite("tests.mtz_core.zoo_laws")
+pytest.register_assert_rewrite("tests.support.zoo.laws")
 settings.register_profile("mtz_core", derandomize=True, deadline=None, max_examples=20, database=None)
 settings.load_profile("mtz_core")
 

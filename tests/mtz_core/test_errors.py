@@ -3,7 +3,8 @@
 import inspect
 
 import mtz_core
-from mtz_core import errors, linalg
+from mtz_core import errors
+from mtz_core.statistics import linalg
 
 
 def test_all_errors_have_one_base_and_say_when_they_are_raised() -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.mtz_core.zoo import OWN, ZooCase
-from tests.mtz_core.zoo_laws import LAWS, zipped_pair
+from tests.support.zoo.laws import LAWS, zipped_pair
+from tests.support.zoo.table import OWN, ZooCase
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.mtz_core.zoo import FOREIGN, ZooCase
-from tests.mtz_core.zoo_laws import LAWS
+from tests.support.zoo.laws import LAWS
+from tests.support.zoo.table import FOREIGN, ZooCase
 
 TOKENS = [case for case in FOREIGN if not case.examples(1).is_floating_point()]
 

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 import mtz_core
-from tasks import storage, tracking
-from tasks.storage import Storage
+from tasks.registry import mlflow_client
+from tasks.storage import s3
+from tasks.storage.s3 import Storage
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a storage is, as `params.storage` says it."""
 
-    endpoint: str = storage.EMBEDDED
+    endpoint: str = s3.EMBEDDED
     bucket: str = "mtz-tests"
     prefix: str = "project"
     region: str = "us-east-1"
@@ -44,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def session_store(home: Path) -> Iterator[Storage]:
     """Keeps the session's S3 server up."""
-    with storage.connect(Place(), home) as store:
+    with s3.connect(Place(), home) as store:
         yield store
 
 
@@ -57,7 +58,7 @@ def place(session_store: Storage, request: pytest.FixtureRequest) -> Place:
 @pytest.fixture
 def store(place: Place, home: Path) -> Iterator[Storage]:
     """That storage, open."""
-    with storage.connect(place, home) as opened:
+    with s3.connect(place, home) as opened:
         yield opened
 
 
@@ -65,14 +66,14 @@ def store(place: Place, home: Path) -> Iterator[Storage]:
 class Registry:
     """Where an MLflow registry is, as `params.tracking` says it."""
 
-    uri: str = tracking.EMBEDDED
+    uri: str = mlflow_client.EMBEDDED
     experiment: str = "tests"
 
 
 @pytest.fixture(scope="session")
 def registry(home: Path) -> Registry:
     """The session's registry, ready."""
-    tracking.prepare(Registry(), home)
+    mlflow_client.prepare(Registry(), home)
     return Registry()
 
 

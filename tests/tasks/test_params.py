@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mtz_core.evaluate import METRICS
+from mtz_core.evaluation import METRICS
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 from tasks.params import InvalidParams, load_params, read_yaml, validate
 

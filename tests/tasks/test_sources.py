@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from tasks import storage, tracking
-from tasks.contents import Contents
 from tasks.faults import ServiceFault
+from tasks.registry import mlflow_client
 from tasks.sources import Access, SourceError, resolve_data, resolve_file
-from tasks.storage import Storage
+from tasks.storage import s3
+from tasks.storage.contents import Contents
+from tasks.storage.s3 import Storage
 from tests.tasks.conftest import Place, Registry
 
 WEIGHTS = b"weights, as far as anybody here knows"
@@ -34,7 +35,7 @@ def place(session_store: Storage) -> Place:
 @pytest.fixture(scope="module")
 def store(place: Place, home: Path) -> Iterator[Storage]:
     """That storage, open."""
-    with storage.connect(place, home) as opened:
+    with s3.connect(place, home) as opened:
         yield opened
 
 
@@ -57,7 +58,7 @@ def asked(store: Storage) -> list[str]:
 
 @pytest.fixture
 def client(registry: Registry, home: Path) -> Any:
-    return tracking._client(registry, home)
+    return mlflow_client._client(registry, home)
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_wrong_credentials(access: Access, place: Place, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", access.store.credentials["AWS_ACCESS_KEY_ID"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
     assert access.store.endpoint is not None
-    stranger = storage._remote(dataclasses.replace(place, endpoint=access.store.endpoint), storage._IMPATIENT)
+    stranger = s3._remote(dataclasses.replace(place, endpoint=access.store.endpoint), s3._IMPATIENT)
     with pytest.raises(SourceError, match="access is denied") as caught:
         resolve_file(NAME, "s3://mtz-tests/a", dataclasses.replace(access, store=stranger))
     assert "not-the-secret-at-all" not in str(caught.value)
@@ -247,7 +248,7 @@ def test_services_that_are_away_are_no_fault_of_the_source(
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     away = dataclasses.replace(
         access,
-        store=storage._remote(dataclasses.replace(place, endpoint=url), storage._IMPATIENT),
+        store=s3._remote(dataclasses.replace(place, endpoint=url), s3._IMPATIENT),
         registry=Registry(uri=url),
     )
     for location in ("s3://mtz-tests/a", "models:/a/1"):

@@ -14,23 +14,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mtz_core.activations import as_batches
 from mtz_core.errors import IncompatibleNetworks, InvalidCalibration
-from mtz_core.graph import LayerGraph, Network, Node
-from mtz_core.matching import Pairing, check_compatible
+from mtz_core.merging.compatibility import check_compatible
+from mtz_core.merging.pairing import Pairing
+from mtz_core.merging.walk import trace_task
+from mtz_core.network.graph import LayerGraph, Network, Node
 from mtz_core.settings import ZipConfig
-from mtz_core.structure import (
-    Arrangement,
-    LayerReport,
-    Members,
-    TaskStructure,
-    ZippedStructure,
-    ZipReport,
-    cut,
-    own_name,
-)
-from mtz_core.zipped import ZippedNetwork
-from mtz_core.zipping import trace_task
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.ownership import Arrangement, Members
+from mtz_core.zipped.report import LayerReport, ZipReport
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, cut, own_name
 
 Matrices = Mapping[str, Mapping[str, Tensor]]
 """For every task and layer the dense matrix ``[out, columns]``, the bias (if any) as its last column."""

@@ -10,8 +10,8 @@ from jaxtyping import Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from mtz_core.graph import Network
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.network.graph import Network
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.rivals.assemble import (
     assemble,
     check_equal_widths,

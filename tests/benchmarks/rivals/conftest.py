@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtz_core.graph import Network
+from mtz_core.merging.walk import trace_task
+from mtz_core.network.graph import Network
 from mtz_core.settings import ZipConfig
-from mtz_core.zipping import trace_task
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mtz_core.activations import as_batches
 from mtz_core.errors import InvalidCalibration
-from mtz_core.graph import INPUT, Axis, Network, Node, forget, run_node
-from mtz_core.structure import positions_of
+from mtz_core.network.graph import INPUT, Axis, Network, Node, forget, run_node
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.zipped.ownership import positions_of
 
 Place = Literal["read", "written"]
 """Where a neuron's values are taken: as layers read them (behind its activation), or as layers write them."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.full_data import Split
 from tests.benchmarks.rivals.assemble import assemble, common_parts, matrices_of, neuron_by_neuron, traced
 from tests.benchmarks.rivals.learning import draws, iterations, learn

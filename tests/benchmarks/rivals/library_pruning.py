@@ -14,10 +14,10 @@ import torch_pruning  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from mtz_core.graph import Network
-from mtz_core.narrowing import LEAST
-from mtz_core.tracing import evaluation_mode
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.network.graph import Network
+from mtz_core.network.narrowing import LEAST
+from mtz_core.network.tracing import evaluation_mode
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.rivals.assemble import assemble, matrices_of, traced
 from tests.benchmarks.rivals.sizes import largest_below, stored_bytes
 

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from mtz_core.activations import as_batches, original_moments
-from mtz_core.moments import Moments
 from mtz_core.settings import ZipConfig
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.moments import Moments
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.rivals.assemble import assemble, common_parts, matrices_of, neuron_by_neuron, traced
 from tests.benchmarks.rivals.averaging import matched_neurons
 

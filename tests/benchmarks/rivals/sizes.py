@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig
-from mtz_core.narrowing import LEAST, Narrower
-from mtz_core.plain import build_module
-from mtz_core.tracing import trace
+from mtz_core.network.narrowing import LEAST, Narrower
+from mtz_core.network.to_module import build_module
+from mtz_core.network.tracing import trace
 
 HALVINGS = 12
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtz_core.activations import as_batches
-from mtz_core.graph import INPUT, forget, run_node
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.network.graph import INPUT, forget, run_node
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.rivals.assemble import graph_of
 
 

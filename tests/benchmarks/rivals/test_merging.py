@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core.errors import IncompatibleNetworks, InvalidCalibration, InvalidConfig
-from mtz_core.tracing import evaluation_mode
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.network.tracing import evaluation_mode
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.residual_table import reestimate as reestimate_module
 from tests.benchmarks.rivals.assemble import assemble, matrices_of, neuron_by_neuron, traced
 from tests.benchmarks.rivals.averaging import averaged

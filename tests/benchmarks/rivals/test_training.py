@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtz_core.errors import InvalidConfig
-from mtz_core.tracing import evaluation_mode
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.network.tracing import evaluation_mode
+from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks import full_data
 from tests.benchmarks.full_data import Split
 from tests.benchmarks.rivals.distilled import distilled

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig
-from mtz_core.graph import Axis, Network, Node
-from mtz_core.narrowing import Narrower
-from mtz_core.neurons import analyse
-from mtz_core.structure import positions_of
-from mtz_core.zipped import ZippedNetwork
+from mtz_core.network.graph import Axis, Network, Node
+from mtz_core.network.groups import analyse
+from mtz_core.network.narrowing import Narrower
+from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.ownership import positions_of
 from tests.benchmarks.rivals.assemble import assemble, check_equal_widths, common_parts, matrices_of, traced
 from tests.benchmarks.rivals.features import Place, common_images, correlations
 

@@ -1,0 +1,1 @@
+"""What the commands of `mtz` do, one module a command."""

@@ -1,0 +1,143 @@
+"""What must be true before a run is worth starting."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flows.group.workspace import place
+from flows.spec.fleet_file import Fleet, GroupPlan, check_names, read_fleet, select
+from flows.spec.snapshot import PIPELINE, sources_of
+from mtz_core.errors import MtzError
+from tasks.home import find_home
+from tasks.params import Params
+from tasks.sources import Access
+from tasks.storage.contents import Contents
+
+LEAST_FREE_BYTES = 1 << 30
+"""Activations and Hessians of a small group, once in its workspace and once in DVC's cache."""
+
+
+class NotReady(MtzError):
+    """Something that a run needs is missing."""
+
+
+def check_project(
+    project: Path, params: Path, fleet: Path, groups: Sequence[str], settings: Sequence[str]
+) -> tuple[Fleet, tuple[GroupPlan, ...]]:
+    """Check what can be checked at once: the folder, the settings, the files they name, the disk.
+
+    Returns:
+        The fleet, and those of the groups that its file lists.
+
+    Raises:
+        NotReady, InvalidFleet, InvalidParams: with the remedy.
+    """
+    if not (project / PIPELINE).is_file():
+        raise NotReady(f"there is no {PIPELINE} in {project}. Run mtz in the folder of the project.")
+    declared = read_fleet(project / params, project / fleet, settings)
+    declared.common()
+    listed = declared.explicit_groups()
+    check_names(listed)
+    # A group that the planner will choose has no name yet.
+    plans = select(listed, groups) if declared.file.auto is None else listed
+    problems = [_missing_file(project, plan) for plan in plans]
+    if plans and all(problems):
+        raise NotReady(str(problems[0]))  # of some only, their groups fail, and the others go on
+    check_disk(find_home(project))
+    return declared, plans
+
+
+def check_disk(home: Path) -> None:
+    """Check that there is some space left. Raises `NotReady`."""
+    home.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(home).free
+    if free < LEAST_FREE_BYTES:
+        raise NotReady(
+            f"only {free >> 20} MiB are free on the disk of {home}, and a run needs at least {LEAST_FREE_BYTES >> 20}. "
+            "Free some space."
+        )
+
+
+def check_all(
+    project: Path,
+    params: Path,
+    fleet: Path,
+    groups: Sequence[str],
+    settings: Sequence[str],
+    tell: Callable[[str], None],
+) -> None:
+    """Check everything that a run needs, network factories, weights, storage and registry included.
+
+    Raises:
+        MtzError: the first thing that is not right.
+    """
+    from tasks.registry import mlflow_client
+    from tasks.storage import s3
+
+    declared, plans = check_project(project, params, fleet, groups, settings)
+    home, shared = find_home(project), declared.common()
+    tell(f"fleet '{declared.name}': {len(plans)} groups ({', '.join(plan.name for plan in plans)})")
+    if declared.file.auto is not None:
+        tell(f"to be grouped: {', '.join(declared.file.free_models())}")
+    for plan in plans:
+        if problem := _missing_file(project, plan):
+            raise NotReady(problem)
+        if not plan.models:
+            _check_networks(project, plan.params)
+            tell(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+    with s3.connect(shared.storage, home) as store:
+        tell(f"storage: {store.url()} at {store.endpoint or 'AWS'} is writable")
+        access = Access(project, home, Contents(home / "contents", store), store, shared.tracking)
+        _check_declared(declared, plans, access, tell)
+    mlflow_client.prepare(shared.tracking, home)
+    tell(f"registry: {mlflow_client.tracking_uri(shared.tracking, home)} answers")
+
+
+def _check_declared(fleet: Fleet, plans: Sequence[GroupPlan], access: Access, tell: Callable[[str], None]) -> None:
+    """Fetch the sources of all models that the fleet declares; build and trace their networks, group by group."""
+    free = fleet.file.free_models() if fleet.file.auto is not None else ()
+    for plan in (*(plan for plan in plans if plan.models), *(fleet.model(name) for name in free)):
+        with tempfile.TemporaryDirectory() as folder:
+            place(sources_of(plan, access), access.contents, Path(folder))
+            _check_networks(Path(folder), plan.params)
+        tell(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+
+
+def _missing_file(project: Path, plan: GroupPlan) -> str | None:
+    """Return what a group's parameters name and the project lacks; what the fleet declares is not looked at."""
+    if plan.models:
+        return None
+    for name, model in plan.params.models.items():
+        where = f"group '{plan.name}', models.{name}"
+        if not (project / model.data).exists():
+            return f"{where}.data: there is no {model.data} in {project}. Put the data there, or name another folder."
+        if name not in plan.params.pretrain and not (project / model.weights).is_file():
+            return (
+                f"{where}.weights: there is no {model.weights} in {project}. Put the weights there, "
+                f"or let pretrain.{name} make them."
+            )
+    return None
+
+
+def _check_networks(project: Path, params: Params) -> None:
+    """Trace each network, with the weights that are there already, and see that they can be zipped as asked.
+
+    Networks that a pretrain stage makes are traced untrained.
+    """
+    from mtz_core.merging.compatibility import check_compatible, shared_counts
+    from tasks.artifacts.paths import Workspace
+    from tasks.models.factories import build_network
+    from tasks.models.load import load_network, trace_on_own_image
+    from tasks.stages.budget_checks import check_budget
+
+    workspace = Workspace(project)
+    traced = {}
+    for name in params.models:
+        pretrained = name not in params.pretrain
+        network = load_network(params, workspace, name) if pretrained else build_network(params, name)
+        traced[name] = trace_on_own_image(params, workspace, name, network)
+    if len(traced) > 1:
+        check_compatible(traced)
+        shared_counts(traced, params.zip_config())
+        check_budget(params, workspace, traced)

@@ -1,0 +1,164 @@
+"""`mtz run`: the fleet's flow with its server, its display and its summary."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from flows.commands.check import check_project
+from flows.processes import servers
+from flows.results.fleet_result import FleetFailed, failed_groups
+from flows.results.summary import print_summary
+from flows.spec.fleet_file import Fleet, GroupPlan, read_fleet
+from tasks.home import find_home
+from tasks.registry import mlflow_client
+
+_WIDTH_WITHOUT_TERMINAL = 120
+_FLUSH_SECONDS = 5.0
+_NAMED = 8
+
+
+def run_fleet(
+    project: Path,
+    params: Path,
+    fleet: Path,
+    groups: Sequence[str],
+    settings: Sequence[str],
+    verify: bool = False,
+    debug: bool = False,
+) -> None:
+    """Bring the groups up to date and print a summary.
+
+    Raises:
+        MtzError: nothing was started, or, as `FleetFailed`, some groups failed.
+    """
+    console = console_for_people()
+    declared, plans = check_project(project, params, fleet, groups, settings)
+    console.print(Text(f"Fleet '{declared.name}': {_named(declared, plans)}"), soft_wrap=True)
+    if declared.upgraded:
+        console.print(f"{fleet} is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it.")
+    home = find_home(project)
+    with prefect(home, debug):
+        from flows.fleet.flow import zip_fleet
+        from flows.results.progress import shown
+
+        try:
+            with shown(console, quiet=debug):
+                result = zip_fleet(str(project), str(params), str(fleet), groups, settings, verify)
+        except FleetFailed as failure:
+            print_summary(console, failure.result, home)
+            raise
+        print_summary(console, result, home)
+
+
+def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
+    """Run the groups that failed in the last run. Raises like `run_fleet`."""
+    declared = read_fleet(project / params, project / fleet, settings)
+    groups = failed_groups(find_home(project), declared.name, declared.common().storage)
+    if groups == ():
+        console_for_people().print("Nothing to retry: no group failed in the last run.")
+        return
+    run_fleet(project, params, fleet, groups or (), settings, debug=debug)
+
+
+def show_plan(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
+    """Show the groups of the fleet, and why they are those. Raises `MtzError` in its kinds."""
+    declared, _ = check_project(project, params, fleet, (), settings)
+    home = find_home(project)
+    console = console_for_people()
+    with prefect(home, debug):
+        from flows.fleet.flow import plan_fleet
+        from flows.fleet.plan_tables import print_plan
+        from flows.results.progress import shown
+
+        with shown(console, quiet=debug):
+            plan = plan_fleet(str(project), str(params), str(fleet), settings)
+        print_plan(console, plan, home, declared.name)
+
+
+def deploy_fleet(
+    project: Path,
+    params: Path,
+    fleet: Path,
+    name: str | None,
+    cron: str,
+    timezone: str,
+    pool: str,
+    overlap: Literal["skip", "queue"],
+    settings: Sequence[str],
+    tell: Callable[[str], None],
+) -> None:
+    """Have a Prefect server run the fleet by the clock. Raises `MtzError` in its kinds; then nothing was changed."""
+    os.environ.update(servers.prefect_environment(find_home(project)))
+    from flows.commands import schedule
+
+    declared, _ = check_project(project, params, fleet, (), settings)
+    flow = declared.common().flow
+    deployed = schedule.deploy(
+        project,
+        params,
+        fleet,
+        name or declared.name,
+        cron,
+        timezone,
+        pool,
+        {"settings": list(settings)},
+        overlap,
+        flow.pool if flow.executor == "pool" else None,
+    )
+    tell(f"deployed: {deployed}, {cron} ({timezone})")
+    schedule.status(deployed, tell)
+
+
+def _named(fleet: Fleet, plans: Sequence[GroupPlan]) -> str:
+    names = [plan.name for plan in plans]
+    listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    free = len(fleet.file.free_models()) if fleet.file.auto is not None else 0
+    parts = [f"groups {listed}" if names else "", f"{free} models to be grouped" if free else ""]
+    return " and ".join(filter(None, parts))
+
+
+def console_for_people() -> Console:
+    """Return a console that is as wide as the terminal, or wide enough for tables where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+@contextmanager
+def prefect(home: Path, debug: bool) -> Iterator[None]:
+    """Let flows run in this process: on the server that PREFECT_API_URL names, or on one that is started here.
+
+    Raises:
+        ServiceFailed: the server does not answer.
+    """
+    os.environ.update(servers.prefect_environment(home, debug))
+    if servers.uses_own_prefect_server():
+        servers.check_own_prefect_server()
+        yield
+        _flush()
+        return
+    with servers.prefect_server(home) as server:
+        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        import flows.fleet.flow  # noqa: F401 - takes seconds, while the server starts
+
+        mlflow_client.preload()
+        server.wait()
+        try:
+            yield
+        finally:
+            _flush()
+
+
+def _flush() -> None:
+    """Hand over what Prefect still has to say to its server, which stops before this process ends."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=_FLUSH_SECONDS)

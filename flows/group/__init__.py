@@ -1,0 +1,1 @@
+"""One group, or one model: its workspace, its DVC pipeline, and the flows that bring them up to date."""

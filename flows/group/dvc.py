@@ -1,0 +1,253 @@
+"""One folder's DVC pipeline: its stages, which of them changed, running one, sharing results through the remote.
+
+DVC runs as a process of its own each time, through its command line. It alone decides whether a stage must run.
+"""
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.processes.child import Child, Interrupted, python_environment, stopping
+from flows.results.stage_result import Outcome, StageFailed, StageRefused, StageResult
+from mtz_core.errors import MtzError
+from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
+
+STAGE_STARTS = re.compile(r"> ")
+"""What DVC says when it runs a stage's command."""
+
+
+_STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
+
+
+_EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
+
+
+_RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs$|Pulling data for stage: '(.+)'$")
+
+
+_ATTEMPTS = 3
+
+
+_STUCK_SECONDS = 300.0
+
+
+_SLOWEST_BYTES_PER_SECOND = 250_000
+
+
+_INDEX_SCRIPT = Path(__file__).with_name("dvc_index.py")
+
+
+class DvcFailed(MtzError):
+    """DVC itself refused or failed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as DVC sees it; paths are relative to the pipeline's folder."""
+
+    name: str
+    needs: tuple[str, ...]
+    dependencies: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The pipeline of `folder`.
+
+    Args:
+        environment: variables that DVC and the stages need beyond this process's own, such as credentials.
+    """
+
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return all stages, each after those it needs."""
+        found = self._json((str(_INDEX_SCRIPT),))
+        return tuple(
+            Stage(
+                name=stage["name"],
+                needs=tuple(stage["needs"]),
+                dependencies=tuple(stage["dependencies"]),
+                outputs=tuple(stage["outputs"]),
+            )
+            for stage in found
+        )
+
+    def changed(self) -> frozenset[str]:
+        """Return the stages whose command, dependencies or outputs differ from the recorded ones."""
+        return frozenset(self._json(("dvc", "--wait-for-lock", "status", "--json")))
+
+    def reproduce(
+        self, stage: str, *, force: bool = False, on_line: Callable[[str], None] = lambda line: None
+    ) -> StageResult:
+        """Bring one stage up to date: run it, or restore what an earlier run of it made, or leave it.
+
+        Args:
+            force: run it in any case.
+            on_line: receives each line of DVC and of the stage.
+
+        Raises:
+            StageFailed: with the stage's own `error:` line as the reason.
+        """
+        options = ["--force"] if force else []
+        start = time.monotonic()
+        command_start = command_end = start
+        running = False
+        said: list[str] = []
+        outcome: Outcome = "unchanged"
+        child = self._start("dvc", "--wait-for-lock", "repro", "--single-item", *options, stage)
+        for line in child.lines():
+            on_line(line)
+            if STAGE_STARTS.match(line) and outcome != "executed":
+                outcome, running, command_start = "executed", True, time.monotonic()
+            elif _STAGE_IS_OVER.match(line):
+                command_end = time.monotonic() if running else command_end
+                running = False
+            elif _RESTORED.match(line):
+                outcome = "restored"
+            if line.strip():
+                said.append(line)
+        if (status := child.wait()) != 0:
+            raise _stage_failure(stage, status, said)
+        return StageResult(
+            stage,
+            outcome,
+            seconds=round(time.monotonic() - start, 3),
+            command_seconds=round(command_end - command_start, 3),
+            last_line=_last_stage_line(said) if outcome == "executed" else "",
+        )
+
+    def restore(self) -> frozenset[str]:
+        """Restore the outputs of all stages that this or any other clone has run with the same inputs; run none.
+
+        Returns:
+            The stages whose outputs were there: named by dvc.lock, or by a record of runs, local or on the remote.
+        """
+        # DVC has no option for this. It starts commands through $SHELL: with one that always fails, a stage that cannot
+        # be restored fails, and DVC goes on with those that do not need it.
+        nothing_runs = {"SHELL": shutil.which("false") or "/usr/bin/false"}
+        command = ("dvc", "--wait-for-lock", "repro", "--pull", "--keep-going")
+        status, lines = self._run(command, self._transfer_seconds(), **nothing_runs)
+        if status != 0 and not (reason := _dvc_reason(lines)).startswith("failed to reproduce"):
+            raise self._failure(reason)
+        return frozenset(match[1] or match[2] for line in lines if (match := _RESTORED.match(line)))
+
+    def output_objects(self) -> frozenset[str]:
+        """Return the names that the recorded outputs have below the remote's URL."""
+        return frozenset(f"files/md5/{output['md5'][:2]}/{output['md5'][2:]}" for output in self._outputs())
+
+    def push(self) -> None:
+        """Send all data of this pipeline to the remote."""
+        # Not --run-cache: it sends the records of all runs of all groups each time. Our dvc.lock does as well.
+        self._output(("dvc", "--wait-for-lock", "push"), self._transfer_seconds())
+
+    def _outputs(self) -> Iterator[dict[str, Any]]:
+        """Yield what dvc.lock says of every output: `path`, `md5`, `size`."""
+        if not (lock := self.folder / "dvc.lock").exists():
+            return
+        for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values():
+            yield from stage.get("outs", ())
+
+    def _transfer_seconds(self) -> float:
+        """Return the time after which a transfer of all outputs must have got stuck."""
+        return _STUCK_SECONDS + sum(output["size"] for output in self._outputs()) / _SLOWEST_BYTES_PER_SECOND
+
+    def _json(self, arguments: Sequence[str]) -> Any:
+        printed = [line for line in self._output(arguments) if line.startswith(("{", "["))]
+        return json.loads(printed[-1])
+
+    def _output(self, arguments: Sequence[str], patience: float | None = None) -> list[str]:
+        status, lines = self._run(arguments, patience)
+        if status != 0:
+            raise self._failure(_dvc_reason(lines))
+        return lines
+
+    def _run(self, arguments: Sequence[str], patience: float | None = None, **variables: str) -> tuple[int, list[str]]:
+        """Run a command that may be run any number of times, again if it is killed; return its status and output.
+
+        Args:
+            patience: seconds after which it is killed. (DVC has no limit of its own where a server accepts and says
+                nothing.)
+        """
+        for _ in range(_ATTEMPTS):
+            child = self._start(*arguments, **variables)
+            watchdog = threading.Timer(patience, child.stop) if patience is not None else None
+            if watchdog is not None:
+                watchdog.start()
+            lines = [line for line in child.lines() if line.strip()]
+            status = child.wait()
+            if watchdog is not None:
+                watchdog.cancel()
+            if status >= 0 or stopping():
+                break
+            lines.append(f"ERROR: it was killed (signal {-status}).")
+        return status, lines
+
+    def _failure(self, reason: str) -> Exception:
+        return Interrupted() if stopping() else DvcFailed(f"DVC failed in {self.folder}: {explain(reason)}")
+
+    def _start(self, *arguments: str, **variables: str) -> Child:
+        environment = {**self.environment, "DVC_NO_ANALYTICS": "1", **variables}
+        return Child(arguments, self.folder, python_environment(**environment))
+
+
+def explain(reason: str) -> str:
+    """Return the reason, with the remedy for faults that any program can meet."""
+    if "No space left on device" in reason or "Disk quota exceeded" in reason:
+        return f"{reason} Free some space on the disk and run again; finished stages are kept."
+    return reason
+
+
+def _dvc_reason(lines: list[str]) -> str:
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return errors[-1] if errors else (lines[-1] if lines else "it said nothing.")
+
+
+def _stage_failure(stage: str, status: int, said: list[str]) -> Exception:
+    """Return the exception that tells why `dvc repro` failed, from its status and what it and the stage said."""
+    if stopping():
+        return Interrupted()
+    if status < 0:
+        return StageFailed(stage, f"DVC was killed (signal {-status}).", can_be_retried=True)
+    reason = _dvc_reason(said)
+    ended = _EXIT_STATUS.search(reason)
+    if ended is None:
+        return StageFailed(stage, explain(reason.removeprefix(f"failed to reproduce '{stage}': ")))
+    code = int(ended[1])
+    signal = -code if code < 0 else code - 128
+    if signal > 0:
+        return StageFailed(
+            stage,
+            f"its process was killed (signal {signal}). If the machine ran out of memory, give it more, or lower "
+            "flow.workers or the stage's batch and sample sizes in params.yaml.",
+            can_be_retried=True,
+        )
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    told = errors[-1] if errors else _last_stage_line(said) or f"it ended with status {code}."
+    if code == EXIT_REFUSED:
+        return StageRefused(stage, told)
+    return StageFailed(stage, explain(told), can_be_retried=code == EXIT_TRY_AGAIN)
+
+
+def _last_stage_line(said: list[str]) -> str:
+    """Return the last line that came from the stage's own process."""
+    last = ""
+    running = False
+    for line in said:
+        if STAGE_STARTS.match(line):
+            running = True
+        elif _STAGE_IS_OVER.match(line):
+            running = False
+        elif running:
+            last = line.strip()
+    return last

@@ -1,0 +1,1 @@
+"""Jobs, and what runs them: threads of this process, a Dask cluster, a Prefect work pool."""

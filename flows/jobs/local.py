@@ -1,0 +1,46 @@
+"""Jobs on threads of this process."""
+
+import contextvars
+import pkgutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Literal
+
+from flows.jobs import capacity
+from flows.jobs.executor import WORK, Done, Report, _threads, report_of
+from flows.processes import child
+from flows.spec.job import Job
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Threads of this process; the stages of a job are processes of their own anyway.
+
+    Attributes:
+        memory: GiB that one job takes, as far as known.
+        work: the name of the function that runs a job.
+    """
+
+    workers: int | Literal["auto"] = "auto"
+    memory: float | None = None
+    work: str = WORK
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        """See `Executor`."""
+        if not jobs:
+            return
+        run_job = pkgutil.resolve_name(self.work)
+        places = min(len(jobs), capacity.places(self.workers, _threads(jobs), self.memory))
+        with ThreadPoolExecutor(places, thread_name_prefix="group") as pool:
+            # Each thread needs the flow run that it belongs to, and the progress display.
+            started: dict[Future[Report], Job] = {
+                pool.submit(contextvars.copy_context().run, run_job, job): job for job in jobs
+            }
+            try:
+                for future in as_completed(started):
+                    done(started[future], report_of(started[future], future.result))
+            except BaseException:
+                child.stop_all()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise

@@ -1,0 +1,59 @@
+"""A job: what a worker, on whatever machine, has to bring up to date. It names contents, and has no secrets."""
+
+import importlib
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from flows.processes import warm
+from flows.results.group_report import GroupReport
+from flows.results.stage_result import StageFailed, StageRefused
+from flows.spec.job import Job, shown_as
+from mtz_core.errors import MtzError
+from tasks.home import find_home
+from tasks.params import validate
+from tasks.storage import s3
+
+
+def run_job(job: Job, home: Path | None = None) -> dict[str, Any]:
+    """Bring a group, or a model's statistics, up to date; return its `GroupReport` as plain values.
+
+    What can be cured elsewhere never raises: the report says what went wrong.
+
+    Args:
+        home: the worker's own `.mtz`; by default the one of the current folder.
+    """
+    start = time.monotonic()
+    home = home or find_home()
+    warm.keep(home)
+    flow = getattr(importlib.import_module(f"flows.{_FLOWS[job['kind']][0]}"), _FLOWS[job["kind"]][1])
+    report = GroupReport(job["group"], fingerprint=job["fingerprint"], kind=job["kind"])
+    try:
+        return dict(flow(job, home))
+    except StageRefused as error:
+        report.status, report.reason = "refused", str(error)
+    except MtzError as error:
+        report.status, report.reason = "failed", str(error)
+        if isinstance(error, StageFailed):
+            report.log = _keep_log(job, home, error)
+    report.seconds = round(time.monotonic() - start, 3)
+    return report.as_values()
+
+
+_FLOWS = {"group": ("group.flow", "zip_group"), "model": ("group.statistics_flow", "measure_model")}
+"""Prefect takes seconds to import, so the flows are only imported where one runs."""
+
+
+def _keep_log(job: Job, home: Path, failure: StageFailed) -> str:
+    """Store the failed stage's log, which may lie on another machine than the one that reads this."""
+    from flows.group.stage import log_file
+
+    log = log_file(home, shown_as(job), failure.stage)
+    key = f"logs/{job['run']}/{shown_as(job)}/{failure.stage}.log"
+    try:
+        with s3.connect(validate(job["settings"], job["group"]).storage, home) as store:
+            store.put(key, log.read_bytes())
+    except (MtzError, OSError):  # the storage may be what failed
+        return f"{log} on {socket.gethostname()}"
+    return str(log) if home == find_home() else store.url(key)

@@ -1,0 +1,149 @@
+"""Servers that a run, or `mtz ui`, starts on loopback and stops again: Prefect's and MLflow's."""
+
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.processes.child import Child, python_environment
+from mtz_core.errors import MtzError
+
+_HOST = "127.0.0.1"
+_POLL_SECONDS = 0.1
+_START_SECONDS = 120.0  # Prefect makes its database on the first start: 12 s alone, much longer on a busy machine
+
+
+class ServiceFailed(MtzError):
+    """A server did not start."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that was started and may not answer yet."""
+
+    name: str
+    url: str
+    health: str
+    """Path that answers once the server is ready."""
+    log: Path
+    child: Child
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises `ServiceFailed`."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not _answers(self.url + self.health):
+            if self.child.ended():
+                raise ServiceFailed(f"{self.name} did not start; its log says why: {self.log}")
+            if time.monotonic() > deadline:
+                raise ServiceFailed(
+                    f"{self.name} did not answer within {_START_SECONDS:.0f} s; see its log: {self.log}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+
+def prefect_environment(home: Path, debug: bool = False) -> dict[str, str]:
+    """Return the settings of Prefect, for its server and for flows alike; must be set before Prefect is imported.
+
+    Its console handler is silent unless `debug`: it would tear the progress display, and the server keeps all it says.
+    """
+    settings = {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if debug else "CRITICAL",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_CLI_PROMPT": "false",
+    }
+    if not uses_own_prefect_server():
+        settings["PREFECT_HOME"] = str(home / "prefect")
+    return settings
+
+
+def uses_own_prefect_server() -> bool:
+    """Tell whether the user runs a Prefect server and names it in PREFECT_API_URL."""
+    return bool(os.environ.get("PREFECT_API_URL"))
+
+
+def check_own_prefect_server() -> None:
+    """Ask the server that PREFECT_API_URL names whether it is there. Raises `ServiceFailed`."""
+    url = os.environ["PREFECT_API_URL"].rstrip("/")
+    if not _answers(f"{url}/health", urllib.request.build_opener()):
+        raise ServiceFailed(
+            f"no Prefect server answers at PREFECT_API_URL ({url}). Start it, correct the address, or unset the "
+            "variable: then a server is started for the run."
+        )
+
+
+@contextmanager
+def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
+    """Start Prefect's server with its database in the home; yield at once, stop it at the end."""
+    port = port or free_port()
+    options = ("--host", _HOST, "--port", str(port), "--analytics-off", "--log-level", "WARNING")
+    environment = {
+        **prefect_environment(home, debug=True),
+        "PREFECT_API_URL": f"http://{_HOST}:{port}/api",
+        # Pages ask the address they came from.
+        "PREFECT_UI_API_URL": f"http://{_HOST}:{port}/api",
+        # In memory, as by default, places that were held when a server ended would never be free again.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    with _serving(
+        "Prefect", ("prefect", "server", "start", *options), port, "/api/health", home, environment
+    ) as server:
+        yield server
+
+
+@contextmanager
+def mlflow_server(home: Path, store: str, environment: Mapping[str, str], port: int | None = None) -> Iterator[Server]:
+    """Start MLflow's server on the tracking store; yield at once, stop it at the end.
+
+    Args:
+        environment: what it needs to show artifacts: the storage's address and credentials.
+    """
+    port = port or free_port()
+    options = ("--host", _HOST, "--port", str(port), "--backend-store-uri", store, "--workers", "1")
+    # Job execution would take half a minute to start and is not used.
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **environment}
+    with _serving("MLflow", ("mlflow", "server", *options), port, "/health", home, settings) as server:
+        yield server
+
+
+@contextmanager
+def _serving(
+    name: str, command: Sequence[str], port: int, health: str, home: Path, environment: Mapping[str, str]
+) -> Iterator[Server]:
+    log = home / "logs" / f"{name.lower()}-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        output = stack.enter_context(log.open("wb"))
+        child = Child(command, home, python_environment(**environment), output, server=True)
+        stack.callback(child.stop)
+        yield Server(name, f"http://{_HOST}:{port}", health, log, child)
+
+
+def free_port(preferred: int = 0) -> int:
+    """Return the preferred port if it is free, or else any free one, on loopback."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+            number: int = probe.getsockname()[1]
+            return number
+    raise ServiceFailed("No port is free on loopback. Close some programs and try again.")
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _answers(url: str, opener: urllib.request.OpenerDirector = _DIRECT) -> bool:
+    try:
+        with opener.open(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

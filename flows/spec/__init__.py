@@ -1,0 +1,1 @@
+"""What a fleet declares: its file, overrides, the snapshot of a run, jobs. Knows no Prefect."""

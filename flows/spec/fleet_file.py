@@ -1,0 +1,360 @@
+"""fleet.yaml: the models of a fleet, and the groups to zip, each as changes to params.yaml.
+
+version: 2
+name: nightly
+models:
+  NAME: {source: …, network: …, data: …}      see `Model`
+defaults: {…}                                  changes to params.yaml, for all groups
+groups:
+  NAME: {models: [NAME, …], params: {…}}       without models: those of params.yaml
+auto: {…}                                      put the other models into groups, see `Auto`
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flows.spec.overrides import InvalidFleet, merge, parse_setting, suggest
+from tasks.files import whole_file
+from tasks.params import InvalidParams, Name, Params, importable_name, read_yaml, validate
+
+FLEET_WIDE = ("storage", "tracking", "flow")
+"""Blocks that say where and how, the same for all groups of a run."""
+
+
+VERSION = 2
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Splits(_Block):
+    """One file a split: Parquet or Arrow, local or `s3://…`. Calibration images are also those of light retraining."""
+
+    calibration: str
+    validation: str
+    test: str
+
+
+class Factory(_Block):
+    """An importable function of the split's name that returns inputs and labels."""
+
+    factory: Annotated[str, AfterValidator(importable_name)]
+    arguments: dict[str, Any] = {}
+
+
+class Model(_Block):
+    """One pre-trained network.
+
+    `source` is the file of its weights: a path, `s3://BUCKET/KEY`, or `models:/NAME@ALIAS` of the registry. `network`
+    is the factory that builds it, called with `arguments`; or `program` is an exported program, local or `s3://…`,
+    which also has the weights where no source is given. `data` is a folder with train, validation and test files, or
+    `Splits`, or a `Factory`. `floor`: points of test error that it may lose. `tags` are for `auto.apart`.
+    """
+
+    source: str | None = None
+    network: Annotated[str, AfterValidator(importable_name)] | None = None
+    program: str | None = None
+    arguments: dict[str, Any] = {}
+    data: str | Splits | Factory
+    keep_separate: list[str] = []
+    metric: Literal["error", "top5_error", "balanced_error"] = "error"
+    floor: Annotated[float, Field(ge=0)] | None = None
+    tags: list[Name] = []
+
+    @model_validator(mode="after")
+    def _buildable(self) -> "Model":
+        if (self.network is None) == (self.program is None):
+            raise ValueError("give network, a factory, or program, an exported one, and not both")
+        if self.source is None and self.program is None:
+            raise ValueError("source: is missing; name the file of the weights")
+        if self.program is not None and self.arguments:
+            raise ValueError("arguments: are for a factory; an exported program takes none")
+        return self
+
+
+class Auto(_Block):
+    """How models are put into groups; see `mtz_core.grouping.groups.Limits`.
+
+    At most `size` models in one, each with at least this mean `similarity` to the others, in [0, 1], and with at most
+    this predicted `damage` in nats. A tag of `apart` is had by all models of a group or by none.
+    """
+
+    size: int = Field(default=8, ge=2)
+    similarity: float | None = Field(default=None, ge=0, le=1)
+    damage: float | None = Field(default=None, gt=0)
+    apart: list[Name] = []
+
+
+class GroupEntry(_Block):
+    """A group: its models, and changes to params.yaml."""
+
+    models: Annotated[list[Name], Field(min_length=2)] | None = None
+    params: dict[str, Any] = {}
+
+
+class FleetFile(_Block):
+    """All of fleet.yaml, valid in itself."""
+
+    version: Literal[2] = 2
+    name: Name = "fleet"
+    models: dict[Name, Model] = {}
+    defaults: dict[str, Any] = {}
+    groups: dict[Name, GroupEntry] = {}
+    auto: Auto | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_alone(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("groups") == "auto":
+            return {**content, "groups": {}, "auto": content.get("auto") or {}}
+        return content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FleetFile":
+        if not self.groups and self.auto is None:
+            raise ValueError("groups: list at least one group, such as 'lenet5: {}', or write 'groups: auto'")
+        for name, group in self.groups.items():
+            for model in group.models or ():
+                if model not in self.models:
+                    raise ValueError(f"groups.{name}.models: there is no model '{model}'{suggest(model, self.models)}")
+            if twice := _repeated(group.models or ()):
+                raise ValueError(f"groups.{name}.models: '{twice}' is listed twice")
+        if twice := _repeated(model for group in self.groups.values() for model in group.models or ()):
+            owners = " and ".join(f"'{name}'" for name, group in self.groups.items() if twice in (group.models or ()))
+            raise ValueError(f"groups: the model '{twice}' is in {owners}. Leave it in one, or declare it once more")
+        changes = {"defaults": self.defaults, **{f"groups.{name}.params": g.params for name, g in self.groups.items()}}
+        for where, params in changes.items():
+            for block in (*FLEET_WIDE, "group"):
+                if block in params:
+                    raise ValueError(f"{where}.{block}: is the same for all groups; put it into params.yaml")
+        for name, group in self.groups.items():
+            if group.models and (taken := {"models", "pretrain"} & group.params.keys()):
+                raise ValueError(f"groups.{name}.params.{min(taken)}: its models are those of the list 'models'")
+        tags = {tag for model in self.models.values() for tag in model.tags}
+        for tag in self.auto.apart if self.auto else ():
+            if tag not in tags:
+                raise ValueError(f"auto.apart: no model has the tag '{tag}'{suggest(tag, tags)}")
+        return self
+
+    def free_models(self) -> tuple[str, ...]:
+        """The models that are in no group yet."""
+        taken = {model for group in self.groups.values() for model in group.models or ()}
+        return tuple(name for name in self.models if name not in taken)
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group with all its settings."""
+
+    name: str
+    content: dict[str, Any]
+    """What its params.yaml will say."""
+    params: Params
+    """The same, validated."""
+    models: Mapping[str, Model] = field(default_factory=dict)
+    """Where its models come from; empty where they are the files that params.yaml names."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A fleet file on top of a parameter file, with settings of the command line.
+
+    Attributes:
+        base: the parameters, before any group's changes.
+        upgraded: the file is of the format before version 2, and was read as such.
+    """
+
+    file: FleetFile
+    base: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]]
+    origin: str
+    upgraded: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    def common(self) -> Params:
+        """Return the blocks that hold for all groups, among valid parameters. Raises `InvalidParams`."""
+        return validate(self._content("fleet", {}, {}), self.origin)
+
+    def explicit_groups(self) -> tuple[GroupPlan, ...]:
+        """Return the groups that the file lists. Raises `InvalidParams`, `InvalidFleet`."""
+        return tuple(self.group(name, entry.models, entry.params) for name, entry in self.file.groups.items())
+
+    def group(self, name: str, models: Sequence[str] | None, changes: Mapping[str, Any] | None = None) -> GroupPlan:
+        """Return a group of these models; of those in the parameters where `models` is None. Raises `InvalidParams`."""
+        chosen = {model: self.file.models[model] for model in models or ()}
+        content = self._content(name, chosen, changes or {})
+        params = validate(content, f"{self.origin}, group '{name}'")
+        if len(params.models) < 2:
+            raise InvalidParams(f"{self.origin}, group '{name}': models: a group needs two at least.")
+        return GroupPlan(name, content, params, chosen)
+
+    def model(self, name: str) -> GroupPlan:
+        """Return the parameters under which a model's statistics are made. Raises `InvalidParams`."""
+        chosen = {name: self.file.models[name]}
+        content = self._content(name, chosen, {})
+        # What belongs to groups may name models that are not here, and no statistics depend on it.
+        content = {key: value for key, value in content.items() if key not in ("match", "merge", "retrain", "evaluate")}
+        return GroupPlan(name, content, validate(content, f"{self.origin}, model '{name}'"), chosen)
+
+    def _content(self, name: str, models: Mapping[str, Model], own: Mapping[str, Any]) -> dict[str, Any]:
+        content = dict(self.base)
+        if models:
+            content |= {"models": {n: _as_params(n, m) for n, m in models.items()}, "pretrain": {}}
+            content["register"] = {"name": name}
+            floors = {n: m.floor for n, m in models.items() if m.floor is not None}
+            if floors:
+                content["register"]["floors"] = floors
+        for change in (self.file.defaults, own, *self.changes):
+            content = merge(content, change)
+        return {**content, "group": name}
+
+
+def _as_params(name: str, model: Model) -> dict[str, Any]:
+    """A model as params.yaml of its group has it: its files have places of their own in the workspace."""
+    built: dict[str, Any] = {"network": model.network}
+    if model.arguments:
+        built["arguments"] = model.arguments
+    if model.program is not None:
+        built = {"network": "tasks.models.programs:exported", "arguments": {"program": f"networks/{name}.pt2"}}
+    places = {"weights": f"networks/{name}.safetensors", "data": f"data/{name}"}
+    return {**built, **places, "keep_separate": model.keep_separate, "metric": model.metric}
+
+
+def read_fleet(params_file: Path, fleet_file: Path, settings: Sequence[str] = ()) -> Fleet:
+    """Read a fleet.
+
+    A group's changes are merged key by key, anything else replaces; null removes a key. Settings `key.path=value` (the
+    value in YAML) come last and hold for all groups. Without a fleet file there is one group, that of params.yaml.
+
+    Raises:
+        InvalidFleet: unreadable, inconsistent, or settings that are not `key.path=value`.
+        InvalidParams: a file is not readable YAML.
+    """
+    base = read_yaml(params_file)
+    changes = tuple(parse_setting(setting) for setting in settings)
+    origin = params_file.name
+    if not fleet_file.exists():
+        alone = FleetFile(groups={str(base.get("group", "group")): GroupEntry()})
+        return Fleet(alone, base, changes, origin)
+    content = read_yaml(fleet_file)
+    upgraded = upgrade(content)
+    return Fleet(_validated(upgraded or content, fleet_file), base, changes, origin, upgraded is not None)
+
+
+def fleet_name(fleet_file: Path) -> str:
+    """Return the name of the fleet that a file declares. Raises `InvalidFleet`, `InvalidParams`."""
+    if not fleet_file.exists():
+        return FleetFile.model_fields["name"].default
+    content = read_yaml(fleet_file)
+    return _validated(upgrade(content) or content, fleet_file).name
+
+
+def upgrade(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a fleet file of the format before version 2, where a group was its changes, in this one; else None."""
+    groups = content.get("groups")
+    if set(content) != {"groups"} or not isinstance(groups, Mapping):
+        return None
+    if any(isinstance(g, Mapping) and ("params" in g or isinstance(g.get("models"), list)) for g in groups.values()):
+        return None  # as version 2 has them; only the line that says so is missing
+    return {"version": VERSION, "groups": {n: {"params": g} if g else {} for n, g in groups.items()}}
+
+
+def upgrade_file(file: Path) -> str:
+    """Rewrite a file of the format before version 2, keeping the old one beside it; return what was done.
+
+    Raises `InvalidFleet`, `InvalidParams`: it is not of that format.
+    """
+    content = read_yaml(file)
+    upgraded = upgrade(content)
+    if upgraded is None:
+        _validated(content, file)
+        return f"{file} is of version {VERSION} already."
+    _validated(upgraded, file)
+    old = file.with_name(f"{file.name}.old")
+    shutil.copy2(file, old)
+    with whole_file(file) as partial:
+        partial.write_text(yaml.safe_dump(upgraded, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return f"{file} is of version {VERSION} now; the old one is {old}."
+
+
+def select(plans: Sequence[GroupPlan], names: Sequence[str]) -> tuple[GroupPlan, ...]:
+    """Return the plans of these names, all where there are none. Raises `InvalidFleet`."""
+    known = {plan.name: plan for plan in plans}
+    for name in names:
+        if name not in known:
+            raise InvalidFleet(f"there is no group '{name}'{suggest(name, known)} Groups: {', '.join(known)}.")
+    return tuple(known[name] for name in dict.fromkeys(names or known))
+
+
+def check_names(plans: Sequence[GroupPlan]) -> None:
+    """Refuse groups that would register under one name, or zip what a group registers. Raises `InvalidFleet`."""
+    names = Counter(plan.params.register.name for plan in plans)
+    for name, count in names.items():
+        if count > 1:
+            groups = " and ".join(f"'{plan.name}'" for plan in plans if plan.params.register.name == name)
+            raise InvalidFleet(
+                f"the groups {groups} would register under one name, '{name}'. Give each its own register.name."
+            )
+    for plan in plans:
+        for model, declared in plan.models.items():
+            registered = (declared.source or "").removeprefix("models:/").partition("#")[0]
+            target = registered.partition("@")[0].partition("/")[0]
+            if (declared.source or "").startswith("models:/") and target in names:
+                raise InvalidFleet(
+                    f"models.{model}.source: {declared.source} is what this fleet registers itself, so group "
+                    f"'{plan.name}' would wait for a zipped network. Name a pre-trained one."
+                )
+
+
+_BLOCKS: dict[str, type[BaseModel]] = {"models": Model, "groups": GroupEntry, "auto": Auto}
+
+
+def _validated(content: Mapping[str, Any], file: Path) -> FleetFile:
+    version = content.get("version")
+    if version is None and content:
+        raise InvalidFleet(f"{file}: version: is missing. Write 'version: {VERSION}' above all else.")
+    if version != VERSION:
+        raise InvalidFleet(
+            f"{file}: version: {version!r} is not known here. Allowed: {VERSION}"
+            + (
+                "; a newer mtz has written it, so update this one."
+                if isinstance(version, int) and version > VERSION
+                else ""
+            )
+        )
+    try:
+        return FleetFile.model_validate(content)
+    except ValidationError as error:
+        raise InvalidFleet(f"{file}: {'; '.join(_problems(error))}") from error
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One line for each finding: the key's path, what is wrong, what is allowed. Of a union, the likeliest member's."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"] if part not in ("str", "Splits", "Factory")]
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            block = _BLOCKS.get(path[0], FleetFile) if len(path) > 1 else FleetFile
+            message = f"unknown key; allowed here: {', '.join(block.model_fields)}"
+        elif problem["type"] == "missing":
+            message = "is missing"
+        elif problem["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"
+        lines.append(": ".join(filter(None, (".".join(path), message))))
+    return list(dict.fromkeys(lines))
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)

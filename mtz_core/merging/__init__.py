@@ -1,0 +1,1 @@
+"""How a zipped network is made: functional difference, matching, and the walk over the layers."""

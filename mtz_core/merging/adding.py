@@ -1,0 +1,290 @@
+"""Add a network to a zipped one: the newcomer takes over shared neurons as they are, the other tasks do not change.
+
+Existing neurons play the part of the other network: a neuron of the newcomer that joins one takes its weights on every
+input that the newcomer shares with one of its owners, at the cost ``½ (s_u − s_j)ᵀ M (s_u − s_j)`` to the newcomer
+alone; its weights on its own inputs answer, and everything that is not shared is refitted, as in
+`mtz_core.merging.walk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mtz_core.errors import IncompatibleNetworks, InvalidConfig
+from mtz_core.merging.fitting import Part, following_clip
+from mtz_core.merging.pairing import Pairing, assign, assign_greedily
+from mtz_core.merging.walk import Stream, check_task_name, trace_task
+from mtz_core.network.graph import Network, Node
+from mtz_core.network.narrowing import Narrowed
+from mtz_core.network.topology import first_difference
+from mtz_core.settings import ZipConfig
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian
+from mtz_core.statistics.moments import Moments
+from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.ownership import NOT_A_MEMBER, Run, positions_of
+from mtz_core.zipped.report import LayerReport
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, can_share, cut, own_name
+
+
+@torch.no_grad()
+def add_network(
+    zipped: ZippedNetwork,
+    task: str,
+    network: nn.Module,
+    calibration: Tensor | Iterable[Tensor],
+    config: ZipConfig | None = None,
+) -> ZippedNetwork:
+    """Zip one more network into a zipped one, whose tasks go on computing exactly what they do.
+
+    `config.share` is relative to the newcomer's neurons, or to the zipped network's where those are fewer. Nothing that
+    is given is modified. Raises `MtzError` in its kinds, as `zip_networks`.
+    """
+    config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
+    check_task_name(task)
+    if task in zipped.tasks:
+        raise InvalidConfig(
+            f"task {task!r} is in this zipped network already. Take it out first, or name it differently."
+        )
+    batches = as_batches(calibration, task)
+    traced = trace_task(task, network, batches[0], config)
+    _check(zipped, task, traced)
+    structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
+    whole = Narrowed.whole(traced)
+    stream = Stream(whole, batches)
+    tensors: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    before = {report.layer: report for report in zipped.report.layers}
+    for node in traced.graph.nodes:
+        if not node.is_layer:
+            stream.advance(node)
+            continue
+        rows, columns = structure.rows[node.name], structure.columns[node.name]
+        part = Part(
+            node,
+            whole,
+            stream.original[node.source],
+            stream.zipped[node.source],
+            shared=any(len(run.owners) > 1 for run in rows.of(task)),
+            config=config,
+        )
+        cost = _fit(zipped, structure, task, part, config)
+        changed = part.tensors()
+        blocks: dict[str, Tensor] = {}
+        for other in structure.tasks:
+            matrix = part.stored_matrix() if other == task else zipped.matrix(other, node)
+            blocks |= cut(node.name, other, matrix, rows, columns, node.bias is not None, blocks)
+        part.release()
+        tensors |= blocks
+        stream.advance(node, changed)
+        report = before[node.name]
+        reports.append(
+            replace(
+                report,
+                neurons={**report.neurons, task: len(rows.order(task))},
+                shared=rows.shared(),
+                cost=report.cost + cost,
+                error={**report.error, task: stream.output_error(node)},
+                parameters=sum(block.numel() for block in blocks.values()),
+                original_parameters={
+                    **report.original_parameters,
+                    task: sum(traced.state[name].numel() for name in node.state),
+                },
+            )
+        )
+    stored = zipped.tensors()
+    for name in structure.own_shapes():
+        tensors[name] = stored[name].clone() if name in stored else traced.state[name.removesuffix(own_name("", task))]
+    finished = structure.reported(tensors, reports)
+    return ZippedNetwork(finished, {name: tensor.clone() for name, tensor in tensors.items()}).eval()
+
+
+def _check(zipped: ZippedNetwork, task: str, traced: Network) -> None:
+    first = zipped.tasks[0]
+    difference = first_difference(zipped.structure.networks[first].graph, traced.graph)
+    if difference is not None:
+        raise IncompatibleNetworks(
+            f"the networks differ in structure: {first} has {difference[0]} where {task} has {difference[1]}. "
+            "Zip networks of the same topology."
+        )
+    node = traced.graph.layers[0]
+    if zipped.matrix(first, node).dtype != traced.state[node.weight].dtype:
+        raise IncompatibleNetworks("the networks mix float32 and float64 weights. Convert them to one dtype.")
+
+
+def _match(
+    zipped: ZippedNetwork, task: str, traced: Network, moments: Mapping[str, Moments], config: ZipConfig
+) -> ZippedStructure:
+    """The structure with the newcomer in it: which existing neuron each of its neurons joins, group by group."""
+    old = zipped.structure
+    tasks = (*old.tasks, task)
+    networks = {**old.networks, task: TaskStructure.of(traced)}
+    alone = {
+        group.name: np.pad(rows, ((0, 0), (0, 1)), constant_values=NOT_A_MEMBER)
+        for group in traced.graph.hidden_groups
+        for rows in [old.members[group.name]]
+    }
+    widths = {name: [len(rows), traced.graph.widths[name]] for name, rows in alone.items()}
+    counts = config.counts(widths)
+    members: dict[str, Int64[np.ndarray, "neurons tasks"]] = {}
+    for group in traced.graph.hidden_groups:
+        width = traced.graph.widths[group.name]
+        known = ZippedStructure(tasks, networks, members, old.report, old.apart)
+        cost = np.zeros((len(alone[group.name]), width))
+        writers = [node for node in traced.graph.layers if node.name in group.writers]
+        ready = [node for node in writers if {*traced.graph.columns[node.name].groups} & {*alone} <= members.keys()]
+        fits = False
+        for node in ready or writers:
+            found = _costs(zipped, known, task, traced, node, group.name, moments[node.name], config)
+            if found is not None:
+                cost, fits = cost + found, True
+        pairs = (assign if config.method == "refit" else assign_greedily)(cost, counts[group.name] if fits else 0)
+        rows = alone[group.name].copy()
+        rows[pairs[:, 0], -1] = pairs[:, 1]
+        everyone = [network.graph.widths[group.name] for network in networks.values()]
+        members[group.name] = Pairing.from_tuples(tasks, everyone, rows).members
+    return ZippedStructure(tasks, networks, members, old.report, old.apart)
+
+
+def _costs(
+    zipped: ZippedNetwork,
+    structure: ZippedStructure,
+    task: str,
+    traced: Network,
+    node: Node,
+    group: str,
+    moments: Moments,
+    config: ZipConfig,
+) -> Float[np.ndarray, "neurons width"] | None:
+    """What it costs the newcomer in one layer that its neurons join existing ones; None where they cannot.
+
+    Convolutions in groups say nothing: their neurons are matched by the other layers that write them.
+    """
+    networks = structure.networks
+    tables = {t: torch.from_numpy(positions_of(n.graph.rows[node.name], group)) for t, n in networks.items()}
+    mine = tables[task]
+    one_size = len({table.shape[1] for table in tables.values()}) == 1
+    if moments.groups > 1 or not one_size or not can_share(node.name, networks.values()):
+        return None
+    hessian = moments.hessian(config.fixed_damping)
+    matrix = traced.matrix(node)[mine.flatten()].to(torch.float64)
+    members = zipped.structure.members[group]
+    costs = np.zeros((len(members), len(mine)))
+    for pattern in np.unique(members >= 0, axis=0):
+        owners = tuple(t for t, owns in zip(zipped.tasks, pattern, strict=True) if owns)
+        units = np.flatnonzero(((members >= 0) == pattern).all(axis=1))
+        rows = {t: tables[t][members[units, zipped.tasks.index(t)]].flatten() for t in owners}
+        common = _Common(zipped, structure, task, owners, node, hessian.size)
+        curvature = common.curvature(hessian, config)
+        theirs, own = common.stored(rows), matrix[:, common.shared]
+        centre = torch.cat([theirs, own]).mean(dim=0)  # only differences count: less cancellation near the centre
+        weights = torch.cat([theirs - centre, own - centre])
+        image = curvature.product(weights.T).T.reshape(len(units) + len(mine), -1)
+        weights = weights.reshape(image.shape)
+        norms, inner = (weights * image).sum(dim=1), weights[: len(units)] @ image[len(units) :].T
+        distance = 0.5 * (norms[: len(units), None] + norms[None, len(units) :]) - inner
+        costs[units] = distance.clamp_(min=0).numpy()
+    return costs
+
+
+class _Common:
+    """The inputs that the newcomer has in common with any of the owners of some rows, and their stored weights."""
+
+    def __init__(
+        self,
+        zipped: ZippedNetwork,
+        structure: ZippedStructure,
+        task: str,
+        owners: tuple[str, ...],
+        node: Node,
+        inputs: int,
+    ) -> None:
+        self.zipped, self.owners, self.node = zipped, owners, node
+        self.holders: list[tuple[str, Int64[np.ndarray, " n"]]] = []
+        shared = [np.zeros(0, dtype=np.int64)]
+        for run in structure.columns[node.name].of(task):
+            holder = next((owner for owner in owners if owner in run.owners), None)
+            if holder is not None:
+                self.holders.append((holder, run.places[holder]))
+                shared.append(run.places[task])
+        if node.bias is not None:
+            shared.append(np.array([inputs - 1]))
+        self.shared = torch.from_numpy(np.concatenate(shared))
+        self.own = torch.from_numpy(np.setdiff1d(np.arange(inputs), self.shared.numpy()))
+
+    def curvature(self, hessian: Hessian, config: ZipConfig) -> Hessian:
+        """What is left of the newcomer's Hessian on these inputs."""
+        if config.method == "refit" and len(self.own):
+            return hessian.eliminate(self.shared, self.own).curvature
+        return hessian.select(self.shared)
+
+    def stored(self, rows: Mapping[str, Int64[Tensor, " n"]]) -> Float[Tensor, "n s"]:
+        """The weights that the zipped network has there, given the rows in every owner's own matrix."""
+        parts = [torch.zeros(len(rows[self.owners[0]]), 0)]
+        for holder, places in self.holders:
+            parts.append(self.zipped.matrix(holder, self.node)[rows[holder]][:, torch.from_numpy(places)])
+        if self.node.bias is not None:
+            parts.append(self.zipped.matrix(self.owners[0], self.node)[rows[self.owners[0]], -1:])
+        return torch.cat(parts, dim=1).to(torch.float64)
+
+
+def _fit(zipped: ZippedNetwork, structure: ZippedStructure, task: str, part: Part, config: ZipConfig) -> float:
+    """Refit the newcomer's layer, its shared rows taking the stored weights; returns what that costs it."""
+    refit = config.method == "refit"
+    clip = following_clip(part.network, part.node) if refit else None
+    adoptions = [
+        _Adoption(zipped, structure, task, part, run, config)
+        for run in structure.rows[part.node.name].of(task)
+        if len(run.owners) > 1
+    ]
+    cost = 0.0
+    for sweep in range(1 + (config.sweeps if clip is not None else 0)):
+        if refit:
+            part.refit(clip if sweep else None)
+        cost = sum(adoption.apply() for adoption in adoptions)
+    return cost
+
+
+class _Adoption:
+    """Rows of the newcomer that are others' already."""
+
+    def __init__(
+        self,
+        zipped: ZippedNetwork,
+        structure: ZippedStructure,
+        task: str,
+        part: Part,
+        run: Run,
+        config: ZipConfig,
+    ) -> None:
+        assert part.hessian is not None
+        owners = tuple(owner for owner in run.owners if owner != task)
+        common = _Common(zipped, structure, task, owners, part.node, part.matrix.shape[1])
+        self.part, self.common = part, common
+        self.rows = torch.from_numpy(run.places[task])
+        self.weights = common.stored({owner: torch.from_numpy(run.places[owner]) for owner in owners})
+        self.left: Elimination | None = None
+        if part.groups == 1:
+            self.curvature = common.curvature(part.hessian, config)
+            if config.method == "refit" and len(common.own):
+                self.left = part.hessian.eliminate(common.shared, common.own)
+
+    def apply(self) -> float:
+        """Give the rows the stored weights, own inputs' weights answering; returns the cost."""
+        part, shared = self.part, self.common.shared
+        change = (self.weights - part.matrix[self.rows][:, shared]).T
+        part.matrix[self.rows[:, None], shared] = self.weights
+        if self.left is not None:
+            part.matrix[self.rows[:, None], self.common.own] += self.left.answer(change).T
+        part.changed = True
+        if part.groups > 1:
+            assert isinstance(part.hessian, DenseHessian)
+            hessians = part.hessian.matrix[self.rows // (len(part.matrix) // part.groups)]
+            return 0.5 * float(torch.einsum("in,nij,jn->", change, hessians, change))
+        return 0.5 * float(self.curvature.energies(change).sum())

@@ -1,0 +1,374 @@
+"""Fit one layer of all tasks: to the originals' outputs, and to each other where neurons are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mtz_core.merging.difference import felt_balance
+from mtz_core.network.graph import INPUT, Network, Node, run_node
+from mtz_core.network.narrowing import Narrowed
+from mtz_core.network.operations import operation_of
+from mtz_core.settings import ZipConfig
+from mtz_core.statistics.calibration import layer_rows, sample_positions
+from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
+from mtz_core.statistics.moments import Moments
+from mtz_core.zipped.ownership import Arrangement, Run
+
+HELD_OUT = 5
+"""One row in so many is held out where a fit is to be judged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """What an activation behind a layer cannot tell apart: outputs beyond a threshold, on one side, per neuron."""
+
+    threshold: Float[Tensor, " out"]
+    below: Bool[Tensor, " out"]
+
+    def nearest_target(self, y: Float[Tensor, "n out"], y_hat: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
+        """Of all values of which the activation makes the same as of `y`, the ones nearest to `y_hat`."""
+        clipped = torch.where(self.below, y <= self.threshold, y >= self.threshold)
+        nearest = torch.where(self.below, y_hat.minimum(self.threshold), y_hat.maximum(self.threshold))
+        return torch.where(clipped, nearest, y)
+
+
+def following_clip(network: Network, layer: Node) -> Clip | None:
+    """What the only reader of a layer's output clips, directly or behind a batch normalisation; None if nothing."""
+    width = network.state[layer.weight].new_ones(layer.layer.matrix(network.state[layer.weight]).shape[0])
+    reader = _only_reader(network, layer.name)
+    if reader is None:
+        return None
+    operation = operation_of(reader.kind)
+    if operation is not None and operation.clips:
+        return Clip(width * operation.floor, width > 0)
+    if reader.kind != "batch_norm" or reader.sources != (layer.name,) or not _on_second_axis(network, layer):
+        return None
+    behind = _only_reader(network, reader.name)
+    operation = operation_of(behind.kind) if behind is not None else None
+    if operation is None or not operation.clips:
+        return None
+    defaults = {"running_mean": 0 * width, "running_var": width, "weight": width, "bias": 0 * width}
+    mean, variance, scale, shift = (
+        network.state[reader.arguments[name]["state"]] if reader.arguments.get(name) else default
+        for name, default in defaults.items()
+    )
+    deviation = (variance + float(reader.arguments["eps"])).sqrt()
+    threshold = torch.where(scale == 0, torch.inf, mean + (operation.floor - shift) * deviation / scale)
+    return Clip(threshold, scale >= 0)
+
+
+def _on_second_axis(network: Network, layer: Node) -> bool:
+    """Whether a layer's neurons lie where a batch normalisation expects channels."""
+    if layer.layer.channel_axis(3) == 1:
+        return True
+    state = {name: tensor.to("meta") for name, tensor in network.state.items()}
+    values = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
+    for node in network.graph.nodes:
+        values[node.name] = run_node(node, values, state, 1)
+        if node.name == layer.name:
+            break
+    return values[layer.name].ndim == 2
+
+
+def _only_reader(network: Network, name: str) -> Node | None:
+    readers = [node for node in network.graph.nodes if name in node.sources]
+    return readers[0] if len(readers) == 1 and name != network.graph.output else None
+
+
+class Part:
+    """One task's side of a layer: its matrix in float64, and the rows that it will be fed in the zipped network.
+
+    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it. `judged`
+    parts are fitted to most rows only, the others tell how well (`held_out_error`).
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        narrowed: Narrowed,
+        original: Sequence[Tensor],
+        zipped: Sequence[Tensor],
+        shared: bool,
+        config: ZipConfig,
+        felt: Float[Tensor, " all_rows"] | None = None,
+        damping: float | None = None,
+        judged: bool = False,
+    ) -> None:
+        network = narrowed.network
+        self.node, self.network, self.zipped = node, network, zipped
+        self.paper, self.judged = config.method == "paper", judged
+        left = narrowed.kept_rows(node)
+        self.felt = felt if felt is None or left is None else felt[left]
+        self.shape = tuple(network.state[node.weight].shape)
+        self.groups = node.layer.groups(node.arguments)
+        self.intact = all(a is b for a, b in zip(original, zipped, strict=True))
+        self.changed = False
+        self.hessian: Hessian | None = None
+        self.targets: list[Float[Tensor, "n out"]] = []
+        if not shared and (self.paper or self.intact):
+            return
+        self.matrix = network.matrix(node).to(torch.float64, copy=True)
+        self.positions = sample_positions(node, self.shape, original[0], config)
+        before = narrowed.original.graph.node(node.name)
+        target, left = narrowed.original.matrix(before), narrowed.kept_rows(node)
+        if left is not None and self.groups == 1:
+            target, left = target[left], None
+        moments = Moments(self.matrix.shape[1], self.groups)
+        for x, x_hat in zip(original, zipped, strict=True):
+            rows = self._rows(x, before)
+            moments.add(self._fitted(rows if self.paper or x is x_hat else self._rows(x_hat, node)))
+            if not self.paper:
+                outputs = _outputs(rows, target, before.layer.groups(before.arguments))
+                self.targets.append(outputs if left is None else outputs[:, left])
+        self.count = moments.count
+        relative = config.fixed_damping if damping is None else damping
+        self.damping = moments.damping(relative)
+        self.hessian = moments.hessian(relative)
+
+    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n groups*in"]:
+        rows = layer_rows(node, self.shape, x, self.positions)
+        return rows.to(self.network.state[self.node.weight].dtype)
+
+    def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
+        return matrix.unflatten(0, (self.groups, -1))
+
+    def _fitted(self, rows: Float[Tensor, "n columns"]) -> Float[Tensor, "m columns"]:
+        """The rows of a batch that are fitted to."""
+        return rows[: len(rows) - len(rows) // HELD_OUT] if self.judged else rows
+
+    def held_out_error(self) -> float:
+        """``½ Σ F E‖y − W x̂‖²`` on the rows that were held out, in nats."""
+        if self.hessian is None:
+            return 0.0
+        total, count = 0.0, 0
+        for target, x_hat in zip(self.targets, self.zipped, strict=True):
+            rows = self._rows(x_hat, self.node)[len(self._fitted(target)) :]
+            errors = target[len(target) - len(rows) :] - _outputs(rows, self.matrix.to(rows.dtype), self.groups)
+            felt = 1.0 if self.felt is None else self.felt.to(errors.dtype)
+            total, count = total + 0.5 * float((felt * errors.square()).sum()), count + len(rows)
+        return total / max(count, 1)
+
+    def refit(self, clip: Clip | None) -> None:
+        """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
+
+        ``min E‖y − W x̂‖² + λ‖W − W₀‖²`` by one Newton step from the present matrix, which is exact:
+        ``W + (E[(y − W x̂) x̂ᵀ] − λ (W − W₀))(Ĥ + λ I)⁻¹``. Given what follows clips, ``y`` is first relaxed to
+        the targets nearest to the present outputs.
+        """
+        if self.hessian is None or (clip is None and self.intact):
+            return  # an intact layer is its own best fit
+        prior = self.network.matrix(self.node)
+        present = self.matrix.to(prior.dtype)
+        gradient = torch.zeros_like(self.matrix)
+        for target, x_hat in zip(self.targets, self.zipped, strict=True):
+            fed, target = self._fitted(self._rows(x_hat, self.node)), self._fitted(target)
+            output = _outputs(fed, present, self.groups)
+            if clip is not None:
+                target = clip.nearest_target(target, output)
+            gradient += self._correlate(target - output, fed)
+        gradient.div_(self.count)
+        gradient.sub_((self.matrix - prior).mul_(self.damping))
+        del present, prior
+        if self.groups == 1:
+            for part in chunks(*gradient.shape):
+                self.matrix[part] += self.hessian.solve(gradient[part].T).T
+        else:
+            self.matrix += self.hessian.solve(self._stacked(gradient).mT).mT.flatten(0, 1)
+        self.changed = True
+
+    def _correlate(self, outputs: Float[Tensor, "n out"], rows: Tensor) -> Float[Tensor, "out in"]:
+        if self.groups == 1:
+            return outputs.T @ rows
+        split = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return torch.bmm(outputs.unflatten(1, (self.groups, -1)).permute(1, 2, 0), split).flatten(0, 1)
+
+    @property
+    def few_rows(self) -> str:
+        """Rows and inputs in words, if the rows that fit the layer are fewer than its inputs."""
+        if self.hessian is None or self.count >= self.hessian.size:
+            return ""
+        return f"{self.count:,} rows for {self.hessian.size:,} inputs"
+
+    def stored_matrix(self) -> Float[Tensor, "out in"]:
+        """The matrix that the zipped network stores."""
+        original = self.network.matrix(self.node)
+        return self.matrix.to(original.dtype) if self.changed else original
+
+    def tensors(self) -> dict[str, Tensor] | None:
+        """Weight and bias as the zipped network has them; None if they are the original's."""
+        if not self.changed:
+            return None
+        matrix = self.stored_matrix()
+        if self.node.bias is None:
+            return {self.node.weight: self.node.layer.from_matrix(matrix, self.shape)}
+        weight = self.node.layer.from_matrix(matrix[:, :-1], self.shape)
+        return {self.node.weight: weight, self.node.bias: matrix[:, -1]}
+
+    def release(self) -> None:
+        """Free everything but the weights."""
+        self.hessian, self.targets, self.zipped = None, [], []
+        if hasattr(self, "matrix"):
+            del self.matrix
+
+
+def _outputs(
+    rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"], groups: int
+) -> Float[Tensor, "n out"]:
+    if groups == 1:
+        return rows @ matrix.T
+    split = rows.unflatten(1, (groups, -1)).transpose(0, 1)
+    return torch.bmm(split, matrix.unflatten(0, (groups, -1)).mT).transpose(0, 1).flatten(1)
+
+
+def fit(
+    parts: Mapping[str, Part],
+    rows: Arrangement,
+    columns: Arrangement,
+    clips: Mapping[str, Clip | None],
+    config: ZipConfig,
+) -> float:
+    """Find the matrices of all tasks, shared neurons' weights in common; returns the predicted cost of sharing."""
+    if config.method == "refit":
+        for part in parts.values():
+            part.refit(None)
+    runs = [run for run in rows.runs if len(run.owners) > 1]
+    balance = dict(zip(parts, config.balance_of(tuple(parts)), strict=True))
+    if config.method == "refit":
+        felt = [part.felt for part in parts.values() if part.felt is not None]
+        if len(felt) == len(parts):
+            balance = dict(zip(parts, felt_balance(list(balance.values()), felt), strict=True))
+    sharing = [_sharing(parts, run, columns, balance) for run in runs]
+    cost = sum(one.apply() for one in sharing)
+    for _ in range(config.sweeps if config.method == "refit" and any(clips.values()) else 0):
+        for task, part in parts.items():
+            part.refit(clips[task])
+        cost = sum(one.apply() for one in sharing)
+    return cost
+
+
+def _sharing(
+    parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
+) -> _Sharing | _GroupedSharing:
+    own = {task: parts[task] for task in run.owners}
+    return (_GroupedSharing if next(iter(own.values())).groups > 1 else _Sharing)(own, run, columns, balance)
+
+
+class _Sharing:
+    """Rows that several tasks share, and what has been factorised to find their common weights.
+
+    ``s* = (Σ α_t M_t)⁻¹ Σ α_t M_t s_t`` on the inputs that two or more of them share; the weights of inputs that
+    only one of them has answer with ``−H_pp⁻¹ H_ps δ``, unless the method is the paper's.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
+        self.parts, self.run = parts, run
+        self.balance = [balance[task] for task in run.owners]
+        common = [c for c in columns.runs if len(set(c.owners) & set(run.owners)) > 1]
+        ends = np.cumsum([0, *(c.size for c in common)])
+        self.size = int(ends[-1])
+        self.shared: dict[str, Int64[Tensor, " s"]] = {}
+        self.own: dict[str, Int64[Tensor, " p"]] = {}
+        self.places: dict[str, Int64[Tensor, " s"]] = {}
+        bias = next(iter(parts.values())).node.bias is not None
+        for task, part in parts.items():
+            inputs = part.matrix.shape[1]
+            mine = [(c.places[task], np.arange(ends[i], ends[i + 1])) for i, c in enumerate(common) if task in c.owners]
+            shared = np.concatenate([np.zeros(0, dtype=np.int64), *(place for place, _ in mine)])
+            places = np.concatenate([np.zeros(0, dtype=np.int64), *(place for _, place in mine)])
+            if bias:
+                shared, places = np.append(shared, inputs - 1), np.append(places, self.size)
+            self.shared[task], self.places[task] = torch.from_numpy(shared), torch.from_numpy(places)
+            self.own[task] = torch.from_numpy(np.setdiff1d(np.arange(inputs), shared))
+        self.size += bias
+        self.left = {task: self._eliminate(task) for task in parts}
+        self.curvatures = {task: self._widen(task) for task in parts}
+        self.total = weighted_sum(list(self.curvatures.values()), self.balance) if self.size else None
+
+    def _eliminate(self, task: str) -> Elimination:
+        part, shared, own = self.parts[task], self.shared[task], self.own[task]
+        assert part.hessian is not None
+        if part.paper or not len(own):
+            whole = len(shared) == part.hessian.size and bool((shared == torch.arange(len(shared))).all())
+            curvature = part.hessian if whole else part.hessian.select(shared)
+            return Elimination(curvature, lambda change: change.new_zeros(0, change.shape[1]))
+        return part.hessian.eliminate(shared, own)
+
+    def _widen(self, task: str) -> Hessian:
+        """A task's curvature on all inputs that any two of the tasks share."""
+        curvature, places = self.left[task].curvature, self.places[task]
+        if len(places) == self.size:
+            return curvature
+        wide = torch.zeros(self.size, self.size, dtype=torch.float64)
+        wide[places[:, None], places] = curvature.dense()
+        return DenseHessian(wide)
+
+    def apply(self) -> float:
+        """Give the rows their common weights; returns the cost."""
+        return sum(self._apply(part) for part in chunks(self.run.size, self.size)) if self.size else 0.0
+
+    def _apply(self, some: slice) -> float:
+        assert self.total is not None
+        rows = {task: torch.from_numpy(self.run.places[task][some]) for task in self.parts}
+        weights = {task: part.matrix[rows[task]][:, self.shared[task]] for task, part in self.parts.items()}
+        mean = torch.zeros(some.stop - some.start, self.size, dtype=torch.float64)
+        owners = torch.zeros(self.size, dtype=torch.float64)
+        for task, own in weights.items():
+            mean.index_add_(1, self.places[task], own)
+            owners[self.places[task]] += 1
+        mean /= owners  # solving for the distance from the mean keeps equal neurons exactly equal
+        pull = torch.zeros_like(mean)
+        for (task, own), alpha in zip(weights.items(), self.balance, strict=True):
+            distance = torch.zeros_like(mean)
+            distance[:, self.places[task]] = own - mean[:, self.places[task]]
+            pull += alpha * self.curvatures[task].product(distance.T).T
+        merged = mean + self.total.solve(pull.T).T
+        cost = 0.0
+        for (task, own), alpha in zip(weights.items(), self.balance, strict=True):
+            part = self.parts[task]
+            change = (merged[:, self.places[task]] - own).T
+            cost += 0.5 * alpha * float(self.left[task].curvature.energies(change).sum())
+            part.matrix[rows[task][:, None], self.shared[task]] = merged[:, self.places[task]]
+            if not part.paper and len(self.own[task]):
+                part.matrix[rows[task][:, None], self.own[task]] += self.left[task].answer(change).T
+            part.changed = True
+        return cost
+
+
+class _GroupedSharing:
+    """The same for a convolution in groups: every row has a Hessian of its own group, and no input is own."""
+
+    def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
+        self.parts, self.run = parts, run
+        self.balance = [balance[task] for task in run.owners]
+
+    def apply(self) -> float:
+        """Give the rows their common weights; returns the cost."""
+        inputs = next(iter(self.parts.values())).matrix.shape[1]
+        return sum(self._apply(part) for part in chunks(self.run.size, inputs**2))
+
+    def _apply(self, some: slice) -> float:
+        rows = {task: torch.from_numpy(self.run.places[task][some]) for task in self.parts}
+        hessians = []
+        for task, part in self.parts.items():
+            assert isinstance(part.hessian, DenseHessian)
+            group = rows[task] // (len(part.matrix) // part.groups)
+            hessians.append(part.hessian.matrix[group])
+        own = [part.matrix[rows[task]] for task, part in self.parts.items()]
+        mean = torch.stack(own).mean(dim=0)
+        total = sum(a * h for a, h in zip(self.balance, hessians, strict=True))
+        pull = sum(a * (h @ (w - mean)[..., None]) for a, h, w in zip(self.balance, hessians, own, strict=True))
+        assert isinstance(total, Tensor) and isinstance(pull, Tensor)
+        merged = mean + DenseHessian(total).solve(pull)[..., 0]
+        cost = 0.0
+        for (task, part), alpha, hessian, weights in zip(self.parts.items(), self.balance, hessians, own, strict=True):
+            change = (merged - weights)[..., None]
+            cost += 0.5 * alpha * float(DenseHessian(hessian).energies(change).sum())
+            part.matrix[rows[task]] = merged
+            part.changed = True
+        return cost

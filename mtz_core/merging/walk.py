@@ -1,0 +1,221 @@
+"""Zipping: the walk over a network that makes one of several.
+
+Nodes are run in topological order, in the originals and in the zipped network, on every task's calibration data. At
+every layer: refit it to the originals' outputs on the inputs that the zipped network really feeds it, whatever sums and
+normalisations those came through; merge the paired neurons; let own weights compensate; store the blocks.
+(`method="paper"` skips refit and compensation.)
+
+A layer's targets are exact only as far as the next activation can tell: behind a ReLU, any negative value is as good as
+any other, also through a batch normalisation. So a layer is fitted in sweeps. The first takes the originals' outputs;
+each later one replaces every target that the activation would clip by the nearest value that it clips alike, and solves
+again. Both halves of a sweep lower the same squared error (each task's taken relative to the amplitude of its own fit),
+and the Hessians, the expensive part, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtz_core.errors import InvalidConfig, MtzError
+from mtz_core.merging.compatibility import check_compatible, why_separate
+from mtz_core.merging.fitting import Part, fit, following_clip
+from mtz_core.merging.pairing import Pairing
+from mtz_core.network.graph import INPUT, Network, Node, forget, run_node
+from mtz_core.network.narrowing import Keep, Narrowed, Narrower
+from mtz_core.network.tracing import trace
+from mtz_core.settings import ZipConfig
+from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
+from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.report import LayerReport, ZipReport
+from mtz_core.zipped.structure import TASK_NAME, TaskStructure, ZippedStructure, cut, own_name
+
+DAMPINGS = (5e-4, 5e-3, 2e-2, 1e-1)
+"""What ``damping="auto"`` chooses from, layer by layer."""
+
+
+def check_task_name(task: object) -> None:
+    """Raises `InvalidConfig` for what cannot name a task."""
+    if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
+        raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
+
+
+def trace_task(task: str, module: nn.Module, example: Tensor, config: ZipConfig) -> Network:
+    """`trace`, with the task's name in errors."""
+    try:
+        return trace(module, example, config.keep_separate)
+    except MtzError as error:
+        raise type(error)(f"the network of {task!r}: {error}") from error
+
+
+def finish(steps: Iterator[LayerReport | ZippedNetwork]) -> ZippedNetwork:
+    """Run `merge` to its end, without looking at its reports."""
+    *_, zipped = steps
+    assert isinstance(zipped, ZippedNetwork)
+    return zipped
+
+
+class Stream:
+    """One task's calibration data on their way through the original and through the zipped network, batch by batch.
+
+    A value of the zipped network is the very same object as the original's as long as nothing upstream has changed.
+    """
+
+    def __init__(self, narrowed: Narrowed, batches: Iterable[Tensor]) -> None:
+        self.narrowed = narrowed
+        self.original: dict[str, list[Any]] = {INPUT: list(batches)}
+        self.zipped: dict[str, list[Any]] = {INPUT: list(self.original[INPUT])}
+
+    def intact(self, name: str) -> bool:
+        """Whether the zipped network has computed this value as the original does."""
+        return all(a is b for a, b in zip(self.original[name], self.zipped[name], strict=True))
+
+    def advance(self, node: Node, changed: Mapping[str, Tensor] | None = None) -> None:
+        """Run a node in both networks; `changed` are the tensors that the zipped network has instead."""
+        whole, narrow = self.narrowed.original, self.narrowed.network
+        same = not changed and all(self.intact(source) for source in node.sources) and not self.narrowed.touches(node)
+        outputs = self._run(whole.graph.node(node.name), self.original, whole.state)
+        self.original[node.name] = outputs
+        state = {**narrow.state, **(changed or {})}
+        self.zipped[node.name] = list(outputs) if same else self._run(node, self.zipped, state)
+        for values in (self.original, self.zipped):
+            forget(whole.graph, values, node)
+
+    def _run(self, node: Node, values: Mapping[str, list[Any]], state: Mapping[str, Tensor]) -> list[Any]:
+        given = [values[source] for source in node.sources]
+        return [
+            run_node(node, dict(zip(node.sources, parts, strict=True)), state, self._sizes[i])
+            for i, parts in enumerate(zip(*given, strict=True) if given else [()] * len(self._sizes))
+        ]
+
+    @property
+    def _sizes(self) -> list[int]:
+        if not hasattr(self, "_counts"):
+            self._counts = [len(batch) for batch in self.original[INPUT]]
+        return self._counts
+
+    def output_error(self, node: Node) -> float:
+        """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, as far as they are left."""
+        if self.intact(node.name):
+            return 0.0
+        kept = self.narrowed.kept_rows(node)
+        axis = node.layer.channel_axis(self.original[node.name][0].ndim)
+        pairs = [
+            (y if kept is None else y.index_select(axis, kept), z)
+            for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True)
+        ]
+        difference = sum(float((z - y).square().sum()) for y, z in pairs)
+        norm = sum(float(y.square().sum()) for y, _ in pairs)
+        return difference / norm if norm else difference
+
+
+@torch.no_grad()
+def merge(
+    networks: Mapping[str, Network],
+    pairings: Mapping[str, Pairing],
+    batches: Mapping[str, list[Tensor]],
+    config: ZipConfig,
+    costs: Sequence[float] = (),
+    keep: Mapping[str, Keep] | None = None,
+    felt: Mapping[str, Sensitivities] | None = None,
+) -> Iterator[LayerReport | ZippedNetwork]:
+    """Merge paired networks, yielding a report as each layer is done and the zipped network at the end.
+
+    `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. `keep` names
+    the neurons that are left of groups that lose some; `pairings` then number those. `felt` is what the tasks' losses
+    feel, taken from the calibration data if it is not given. Memory beyond weights: the calibration data at the
+    width of the live values, twice, and the moments of the current layer.
+    """
+    networks = dict(sorted(networks.items()))
+    check_compatible(networks)
+    if felt is None:
+        felt = {task: sensitivities(network, batches[task], config.seed) for task, network in networks.items()}
+    narrowed = {task: Narrower(network).narrow((keep or {}).get(task, {})) for task, network in networks.items()}
+    structure = ZippedStructure(
+        tasks=tuple(networks),
+        networks={task: TaskStructure.of(narrow.network, narrow.original) for task, narrow in narrowed.items()},
+        members={name: pairing.members for name, pairing in pairings.items()},
+        report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
+    )
+    streams = {task: Stream(narrow, batches[task]) for task, narrow in narrowed.items()}
+    tensors: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    for steps in zip(*(narrow.network.graph.nodes for narrow in narrowed.values()), strict=True):
+        nodes = dict(zip(narrowed, steps, strict=True))
+        if not steps[0].is_layer:
+            for task, node in nodes.items():
+                streams[task].advance(node)
+            continue
+        report, blocks = _merge_layer(structure, narrowed, nodes, streams, config, felt)
+        tensors |= blocks
+        reports.append(report)
+        yield report
+    for task, network in structure.networks.items():
+        for name in network.own:
+            tensors[own_name(name, task)] = narrowed[task].network.state[name].clone()
+    finished = structure.reported(tensors, reports)
+    names = (*finished.block_shapes(), *finished.own_shapes())
+    yield ZippedNetwork(finished, {name: tensors[name] for name in names}).eval()
+
+
+def _merge_layer(
+    structure: ZippedStructure,
+    narrowed: Mapping[str, Narrowed],
+    nodes: Mapping[str, Node],
+    streams: Mapping[str, Stream],
+    config: ZipConfig,
+    felt: Mapping[str, Sensitivities],
+) -> tuple[LayerReport, dict[str, Tensor]]:
+    """Fit one layer, store its blocks, and run it."""
+    (node, *_) = nodes.values()
+    rows, columns = structure.rows[node.name], structure.columns[node.name]
+    originals = {task: narrow.original for task, narrow in narrowed.items()}
+
+    def parts_with(damping: float, judged: bool) -> dict[str, Part]:
+        return {
+            task: Part(
+                nodes[task],
+                narrow,
+                streams[task].original[node.source],
+                streams[task].zipped[node.source],
+                shared=any(len(run.owners) > 1 for run in rows.of(task)),
+                config=config,
+                felt=felt[task][node.name],
+                damping=damping,
+                judged=judged,
+            )
+            for task, narrow in narrowed.items()
+        }
+
+    def held_out_error(damping: float) -> float:
+        trial = parts_with(damping, judged=True)
+        fit(trial, rows, columns, {}, config)
+        return sum(part.held_out_error() for part in trial.values())
+
+    choose = config.damping == "auto" and config.method == "refit"
+    parts = parts_with(min(DAMPINGS, key=held_out_error) if choose else config.fixed_damping, judged=False)
+    clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in narrowed.items()}
+    cost = fit(parts, rows, columns, clips, config)
+    few = {task: part.few_rows for task, part in parts.items() if part.few_rows}
+    blocks: dict[str, Tensor] = {}
+    for task, part in parts.items():
+        changed = part.tensors()
+        blocks |= cut(node.name, task, part.stored_matrix(), rows, columns, node.bias is not None, blocks)
+        part.release()
+        streams[task].advance(nodes[task], changed)
+    report = LayerReport(
+        layer=node.name,
+        kind=node.kind,
+        neurons={task: len(rows.order(task)) for task in narrowed},
+        shared=rows.shared(),
+        cost=cost,
+        error={task: stream.output_error(node) for task, stream in streams.items()},
+        parameters=sum(t.numel() for t in blocks.values()),
+        original_parameters={t: sum(n.state[name].numel() for name in node.state) for t, n in originals.items()},
+        note=why_separate(originals, node) or "",
+        few_rows="; ".join(f"{task} has {what}" for task, what in few.items()),
+    )
+    return report, blocks

@@ -1,0 +1,1 @@
+"""What a module is: its graph of layers, neuron groups and operators."""

@@ -1,0 +1,220 @@
+"""Read what ``torch.export`` makes of a module: two programs, for two batch sizes, become one list of nodes."""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mtz_core.errors import UnsupportedModule
+from mtz_core.network.graph import GETITEM, INPUT, Node, operator
+from mtz_core.network.layers import LAYERS
+
+SIZES = (2, 3)
+"""The batch sizes that a module is exported for."""
+
+
+class ProgramReader:
+    """Reads two exported programs of one module side by side."""
+
+    def __init__(self, module: nn.Module, programs: Sequence[torch.export.ExportedProgram]) -> None:
+        self.module = module
+        self.programs = programs
+        self.names: dict[str, str] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the module holds or its program carries along."""
+        constants = {name: value for name, value in self.programs[0].constants.items() if isinstance(value, Tensor)}
+        held = dict(self.module.named_parameters(remove_duplicate=False)) | dict(
+            self.module.named_buffers(remove_duplicate=False)
+        )
+        return {name: tensor.detach().cpu() for name, tensor in (constants | held).items()}
+
+    def nodes(self) -> tuple[list[Node], str]:
+        """All operators in order, and the name of the output's value."""
+        first, second = self.programs
+        signature = first.graph_signature
+        given = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        tied = self._tied()
+        self.tensors = {name: tied.get(target, target) for name, target in given.items()}
+        pairs = list(zip(first.graph.nodes, second.graph.nodes, strict=False))
+        if len(first.graph.nodes) != len(second.graph.nodes) or any(a.target != b.target for a, b in pairs):
+            raise UnsupportedModule(
+                f"{type(self.module).__name__} runs other operators for {SIZES[0]} examples than for {SIZES[1]}. "
+                "Make its forward pass independent of the size of the batch."
+            )
+        nodes: list[Node] = []
+        for a, b in pairs:
+            if a.op == "placeholder":
+                self.names[a.name] = INPUT
+            elif a.op == "call_function":
+                nodes.append(self._node(a, b, len(nodes)))
+                self.names[a.name] = nodes[-1].name
+            elif a.op != "output":
+                raise self._unsupported(a, f"it is a {a.op.replace('_', ' ')}")
+        (result,) = (self._current(node) for node in first.graph.output_node().args[0] if node is not None)
+        return nodes, self.names[result.name]
+
+    def _tied(self) -> dict[str, str]:
+        """One name for each parameter that goes by several."""
+        named = {tensor: name for name, tensor in self.module.named_parameters()}
+        return {
+            name: named[tensor]
+            for name, tensor in self.module.named_parameters(remove_duplicate=False)
+            if named[tensor] != name
+        }
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def _node(self, a: fx.Node, b: fx.Node, number: int) -> Node:
+        path = self._path(a)
+        if a.target is python_operator.getitem:
+            source, index = a.args
+            assert isinstance(source, fx.Node)
+            return Node(f"getitem:{number}", GETITEM, {"value": self._reference(source), "index": index}, path)
+        target: Any = a.target
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+            raise self._unsupported(a, "it is no operator of ATen")
+        kind = target._schema.name.removeprefix("aten::")
+        overload = target._schema.overload_name
+        arguments = self._arguments(a, b)
+        if target._schema.is_mutable:
+            kind, overload = self._out_of_place(a, kind, overload)
+            names = [argument.name for argument in operator(f"{kind}.{overload}".rstrip("."))._schema.arguments]
+            renamed = dict(zip((argument.name for argument in target._schema.arguments), names, strict=False))
+            arguments = {renamed[name]: value for name, value in arguments.items()}
+        if (kind, overload) == ("to", "device"):
+            overload = "dtype"  # where a tensor lies is the running network's business
+        kind = f"{kind}.{overload}" if overload else kind
+        name = f"{kind}:{number}"
+        if kind in LAYERS:
+            weight = arguments.get(LAYERS[kind].weight)
+            if isinstance(weight, Mapping) and "state" in weight:
+                name = self._layer_name(a, weight["state"])
+        return Node(name, kind, arguments, path)
+
+    def _layer_name(self, node: fx.Node, weight: str) -> str:
+        name = weight.removesuffix("weight").rstrip("._") or node.name
+        taken = set(self.names.values())
+        return next(n for n in (name, *(f"{name}:{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+    def _out_of_place(self, node: fx.Node, kind: str, overload: str) -> tuple[str, str]:
+        """An operator that writes into its operand, as the one that does not; later readers get the new value."""
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        plain = kind.removesuffix("_")
+        if plain == kind or written.name in self.tensors or not hasattr(torch.ops.aten, plain):
+            raise self._unsupported(node, "it changes a tensor in place")
+        others = {other for other in self._aliases(written, node) if self._current(other) is not written}
+        if any(node < user for other in others for user in other.users):
+            raise self._unsupported(node, "it changes in place a tensor of which another view is read afterwards")
+        self.replaced[written] = node
+        packet = getattr(torch.ops.aten, plain)
+        if overload not in [name if name != "default" else "" for name in packet.overloads()]:
+            raise self._unsupported(node, "it changes a tensor in place")
+        return plain, overload
+
+    def _aliases(self, node: fx.Node, without: fx.Node) -> set[fx.Node]:
+        """All nodes whose values may share memory with a node's, but those that come of another one."""
+        root = node
+        while (before := self._viewed(root)) is not None:
+            root = before
+        found, pending = {root}, [root]
+        while pending:
+            for user in pending.pop().users:
+                if self._viewed(user) in found and user not in found and user is not without:
+                    found.add(user)
+                    pending.append(user)
+        return found
+
+    @staticmethod
+    def _viewed(node: fx.Node) -> fx.Node | None:
+        """The node that a view is a view of."""
+        if node.op != "call_function":
+            return None
+        if node.target is python_operator.getitem:
+            source = node.args[0]
+        else:
+            schema = getattr(node.target, "_schema", None)
+            aliasing = schema is not None and any(a.alias_info is not None for a in schema.arguments)
+            passing = schema is not None and schema.name.removeprefix("aten::") in _MAY_PASS
+            source = node.args[0] if (aliasing or passing) and node.args else None
+        return source if isinstance(source, fx.Node) else None
+
+    def _arguments(self, a: fx.Node, b: fx.Node) -> dict[str, Any]:
+        """The arguments by the names that the operator's schema gives them; defaults left out."""
+        target: Any = a.target
+        schema = target._schema.arguments
+        names = [argument.name for argument in schema]
+        both = [dict(zip(names, node.args, strict=False)) | dict(node.kwargs) for node in (a, b)]
+        arguments: dict[str, Any] = {}
+        for argument in schema:
+            if argument.name not in both[0] or argument.name in _PLACES:
+                continue
+            first, second = both[0][argument.name], both[1][argument.name]
+            same = not isinstance(first, fx.Node) and first == second == argument.default_value
+            if same and argument.has_default_value() and argument.name not in _KEPT:
+                continue
+            arguments[argument.name] = self._argument(a, first, second)
+        return arguments
+
+    def _argument(self, node: fx.Node, a: Any, b: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return self._reference(a)
+        if isinstance(a, (list, tuple)):
+            return [self._argument(node, x, y) for x, y in zip(a, b, strict=True)]
+        if isinstance(a, torch.dtype):
+            return {"dtype": str(a).removeprefix("torch.")}
+        if isinstance(a, bool) or not isinstance(a, (int, float, str, type(None))):
+            if isinstance(a, bool):
+                return a
+            raise self._unsupported(node, f"an argument of type {type(a).__name__} cannot be stored")
+        if a != b and not (a != a and b != b):
+            if not isinstance(a, int):
+                raise self._unsupported(node, "it computes with the size of the batch")
+            slope = (b - a) // (SIZES[1] - SIZES[0])
+            return {"batch": [slope, a - slope * SIZES[0]]}
+        return a
+
+    def _reference(self, node: fx.Node) -> dict[str, str]:
+        node = self._current(node)
+        if node.name in self.tensors:
+            return {"state": self.tensors[node.name]}
+        return {"value": self.names[node.name]}
+
+    def _path(self, node: fx.Node) -> str:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        return str(stack[-1][0]) if stack else ""
+
+    def _unsupported(self, node: fx.Node, why: str) -> UnsupportedModule:
+        """A refusal that names the module's path, the operator, the reason and the way out."""
+        path = self._path(node)
+        part = dict(self.module.named_modules()).get(path, self.module)
+        return UnsupportedModule(
+            f"{path or 'the network itself'!r} ({type(part).__name__}): operator {node.target} cannot be zipped: "
+            f"{why}. Write this part of the network differently, or leave the network out of the group."
+        )
+
+
+_MAY_PASS = frozenset(
+    {"reshape", "contiguous", "flatten", "reshape_as", "unflatten", "broadcast_to", "ravel", "type_as", "movedim"}
+    | {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+)
+"""Operators whose schema does not say so, but which may give back their operand itself, or a view of it."""
+
+_PLACES = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+"""Arguments that say where and how a tensor lies, which is the running network's business."""
+
+_KEPT = frozenset({"train", "training", "eps", "momentum", "p"})
+"""Arguments that are stored even if they have their default value."""

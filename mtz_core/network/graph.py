@@ -1,0 +1,266 @@
+"""The structure of a network: nodes that run one after the other, and neuron groups that say whose channels are tied.
+
+A node is one ATen operator with its arguments; the values it reads and the tensors it is given are named in them. The
+arguments are JSON, so that a graph can be stored and run again without the source that it was traced from:
+``{"value": name}`` stands for the value of another node, ``{"state": name}`` for a stored tensor, and
+``{"batch": [a, b]}`` for the number ``a · batch + b``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mtz_core.network.layers import LAYERS, Layer
+
+INPUT = ":input"
+"""The name of the network's input, as a value and as a neuron group. No path of a module holds a colon."""
+
+
+KERNEL = ":kernel"
+"""Stands in an `Axis` for the columns of a convolution in groups: all rows have them, for what their group reads."""
+
+
+GETITEM = "getitem"
+"""The kind of a node that takes one of several values of another node."""
+
+
+FIXED = -1
+"""Stands in an `Axis` for a position that belongs to no neuron."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a network: the operator `kind` (as ``conv2d`` or ``add.Tensor``) and its `arguments` by name.
+
+    `name` is also the name of its value. `module` is the path of the module it comes from. A *layer* is a node with
+    a weight matrix that zipping may share; `separate` says that this one stays task-specific.
+    """
+
+    name: str
+    kind: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
+    is_layer: bool = False
+    separate: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The values that the node reads."""
+        return tuple(_references(self.arguments, "value"))
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """The stored tensors that the node is given."""
+        return tuple(_references(self.arguments, "state"))
+
+    @property
+    def layer(self) -> Layer:
+        """How the node is seen as a matrix."""
+        return LAYERS[self.kind]
+
+    @property
+    def source(self) -> str:
+        """The value that a layer reads."""
+        return str(self.arguments[self.layer.input]["value"])
+
+    @property
+    def weight(self) -> str:
+        """The stored weight of a layer."""
+        return str(self.arguments[self.layer.weight]["state"])
+
+    @property
+    def bias(self) -> str | None:
+        """The stored bias of a layer."""
+        bias = self.arguments.get(self.layer.bias) if self.layer.bias else None
+        return None if bias is None else str(bias["state"])
+
+
+def leaves(argument: Any) -> Iterator[Any]:
+    """An argument, or the arguments in it if it is a list."""
+    if isinstance(argument, list):
+        for part in argument:
+            yield from leaves(part)
+    else:
+        yield argument
+
+
+def _references(arguments: Mapping[str, Any], key: str) -> Iterator[str]:
+    for argument in arguments.values():
+        for leaf in leaves(argument):
+            if isinstance(leaf, Mapping) and key in leaf:
+                yield str(leaf[key])
+
+
+@dataclass(frozen=True)
+class NeuronGroup:
+    """Neurons that share one pairing: outputs of `writers` that are tied, element by element, and read by `readers`.
+
+    A chain's groups have one writer each; sums, products, normalisation and depthwise convolutions tie several. The
+    neurons of a group are interchangeable units: a head of an attention layer is one neuron that has several rows in
+    the matrices of its writers. `hidden` groups can be shared; the network's input and its outputs cannot.
+    """
+
+    name: str
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    hidden: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Which neuron each row or column of a layer's matrix belongs to.
+
+    `group[i]` indexes `groups`, or is `FIXED`; `neuron[i]` counts within the group. Equal neurons' positions
+    correspond in ascending order.
+    """
+
+    groups: tuple[str, ...]
+    group: Int64[np.ndarray, " n"]
+    neuron: Int64[np.ndarray, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """A network's structure, without weights: nodes in an order in which they can run, and neuron groups.
+
+    `rows` and `columns` have an `Axis` for every layer, `widths` the number of neurons of every group.
+    """
+
+    nodes: tuple[Node, ...]
+    output: str
+    groups: tuple[NeuronGroup, ...]
+    widths: Mapping[str, int]
+    rows: Mapping[str, Axis]
+    columns: Mapping[str, Axis]
+
+    @cached_property
+    def layers(self) -> tuple[Node, ...]:
+        """The nodes with a matrix to share, in topological order."""
+        return tuple(node for node in self.nodes if node.is_layer)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    def node(self, name: str) -> Node:
+        """The node of that name."""
+        return self._by_name[name]
+
+    @cached_property
+    def hidden_groups(self) -> tuple[NeuronGroup, ...]:
+        """The groups whose neurons can be shared."""
+        return tuple(group for group in self.groups if group.hidden)
+
+    @cached_property
+    def last_use(self) -> Mapping[str, str]:
+        """For every value the last node that reads it; the output is read by nobody."""
+        return {source: node.name for node in self.nodes for source in node.sources if source != self.output}
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A traced network: its graph and every tensor that it needs (`state`), in the module's own shapes.
+
+    `trainable` names the tensors that are parameters; `input_shape` is the shape of one example.
+    """
+
+    graph: LayerGraph
+    state: Mapping[str, Tensor]
+    trainable: frozenset[str]
+    input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """The number of trainable values."""
+        return sum(self.state[name].numel() for name in self.trainable)
+
+    @property
+    def bytes(self) -> int:
+        """The size of everything that the network needs to run: parameters, statistics and constants."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
+
+    def matrix(self, layer: Node) -> Float[Tensor, "out columns"]:
+        """A layer's weights as a matrix, the bias (if any) as its last column (see `mtz_core.network.layers`)."""
+        matrix = layer.layer.matrix(self.state[layer.weight])
+        if layer.bias is None:
+            return matrix
+        return torch.cat([matrix, self.state[layer.bias][:, None]], dim=1)
+
+    def columns(self, layer: Node) -> int:
+        """The number of inputs of a layer's rows, with the trailing 1 of a bias."""
+        return layer.layer.matrix(self.state[layer.weight]).shape[1] + (layer.bias is not None)
+
+
+def operator(kind: str) -> torch._ops.OpOverload:
+    """The ATen operator of a kind. Raises `AttributeError` if there is none."""
+    packet, _, overload = kind.partition(".")
+    found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise AttributeError(f"there is no operator {kind!r}")
+    return found
+
+
+def resolve(argument: Any, values: Mapping[str, Any], state: Mapping[str, Tensor], batch: int) -> Any:
+    """An argument with its references replaced by what they stand for."""
+    if isinstance(argument, list):
+        return [resolve(part, values, state, batch) for part in argument]
+    if not isinstance(argument, Mapping):
+        return argument
+    ((key, content),) = argument.items()
+    if key == "value":
+        return values[content]
+    if key == "state":
+        return state[content]
+    if key == "batch":
+        return content[0] * batch + content[1]
+    return getattr(torch, content)  # {"dtype": name}
+
+
+_TRAINING = frozenset({"train", "training"})
+
+
+def run_node(
+    node: Node,
+    values: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    batch: int,
+    training: bool = False,
+) -> Any:
+    """The value of one node: a tensor, or a sequence of tensors for operators with several outputs.
+
+    `training` turns dropout on and lets normalisation use (and update) the statistics of the batch.
+    """
+    arguments = {name: resolve(value, values, state, batch) for name, value in node.arguments.items()}
+    if node.kind == GETITEM:
+        return arguments["value"][arguments["index"]]
+    if training:
+        arguments |= dict.fromkeys(_TRAINING & arguments.keys(), True)
+    return operator(node.kind)(**arguments)
+
+
+def run(
+    graph: LayerGraph, state: Mapping[str, Tensor], x: Float[Tensor, "batch ..."], training: bool = False
+) -> Float[Tensor, "batch ..."]:
+    """The output of a network, values freed after their last use."""
+    values: dict[str, Any] = {INPUT: x}
+    for node in graph.nodes:
+        values[node.name] = run_node(node, values, state, len(x), training)
+        forget(graph, values, node)
+    output: Tensor = values[graph.output]
+    return output
+
+
+def forget(graph: LayerGraph, values: dict[str, Any], node: Node) -> None:
+    """Free the values that a node was the last to read."""
+    for source in set(node.sources):
+        if graph.last_use.get(source) == node.name:
+            values.pop(source, None)

@@ -1,0 +1,161 @@
+"""Find the neuron groups of a network: which rows and columns of its layers belong to one and the same neuron.
+
+The network is run on labels instead of numbers (see `mtz_core.network.ties`). Tied labels are one neuron; neurons that
+occur equally often in the same rows and columns of the same layers form a group, within which they can be permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, LayerGraph, NeuronGroup, Node
+from mtz_core.network.labelling import Labelling, label_network
+from mtz_core.network.ties import THE_INPUT, THE_KERNEL
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """A graph, and what its self-check needs beside it.
+
+    `rows` and `columns` are those of all nodes with a matrix, whether they are shared or not; `constants` has the
+    neuron of every element of other parameters and statistics. `classes[group]` numbers the neurons: only those of
+    equal number may be permuted with each other. `labels` are those of every value, `members[group]` the neurons' own.
+    """
+
+    graph: LayerGraph
+    rows: Mapping[str, Axis]
+    columns: Mapping[str, Axis]
+    constants: Mapping[str, Axis]
+    classes: Mapping[str, Int64[np.ndarray, " neurons"]]
+    labels: Labelling
+    members: Mapping[str, Sequence[int]]
+
+
+def analyse(
+    nodes: Sequence[Node],
+    output: str,
+    state: Mapping[str, Tensor],
+    trainable: frozenset[str],
+    input_shape: tuple[int, ...],
+    input_dtype: torch.dtype,
+) -> Analysis:
+    """The graph of these nodes with its neuron groups. Raises `UnsupportedModule` for operators without a rule."""
+    return _collect(label_network(nodes, state, trainable, input_shape, input_dtype), nodes, output)
+
+
+def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
+    """Classes of tied labels as neurons, alike neurons as groups."""
+    ties = found.ties
+    # What is kept separate and not understood is no layer.
+    nodes = [replace(node, is_layer=node.is_layer and node.name in found.rows) for node in nodes]
+    layers = [node for node in nodes if node.is_layer]
+    tables = {
+        (node.name, side): ties.resolve(labels[node.name]).numpy()
+        for node in nodes
+        for side, labels in (("rows", found.rows), ("columns", found.columns))
+        if node.name in labels
+    }
+    entry = int(ties.resolve(torch.tensor([THE_INPUT])))
+    ends = set(ties.resolve(found.values[output].labels).flatten().tolist())
+    occurrences: dict[int, list[tuple[int, str, int]]] = {}
+    for number, node in enumerate(nodes):
+        for side in ("rows", "columns"):
+            if (node.name, side) in tables:
+                labels, counts = np.unique(tables[node.name, side], return_counts=True)
+                for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
+                    occurrences.setdefault(label, []).append((number, side, count))
+    written = {label for label, places in occurrences.items() if any(side == "rows" for _, side, _ in places)}
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for label in written - {entry, FIXED, int(ties.resolve(torch.tensor([THE_KERNEL])))}:
+        alike.setdefault((label in ends, *occurrences[label]), []).append(label)
+    names = {node.name for node in layers}
+    groups, members = _name_groups(alike, nodes, tables, names)
+    grouped = {n.name for n in layers if n.layer.groups(n.arguments) > 1}
+    groups = [
+        replace(g, readers=tuple(n.name for n in layers if n.name in {*g.readers, *grouped & {*g.writers}}))
+        for g in groups
+    ]
+    members[KERNEL] = [int(ties.resolve(torch.tensor([THE_KERNEL])))]
+    if entry in occurrences and entry not in written:
+        readers = tuple(nodes[n].name for n, side, _ in occurrences[entry] if side == "columns" and nodes[n].is_layer)
+        groups.insert(0, NeuronGroup(INPUT, (), readers, hidden=False))
+        members[INPUT] = [entry]
+    place = {label: (name, i) for name, labels in members.items() for i, label in enumerate(labels)}
+    axes = {key: _axis(labels, place) for key, labels in tables.items()}
+    graph = LayerGraph(
+        nodes=tuple(nodes),
+        output=output,
+        groups=tuple(groups),
+        widths={name: len(labels) for name, labels in members.items()},
+        rows={node.name: axes[node.name, "rows"] for node in layers},
+        columns={node.name: axes[node.name, "columns"] for node in layers},
+    )
+    constants = {
+        name: _axis(ties.resolve(value.labels).flatten().numpy(), place)
+        for name, value in found.constants.items()
+        if value.actual is None
+    }
+    rows, columns = ({name: axis for (name, s), axis in axes.items() if s == side} for side in ("rows", "columns"))
+    return Analysis(graph, rows, columns, constants, _classes(found, members, constants), found, members)
+
+
+def _name_groups(
+    alike: Mapping[tuple[Any, ...], list[int]],
+    nodes: Sequence[Node],
+    tables: Mapping[tuple[str, str], np.ndarray],
+    names: set[str],
+) -> tuple[list[NeuronGroup], dict[str, list[int]]]:
+    """Groups in topological order, named after the first layer that writes them."""
+    ordered = []
+    for (ends, *places), labels in alike.items():
+        first = next(number for number, side, _ in places if side == "rows")
+        order = {label: i for i, label in reversed(list(enumerate(tables[nodes[first].name, "rows"].tolist())))}
+        labels = sorted(labels, key=order.__getitem__)
+        ordered.append((first, order[labels[0]], ends, places, labels))
+    groups: list[NeuronGroup] = []
+    members: dict[str, list[int]] = {}
+    for first, _, ends, places, labels in sorted(ordered, key=lambda entry: entry[:2]):
+        writers = tuple(nodes[n].name for n, side, _ in places if side == "rows" and nodes[n].name in names)
+        readers = tuple(nodes[n].name for n, side, _ in places if side == "columns" and nodes[n].name in names)
+        name = nodes[first].name
+        name = next(n for n in (name, *(f"{name}[{i}]" for i in range(2, len(ordered) + 2))) if n not in members)
+        groups.append(NeuronGroup(name, writers, readers, hidden=not ends and bool(writers)))
+        members[name] = labels
+    return groups, members
+
+
+def _axis(labels: np.ndarray, place: Mapping[int, tuple[str, int]]) -> Axis:
+    groups = list(dict.fromkeys(place[label][0] for label in labels.tolist() if label in place))
+    number = {name: i for i, name in enumerate(groups)}
+    where = [
+        (number[place[label][0]], place[label][1]) if label in place else (FIXED, FIXED) for label in labels.tolist()
+    ]
+    table = np.array(where, dtype=np.int64).reshape(-1, 2)
+    return Axis(tuple(groups), table[:, 0], table[:, 1])
+
+
+def _classes(
+    found: Labelling, members: Mapping[str, Sequence[int]], constants: Mapping[str, Axis]
+) -> dict[str, Int64[np.ndarray, " neurons"]]:
+    """Neurons of a group that also agree in the constants that belong to them and in what pins them."""
+    marks: dict[int, list[tuple[int, int]]] = {}
+    for labels, colours in found.ties.colours:
+        for label, colour in zip(found.ties.resolve(labels).tolist(), colours.tolist(), strict=True):
+            marks.setdefault(label, []).append((colour, 0))
+    for number, name in enumerate(constants):
+        occurring, counts = np.unique(found.ties.resolve(found.constants[name].labels).numpy(), return_counts=True)
+        for label, count in zip(occurring.tolist(), counts.tolist(), strict=True):
+            marks.setdefault(label, []).append((-1 - number, count))
+    classes = {}
+    for name, neurons in members.items():
+        kinds: dict[tuple[Any, ...], int] = {}
+        keys = [tuple(sorted(marks.get(label, []))) for label in neurons]
+        classes[name] = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
+    return classes

@@ -1,0 +1,223 @@
+"""Run a network on labels instead of numbers (see `mtz_core.network.ties`), operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mtz_core.errors import UnsupportedModule
+from mtz_core.network.graph import FIXED, GETITEM, INPUT, Node, operator, resolve
+from mtz_core.network.layers import LAYERS, Convolution
+from mtz_core.network.operations import CREATION, NotUnderstood, Value, operation_of
+from mtz_core.network.ties import THE_INPUT, THE_KERNEL, Ties, compress
+
+REMEDY = (
+    "Register what it does to neurons (mtz_core.register_operation), or list the module under `keep_separate` to "
+    "leave it task-specific."
+)
+
+
+@dataclass
+class Labelling:
+    """Labels of everything, as far as the network has been run."""
+
+    ties: Ties = field(default_factory=Ties)
+    values: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Int64[Tensor, " out"]] = field(default_factory=dict)
+    columns: dict[str, Int64[Tensor, " columns"]] = field(default_factory=dict)
+    constants: dict[str, Value] = field(default_factory=dict)
+
+
+def label_network(
+    nodes: Sequence[Node],
+    state: Mapping[str, Tensor],
+    trainable: frozenset[str],
+    input_shape: tuple[int, ...],
+    input_dtype: torch.dtype,
+) -> Labelling:
+    """The labels of all values, for a batch of one example. Raises `UnsupportedModule` for operators without a rule."""
+    found = Labelling()
+    entry = torch.empty(1, *input_shape, dtype=input_dtype, device="meta")
+    found.values[INPUT] = Value(entry, torch.full([1] * entry.ndim, THE_INPUT))
+    for node in nodes:
+        try:
+            found.values[node.name] = _label(found, node, state, trainable)
+        except (NotUnderstood, RuntimeError, ValueError, IndexError) as error:
+            if not node.separate:
+                where, reason = node.module or "the network itself", str(error).strip().splitlines()[0]
+                raise UnsupportedModule(
+                    f"{where!r}: operator {node.kind} cannot be zipped: {reason}. {REMEDY}"
+                ) from error
+            found.values[node.name] = _opaque(found, node, state)
+    return found
+
+
+def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable: frozenset[str]) -> Any:
+    """The value of a node as far as labels go."""
+    if node.kind == GETITEM:
+        return found.values[node.sources[0]][node.arguments["index"]]
+    if operator(node.kind)._schema.is_mutable:
+        raise NotUnderstood("it writes into its operands")
+    arguments = _given(found, node, state, trainable)
+    values = [value for value in _flat(arguments) if isinstance(value, Value)]
+    if all(value.actual is not None for value in values) and _makes_constants(node.kind, values):
+        out = _run_actual(node, arguments)
+        constants = [Value(part.to("meta"), _nothing(part), True, part) for part in _listed(out)]
+        return constants if isinstance(out, (list, tuple)) else constants[0]
+    operation = operation_of(node.kind)
+    is_matrix = operation is None and node.kind in LAYERS
+    if operation is None and not is_matrix:
+        raise NotUnderstood("zipping does not know this operator")
+    out = _run_meta(node, arguments)
+    if is_matrix:
+        name = LAYERS[node.kind].weight
+        if "state" not in node.arguments[name]:
+            raise NotUnderstood("its weights are computed, not stored")
+        return Value(out, _label_layer(found, node, arguments, out, arguments[name]))
+    assert operation is not None
+    labels: Any = operation.rule(found.ties, node, arguments, out)
+    constant = all(value.constant for value in values)
+    if isinstance(out, (list, tuple)):
+        return [Value(o, part, constant) for o, part in zip(out, labels, strict=True)]
+    return Value(out, labels, constant)
+
+
+def _makes_constants(kind: str, values: Sequence[Value]) -> bool:
+    """Whether an operator is a function of tensors, or one that is known to do nothing but make some."""
+    found = operator(kind)
+    if torch.Tag.nondeterministic_seeded in found.tags:
+        return False
+    returns = [str(value.type) for value in found._schema.returns]
+    function = bool(values) and bool(returns) and all("Tensor" in value for value in returns)
+    return kind.partition(".")[0] in CREATION or function
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _flat(argument: Any) -> list[Any]:
+    if isinstance(argument, Mapping):
+        return [leaf for part in argument.values() for leaf in _flat(part)]
+    if isinstance(argument, (list, tuple)):
+        return [leaf for part in argument for leaf in _flat(part)]
+    return [argument]
+
+
+def _given(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable: frozenset[str]) -> dict[str, Any]:
+    """The arguments of a node for one example, tensors as `Value`."""
+    weight = node.arguments.get(LAYERS[node.kind].weight) if node.kind in LAYERS else None
+    for name in node.state:
+        if name in found.constants:
+            continue
+        tensor = state[name]
+        meta = tensor.to("meta")
+        if (name in trainable and weight != {"state": name}) or _is_statistic(node, name):
+            labels = found.ties.fresh(tensor.numel()).reshape(tensor.shape)
+            found.constants[name] = Value(meta, labels, constant=True)
+        elif name in trainable:
+            continue
+        else:
+            found.constants[name] = Value(meta, _nothing(meta), constant=True, actual=tensor)
+    given = dict(found.constants)
+    if weight is not None and "state" in weight and weight["state"] not in given:
+        meta = state[weight["state"]].to("meta")
+        given[weight["state"]] = Value(meta, _nothing(meta), constant=True)
+    return {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}  # type: ignore[arg-type]
+
+
+def _is_statistic(node: Node, name: str) -> bool:
+    """Whether a buffer holds one number per channel that belongs to the channel: a normalisation's statistics."""
+    return any(node.arguments.get(key) == {"state": name} for key in ("running_mean", "running_var"))
+
+
+def _nothing(meta: Tensor) -> Tensor:
+    return torch.full([1] * meta.ndim, FIXED)
+
+
+def _run_meta(node: Node, arguments: Mapping[str, Any]) -> Any:
+    return operator(node.kind)(**{name: _map(value, lambda v: v.meta) for name, value in arguments.items()})
+
+
+def _run_actual(node: Node, arguments: Mapping[str, Any]) -> Any:
+    return operator(node.kind)(**{name: _map(value, lambda v: v.actual) for name, value in arguments.items()})
+
+
+def _map(argument: Any, change: Any) -> Any:
+    if isinstance(argument, Value):
+        return change(argument)
+    if isinstance(argument, (list, tuple)):
+        return [_map(part, change) for part in argument]
+    return argument
+
+
+def _opaque(found: Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
+    """A node that nobody understands: what it reads stays in its place, what it writes belongs to no neuron."""
+    given = {name: Value(state[name].to("meta"), _nothing(state[name]), True) for name in node.state}
+    arguments = {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}  # type: ignore[arg-type]
+    for value in _flat(arguments):
+        if isinstance(value, Value):
+            found.ties.pin(value.labels, torch.arange(value.labels.numel()).reshape(value.labels.shape))
+    schema = operator(node.kind)._schema
+    random = torch.Tag.nondeterministic_seeded in operator(node.kind).tags
+    if random or schema.is_mutable or not any(isinstance(value, Value) for value in _flat(arguments)):
+        raise UnsupportedModule(
+            f"{node.module!r}: operator {node.kind} is no function of tensors. Leave the network out."
+        )
+    out = _run_meta(node, arguments)
+    parts = [Value(meta, _nothing(meta)) for meta in _listed(out)]
+    return parts if isinstance(out, (list, tuple)) else parts[0]
+
+
+def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out: Tensor, weight: Value) -> Tensor:
+    """A layer's columns belong to the neurons that it reads; its rows are new neurons.
+
+    The rows of a depthwise or grouped convolution belong to the neurons that their group reads.
+    """
+    layer, ties = LAYERS[node.kind], found.ties
+    if {"alpha", "beta"} & node.arguments.keys():
+        raise NotUnderstood("it scales what it adds")
+    if isinstance(layer, Convolution) and layer.transposed and layer.groups(node.arguments) > 1:
+        raise NotUnderstood("it is a transposed convolution in groups")
+    x: Value = arguments[layer.input]
+    groups = layer.groups(node.arguments)
+    columns, count = layer.matrix(weight.meta).shape[1], out.shape[layer.channel_axis(out.ndim)]
+    if node.kind == "embedding":
+        read = torch.tensor([THE_INPUT])
+    else:
+        axis = layer.channel_axis(x.labels.ndim)
+        labels = compress(ties.resolve(x.labels))
+        if labels.numel() > 1 and labels.shape[axis] == 1:  # it mixes positions, alike for every neuron
+            found.rows[node.name] = torch.full((count,), FIXED)
+            found.columns[node.name] = torch.full((columns,), FIXED)
+            return labels
+        read = ties.uniform(labels, (axis,)).flatten().expand(x.meta.shape[axis])
+    if groups == 1:
+        rows = ties.fresh(count)
+        per_channel = columns // len(read) if len(read) > 1 else columns
+        found.columns[node.name] = read.repeat_interleave(per_channel) if len(read) > 1 else read.expand(columns)
+    else:
+        rows = _grouped(ties, read, groups).repeat_interleave(count // groups)
+        found.columns[node.name] = torch.full((columns,), THE_KERNEL)
+    found.rows[node.name] = rows
+    bias = arguments.get(layer.bias) if layer.bias else None
+    if bias is not None and bias.constant:
+        ties.tie(rows, bias.labels.flatten())
+    return rows.reshape([count if a == layer.channel_axis(out.ndim) else 1 for a in range(out.ndim)])
+
+
+def _grouped(ties: Ties, read: Int64[Tensor, " channels"], groups: int) -> Int64[Tensor, " groups"]:
+    """The neuron of each group of a convolution: the channels that it reads, if those are neurons."""
+    channels = read.reshape(groups, -1)
+    first = channels[:, :1]
+    ties.tie(channels, first)
+    neurons = ties.resolve(first[:, 0])
+    own = ties.fresh(groups)
+    no_neuron = (neurons == ties.resolve(torch.tensor([THE_INPUT]))) | (neurons < 0)
+    ties.pin(torch.where(no_neuron, own, FIXED), torch.arange(groups))
+    return torch.where(no_neuron, own, neurons)

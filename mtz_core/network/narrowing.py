@@ -1,0 +1,249 @@
+"""Drop neurons: the network that is left when some neurons of its groups go, in all layers that write and read them.
+
+A dropped neuron's rows, columns and parameters leave every tensor, and operators that are told sizes (a view, a
+depthwise convolution) are told the new ones. Which groups allow that is found by trying: the narrower network must
+compute what the whole one does when nobody reads the dropped neurons. A normalisation across neurons fails that
+test, so its neurons can be shared but not dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from mtz_core.errors import MtzError
+from mtz_core.network.graph import INPUT, Axis, Network, Node, run, run_node
+from mtz_core.network.groups import Analysis, analyse
+from mtz_core.network.operations import Value
+from mtz_core.network.selfcheck import TOLERANCE
+
+Keep = Mapping[str, "Int64[np.ndarray, ' kept']"]
+"""For neuron groups that lose some, the neurons that stay, ascending."""
+
+LEAST = 2
+"""Neurons that a group keeps at least."""
+
+
+class CannotDrop(MtzError):
+    """Some operator cannot do with fewer neurons of a group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """A network without some of its neurons, and the network that it comes from."""
+
+    original: Network
+    network: Network
+    keep: Keep
+
+    @classmethod
+    def whole(cls, network: Network) -> Narrowed:
+        """A network that keeps everything."""
+        return cls(network, network, {})
+
+    def touches(self, node: Node) -> bool:
+        """Whether a node's own tensors have become smaller."""
+        return any(self.network.state[name] is not self.original.state[name] for name in node.state)
+
+    def kept_rows(self, layer: Node) -> Int64[Tensor, " kept"] | None:
+        """Which of the original's rows of a layer's matrix are left; None if all are."""
+        return self._kept(self.original.graph.rows[layer.name])
+
+    def _kept(self, axis: Axis) -> Int64[Tensor, " kept"] | None:
+        if not any(name in self.keep for name in axis.groups):
+            return None
+        return torch.from_numpy(np.flatnonzero(_stays(axis, self.keep)))
+
+
+def analysis_of(network: Network) -> Analysis:
+    """The analysis of a traced network, made anew."""
+    entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
+    return analyse(network.graph.nodes, network.graph.output, *entry)
+
+
+class Narrower:
+    """Takes neurons out of one network, which it analyses once."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._analysis = analysis_of(network)
+
+    def narrow(self, keep: Keep) -> Narrowed:
+        """The network with only the given neurons of these groups. Raises `CannotDrop`."""
+        keep = self._checked(keep)
+        if not keep:
+            return Narrowed.whole(self.network)
+        state = {name: self._cut(name, keep) for name in self.network.state}
+        graph = replace(self.network.graph, nodes=tuple(self._resized(keep, state)))
+        narrow = replace(self.network, graph=graph, state=state)
+        narrow = replace(narrow, graph=analysis_of(narrow).graph)
+        expected = {name: len(keep.get(name, range(width))) for name, width in graph.widths.items()}
+        if narrow.graph.widths != expected:
+            raise CannotDrop("its neuron groups change when neurons are dropped")
+        return Narrowed(self.network, narrow, keep)
+
+    def _checked(self, keep: Keep) -> Keep:
+        """The groups that lose neurons. Raises `CannotDrop` for what is no choice of a hidden group's neurons."""
+        fewer = {}
+        hidden = {group.name for group in self.network.graph.hidden_groups}
+        for name, kept in keep.items():
+            width = self.network.graph.widths[name] if name in hidden else 0
+            rising = len(kept) == 0 or bool((np.diff(kept) > 0).all() and kept[0] >= 0 and kept[-1] < width)
+            if not rising or len(kept) < min(LEAST, width) or name not in hidden:
+                raise CannotDrop(
+                    f"{name!r} cannot keep {len(kept)} neurons: give at least {LEAST} of a hidden group, ascending"
+                )
+            if len(kept) < width:
+                fewer[name] = kept
+        return fewer
+
+    def droppable(self, examples: Tensor) -> tuple[str, ...]:
+        """The hidden groups that can lose neurons, found by dropping every third neuron of all, or of each."""
+        widths = {group.name: self.network.graph.widths[group.name] for group in self.network.graph.hidden_groups}
+        trial = {name: np.array([i for i in range(width) if i % 3 != 1]) for name, width in widths.items()}
+        trial = {name: kept for name, kept in trial.items() if LEAST <= len(kept) < widths[name]}
+        if self._agrees(trial, examples):
+            return tuple(trial)
+        return tuple(name for name, kept in trial.items() if self._agrees({name: kept}, examples))
+
+    @torch.no_grad()
+    def _agrees(self, keep: Keep, examples: Tensor) -> bool:
+        """Whether the narrower network computes what the whole one does when nobody reads what is dropped."""
+        try:
+            narrow = self.narrow(keep).network
+        except CannotDrop:
+            return False
+        state = dict(self.network.state)
+        unread = True
+        for node in self.network.graph.nodes:
+            axis = self._analysis.columns.get(node.name)
+            if axis is not None and not _stays(axis, keep).all():
+                layer, weight = node.layer, state[node.weight]
+                matrix = layer.matrix(weight).clone()
+                matrix[:, torch.from_numpy(~_stays(axis, keep))] = 0
+                state[node.weight] = layer.from_matrix(matrix, tuple(weight.shape))
+                unread = False
+        if unread:
+            return False
+        whole = run(self.network.graph, state, examples)
+        fewer = run(narrow.graph, narrow.state, examples)
+        scale = max(float(whole.abs().max()), 1e-30)
+        return whole.shape == fewer.shape and bool((whole - fewer).abs().max() <= TOLERANCE * scale)
+
+    def _cut(self, name: str, keep: Keep) -> Tensor:
+        """A stored tensor without what belongs to dropped neurons; the tensor itself if nothing of it does."""
+        tensor = self.network.state[name]
+        for node in self.network.graph.nodes:
+            if node.name in self._analysis.rows and name in (node.weight, node.bias):
+                stay = [_stays(axes[node.name], keep) for axes in (self._analysis.rows, self._analysis.columns)]
+                rows, columns = (torch.from_numpy(np.flatnonzero(one)) for one in stay)
+                if name == node.bias:
+                    return tensor if stay[0].all() else tensor[rows].clone()
+                if stay[0].all() and stay[1].all():
+                    return tensor
+                matrix = node.layer.matrix(tensor)[rows[:, None], columns]
+                return node.layer.from_matrix(matrix, tuple(tensor.shape)).clone(memory_format=torch.contiguous_format)
+        axis = self._analysis.constants.get(name)
+        if axis is None or _stays(axis, keep).all():
+            return tensor
+        return _take(tensor, torch.from_numpy(_stays(axis, keep)).reshape(tensor.shape))
+
+    def _resized(self, keep: Keep, state: Mapping[str, Tensor]) -> list[Node]:
+        """The nodes, told the new sizes; each is tried on shapes alone. Raises `CannotDrop`."""
+        network = self.network
+        metas = {name: tensor.to("meta") for name, tensor in state.items()}
+        values: dict[str, Any] = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
+        nodes = []
+        for node in network.graph.nodes:
+            expected = self._expected(node, keep)
+            node = replace(node, arguments=self._retold(node, expected, metas))
+            try:
+                values[node.name] = run_node(node, values, metas, 1)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise CannotDrop(
+                    f"operator {node.kind} of {node.module!r} is bound to the number of neurons"
+                ) from error
+            if expected is not None and tuple(values[node.name].shape) != expected:
+                raise CannotDrop(f"operator {node.kind} of {node.module!r} is bound to the number of neurons")
+            nodes.append(node)
+        return nodes
+
+    def _retold(self, node: Node, expected: tuple[int, ...] | None, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A node's arguments with the sizes that its output is to have."""
+        arguments = dict(node.arguments)
+        for name in _SIZES & arguments.keys():
+            given, sizes = arguments[name], expected
+            if name == "normalized_shape" and sizes is not None:
+                sizes = sizes[len(sizes) - len(given) :]
+            if isinstance(given, list) and sizes is not None and len(given) == len(sizes):
+                arguments[name] = [_size(old, new) for old, new in zip(given, sizes, strict=True)]
+        if node.is_layer and node.layer.groups(arguments) > 1:
+            per_group = len(self.network.state[node.weight]) // arguments["groups"]
+            arguments["groups"] = len(state[node.weight]) // per_group
+        return arguments
+
+    def _expected(self, node: Node, keep: Keep) -> tuple[int, ...] | None:
+        """The shape of a node's value, for one example, without the dropped neurons; None for several values."""
+        value = self._analysis.labels.values[node.name]
+        if not isinstance(value, Value):
+            return None
+        dropped = self._dropped(value.labels, keep)
+        if not bool(dropped.any()):
+            return tuple(value.meta.shape)
+        mask = ~dropped
+        sizes = []
+        outer = torch.ones(1, dtype=torch.bool)
+        for axis, size in enumerate(mask.shape):
+            other = [a for a in range(mask.ndim) if a != axis]
+            stays = mask.any(dim=other) if other else mask
+            sizes.append(int(stays.sum()) if size > 1 else value.meta.shape[axis])
+            outer = (outer[:, None] & stays).flatten()
+        if not torch.equal(outer, mask.flatten()):
+            raise CannotDrop(f"operator {node.kind} of {node.module!r} mixes kept and dropped neurons")
+        return tuple(sizes)
+
+    def _dropped(self, labels: Int64[Tensor, "..."], keep: Keep) -> Bool[Tensor, "..."]:
+        """Where labels belong to dropped neurons."""
+        gone = [self._analysis.members[name][i] for name, kept in keep.items() for i in self._others(name, kept)]
+        return torch.isin(self._analysis.labels.ties.resolve(labels), torch.tensor(gone, dtype=torch.int64))
+
+    def _others(self, name: str, kept: Int64[np.ndarray, " k"]) -> list[int]:
+        return np.setdiff1d(np.arange(self.network.graph.widths[name]), kept).tolist()
+
+
+def _stays(axis: Axis, keep: Keep) -> Bool[np.ndarray, " n"]:
+    """Which positions of an axis stay."""
+    stays = np.ones(len(axis.group), dtype=bool)
+    for number, name in enumerate(axis.groups):
+        if name in keep:
+            own = axis.group == number
+            stays[own] = np.isin(axis.neuron[own], keep[name])
+    return stays
+
+
+def _take(tensor: Tensor, stays: Bool[Tensor, "..."]) -> Tensor:
+    """A tensor without the slices of which nothing stays."""
+    for axis in range(tensor.ndim):
+        other = [a for a in range(stays.ndim) if a != axis]
+        kept = torch.nonzero(stays.any(dim=other) if other else stays)[:, 0]
+        if len(kept) < tensor.shape[axis]:
+            tensor, stays = tensor.index_select(axis, kept), stays.index_select(axis, kept)
+    return tensor.clone()
+
+
+_SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
+"""Arguments that list the sizes of an operator's output, or of its last axes."""
+
+
+def _size(old: Any, new: int) -> Any:
+    """A size as it was given: left open, a multiple of the batch, or a number."""
+    if isinstance(old, Mapping) and "batch" in old:
+        slope, offset = old["batch"]
+        return {"batch": [new, 0]} if offset == 0 else {"batch": [slope, offset]}
+    return old if old == -1 or not isinstance(old, int) else new

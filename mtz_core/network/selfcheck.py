@@ -1,0 +1,106 @@
+"""The self-check of a traced network: permuting its neurons must not change what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mtz_core.errors import UnsupportedModule
+from mtz_core.network.graph import INPUT, Axis, Network, forget, run_node
+from mtz_core.network.groups import Analysis
+
+TOLERANCE = 1e-4
+"""How far outputs may lie apart, relative to the largest: what reordering sums in float32 can make of them."""
+
+Permutations = Mapping[str, Int64[np.ndarray, " neurons"]]
+
+
+@torch.no_grad()
+def check(network: Network, analysis: Analysis, examples: Tensor, expected: Tensor) -> None:
+    """Compare the graph with the module, then the graph with itself, its neurons permuted.
+
+    Raises `UnsupportedModule`, naming the neuron group where the outputs differ.
+    """
+    same = _run(network, analysis, examples, {})
+    if same.shape != expected.shape or not _close(same, expected.cpu()):
+        raise UnsupportedModule(
+            "the traced network does not compute what the module does. Its forward pass has effects that torch.export "
+            "does not see; leave this network out of the group."
+        )
+    generator = np.random.default_rng(0)
+    permutations = {
+        group.name: _permutation(analysis.classes[group.name], generator)
+        for group in network.graph.groups
+        if group.hidden and group.name != INPUT
+    }
+    if _close(_run(network, analysis, examples, permutations), same):
+        return
+    for name, permutation in permutations.items():
+        if not _close(_run(network, analysis, examples, {name: permutation}), same):
+            break
+    raise UnsupportedModule(
+        f"the neurons of group {name!r} are not interchangeable: permuting them in all layers that write and read "
+        "them changes the output. Something between those layers treats them differently; list the modules that do "
+        "under `keep_separate`."
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    finite = torch.isfinite(b)
+    if not bool((torch.isfinite(a) == finite).all()):
+        return False
+    a, b = a[finite], b[finite]
+    return a.numel() == 0 or bool((a - b).abs().max() <= TOLERANCE * max(float(b.abs().max()), 1e-30))
+
+
+def _permutation(classes: Int64[np.ndarray, " n"], generator: np.random.Generator) -> Int64[np.ndarray, " n"]:
+    """A random order of neurons in which each takes the place of one of its own class."""
+    order = np.arange(len(classes))
+    for one in np.unique(classes):
+        own = np.flatnonzero(classes == one)
+        order[own] = generator.permutation(own)
+    return order
+
+
+def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: Permutations) -> Tensor:
+    """The network's output with permuted neurons; one layer's weights are copied at a time."""
+    graph = network.graph
+    constants = {
+        name: tensor.flatten()[torch.from_numpy(_order(analysis.constants[name], permutations))].reshape(tensor.shape)
+        for name, tensor in network.state.items()
+        if name in analysis.constants
+    }
+    values = {INPUT: examples.cpu().clone()}
+    for node in graph.nodes:
+        state = {name: constants.get(name, network.state[name]) for name in node.state}
+        if node.name in analysis.rows:
+            rows = torch.from_numpy(_order(analysis.rows[node.name], permutations))
+            columns = torch.from_numpy(_order(analysis.columns[node.name], permutations))
+            weight = network.state[node.weight]
+            matrix = node.layer.matrix(weight)[rows[:, None], columns]
+            state[node.weight] = node.layer.from_matrix(matrix, tuple(weight.shape))
+        values[node.name] = run_node(node, values, state, len(examples))
+        forget(graph, values, node)
+    return values[graph.output]
+
+
+def _order(axis: Axis, permutations: Permutations) -> Int64[np.ndarray, " n"]:
+    """Where every position's content comes from."""
+    order = np.arange(len(axis.group))
+    for number, name in enumerate(axis.groups):
+        if name in permutations:
+            places = list(_places(axis, number, len(permutations[name])))
+            for neuron, other in enumerate(permutations[name].tolist()):
+                order[places[neuron]] = places[other]
+    return order
+
+
+def _places(axis: Axis, group: int, neurons: int) -> Iterator[Int64[np.ndarray, " slots"]]:
+    """The positions of every neuron of a group, in order."""
+    own = np.flatnonzero(axis.group == group)
+    sorted_ = own[np.argsort(axis.neuron[own], kind="stable")]
+    yield from np.split(sorted_, np.searchsorted(axis.neuron[sorted_], np.arange(1, neurons)))

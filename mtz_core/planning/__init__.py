@@ -1,0 +1,1 @@
+"""What to share and what to drop, for a size or an accuracy floor."""

@@ -1,0 +1,137 @@
+"""Which neurons can go, and what that costs: optimal brain surgeon on the layers that read them.
+
+Without the neuron whose outputs are a layer's inputs ``S``, the layer's other weights answer in closed form, and what
+is left of the damage is (Hassibi and Stork 1993, for a block of inputs and all rows of the layer at once)
+
+    ½ Σ_o f_o w_oSᵀ ([H⁻¹]_SS)⁻¹ w_oS,
+
+with `H` the layer's Hessian and ``f_o`` how much the loss feels row o (`mtz_core.statistics.sensitivity`). What goes is
+a *unit*: a neuron of one task, or neurons that several tasks share, which go in all of them. The units that cost least
+for the bytes that they free go first, a few at a time, `H⁻¹` and the weights brought up to date in between, so that the
+costs of a sequence add up to what dropping them all costs. A group that several layers read costs the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from mtz_core.network.graph import Network, Node
+from mtz_core.network.narrowing import LEAST
+from mtz_core.statistics.linalg import Hessian, invert
+from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import Sensitivities
+from mtz_core.zipped.ownership import positions_of
+
+AT_ONCE = 1 / 64
+"""The part of the units that are left which goes at once."""
+
+WIDEST = 8192
+"""Inputs of a layer up to which its inverse Hessian is kept up to date; beyond, neurons are judged once."""
+
+
+class Reader:
+    """One layer that reads a group, as far as neurons have been dropped."""
+
+    def __init__(self, network: Network, node: Node, group: str, hessian: Hessian, felt: Float[Tensor, " out"]) -> None:
+        """Raises `SingularHessian`."""
+        self.slots = torch.from_numpy(positions_of(network.graph.columns[node.name], group))
+        self.rows = network.matrix(node).to(torch.float64) * felt.sqrt()[:, None]
+        self.exact = hessian.size <= WIDEST
+        if self.exact:
+            self.inverse = invert(hessian.dense())
+        else:
+            self.blocks = torch.stack([_inverse_block(hessian, own) for own in self.slots])
+
+    def copy(self) -> Reader:
+        """The same, to drop other neurons from."""
+        other = object.__new__(Reader)
+        other.__dict__ = dict(self.__dict__)
+        if self.exact:
+            other.rows, other.inverse = self.rows.clone(), self.inverse.clone()
+        return other
+
+    def damages(self, neurons: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """What each of these neurons would cost, in nats."""
+        own = self.slots[neurons]
+        weights = self.rows[:, own]
+        if own.shape[1] == 1 and self.exact:
+            return 0.5 * weights[..., 0].square().sum(dim=0) / self.inverse.diagonal()[own[:, 0]]
+        blocks = self.inverse[own[:, :, None], own[:, None, :]] if self.exact else self.blocks[neurons]
+        weights = weights.permute(1, 2, 0)
+        return 0.5 * (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
+
+    def drop(self, neurons: Int64[Tensor, " n"]) -> float:
+        """Take neurons away and let the other weights answer; returns the damage of all together."""
+        if not self.exact:
+            return float(self.damages(neurons).sum())
+        own = self.slots[neurons].flatten()
+        weights = self.rows[:, own]
+        answer = torch.linalg.solve(self.inverse[own][:, own], self.inverse[own])
+        damage = 0.5 * float((torch.linalg.solve(self.inverse[own][:, own], weights.T) * weights.T).sum())
+        self.rows.addmm_(weights, answer, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, own], answer, alpha=-1)
+        return max(damage, 0.0)
+
+
+def _inverse_block(hessian: Hessian, own: Int64[Tensor, " slots"]) -> Float[Tensor, "slots slots"]:
+    unit = torch.zeros(hessian.size, len(own), dtype=torch.float64)
+    unit[own, torch.arange(len(own))] = 1
+    return hessian.solve(unit)[own]
+
+
+def readers(
+    network: Network, group: str, moments: Mapping[str, Moments], felt: Sensitivities, damping: float
+) -> list[Reader]:
+    """The layers that read a group; convolutions in groups keep its neurons apart and say nothing of their worth.
+
+    Raises `SingularHessian`.
+    """
+    return [
+        Reader(network, node, group, moments[node.name].hessian(damping), felt[node.name])
+        for node in network.graph.layers
+        if group in network.graph.columns[node.name].groups and moments[node.name].groups == 1
+    ]
+
+
+def eliminate(
+    reading: Sequence[Sequence[Reader]], units: Int64[np.ndarray, "units tasks"], freed: Float64[np.ndarray, " units"]
+) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+    """The order in which units go, and what each adds to the damage, until no task has more than `LEAST` left.
+
+    `reading[t]` are the layers of task t that read the group, `units[u, t]` the neuron of task t in unit u (or
+    `NOT_A_MEMBER`), `freed` the bytes that a unit frees.
+    """
+    reading = [[reader.copy() for reader in task] for task in reading]
+    owned = units >= 0
+    alive, costs = np.ones(len(units), dtype=bool), np.zeros(units.shape)
+    order: list[int] = []
+    damage: list[float] = []
+    stale = set(range(units.shape[1]))
+    while True:
+        for t in stale:
+            mine = np.flatnonzero(alive & owned[:, t])
+            neurons = torch.from_numpy(units[mine, t])
+            costs[mine, t] = sum(reader.damages(neurons).clamp(min=0).numpy() for reader in reading[t])
+        spare = owned[alive].sum(axis=0) > LEAST
+        candidates = np.flatnonzero(alive & ~(owned & ~spare).any(axis=1))
+        price = costs[candidates].sum(axis=1) / freed[candidates]
+        cheapest = candidates[np.argsort(price, kind="stable")[: max(1, int(AT_ONCE * len(candidates)))]]
+        left = owned[alive].sum(axis=0) - owned[cheapest].cumsum(axis=0)
+        chosen = cheapest[(left >= LEAST).all(axis=1)]
+        if not len(chosen):
+            return np.array(order, dtype=np.int64), np.array(damage)
+        alive[chosen] = False
+        stale = set(np.flatnonzero(owned[chosen].any(axis=0)).tolist())
+        together = 0.0
+        for t in stale:
+            neurons = torch.from_numpy(units[chosen[owned[chosen, t]], t])
+            together += sum(reader.drop(neurons) for reader in reading[t])
+        alone = costs[chosen].sum(axis=1)
+        order += chosen.tolist()
+        parts = alone / alone.sum() if alone.sum() > 0 else np.full(len(chosen), 1 / len(chosen))
+        damage += (together * parts).tolist()

@@ -1,0 +1,149 @@
+"""What can be done to one neuron group to save bytes, and what it costs: *share* tuples of neurons, *drop* units.
+
+Both moves are counted in nats of the tasks' losses (`mtz_core.statistics.sensitivity`): sharing a tuple costs what its
+members' outputs change, ``Σ_t ½ f_t (s* − s_t)ᵀ M_t (s* − s_t)``; dropping a unit costs what the layers that read it
+cannot make up for (`mtz_core.planning.dropping`). An *option* is a state that a group can be brought to: some tuples
+are shared, then units are dropped, shared ones in all networks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from mtz_core.merging.matching import Matcher
+from mtz_core.merging.pairing import Pairing
+from mtz_core.planning.dropping import Reader, eliminate
+from mtz_core.planning.sizes import Sizes
+from mtz_core.settings import Move
+
+STARTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""Parts of a group's tuples that are shared before units are dropped."""
+
+SHARES = 64
+"""Steps from nothing to everything in which a group can be shared when none of it is dropped."""
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """A group's units, shared ones first; the damage of sharing each; the order in which they go; what that adds."""
+
+    units: Int64[np.ndarray, "units tasks"]
+    sharing: Float64[np.ndarray, " units"]
+    order: Int64[np.ndarray, " dropped"]
+    dropping: Float64[np.ndarray, " dropped"]
+
+    def members(self, gone: int) -> Int64[np.ndarray, "left tasks"]:
+        """The units that are left when the first `gone` of the order are."""
+        return np.delete(self.units, self.order[:gone], axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """All states that a group can be brought to, one a column: what each task keeps, what is shared, the damage.
+
+    State i lies on path ``path[i]`` with ``gone[i]`` units dropped. Damage is in nats, by sharing and by dropping.
+    """
+
+    paths: Sequence[Path]
+    path: Int64[np.ndarray, " states"]
+    gone: Int64[np.ndarray, " states"]
+    kept: Int64[np.ndarray, "tasks states"]
+    shared: Int64[np.ndarray, " states"]
+    sharing: Float64[np.ndarray, " states"]
+    dropping: Float64[np.ndarray, " states"]
+
+    @classmethod
+    def along(cls, paths: Sequence[Path]) -> Options:
+        """Every state on every path."""
+        columns = []
+        for number, path in enumerate(paths):
+            owned = path.units >= 0
+            common = np.asarray(owned.all(axis=1))
+            gone = np.arange(len(path.order) + 1)
+            lost = np.concatenate([np.zeros((1, owned.shape[1]), dtype=np.int64), owned[path.order].cumsum(axis=0)])
+            unshared = np.concatenate([[0], common[path.order].cumsum()])
+            regained = np.concatenate([[0.0], path.sharing[path.order].cumsum()])
+            left = np.maximum(path.sharing.sum() - regained, 0.0)
+            spent = np.concatenate([[0.0], path.dropping.cumsum()])
+            kept = owned.sum(axis=0) - lost
+            columns.append((np.full(len(gone), number), gone, kept.T, common.sum() - unshared, left, spent))
+        return cls(paths, *(np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True)))
+
+    def damage(self, sharing: float = 1.0, dropping: float = 1.0) -> Float64[np.ndarray, " states"]:
+        """The damage of every state, that of each move multiplied."""
+        return sharing * self.sharing + dropping * self.dropping
+
+    def members(self, state: int) -> Int64[np.ndarray, "left tasks"]:
+        """The units that are left in a state, by the originals' neurons."""
+        return self.paths[self.path[state]].members(int(self.gone[state]))
+
+
+def options(
+    name: str,
+    matcher: Matcher,
+    pairings: Mapping[str, Pairing],
+    reading: Sequence[Sequence[Reader]],
+    sizes: Sizes,
+    moves: Sequence[Move],
+) -> Options:
+    """The states of a group. `pairings` are those of all groups when everything is shared.
+
+    `reading[t]` are the layers of task t that read the group; empty lists where it cannot lose neurons.
+    """
+    widths = [own[name] for own in sizes.widths]
+    complete = np.zeros((0, len(widths)), dtype=np.int64)
+    damage = np.zeros(0)
+    if "share" in moves:
+        members = pairings[name].members
+        complete = members[(members >= 0).all(axis=1)]
+        damage = matcher.tuple_damages(name, pairings, complete)
+        cheapest = np.argsort(damage, kind="stable")
+        complete, damage = complete[cheapest], damage[cheapest]
+    most = len(complete)
+    drop = "drop" in moves and all(len(task) > 0 for task in reading)
+    paths = []
+    starts = {round(start * most) for start in STARTS}
+    for count in sorted(starts | {round(step / SHARES * most) for step in range(SHARES + 1)}):
+        tuples, sharing = complete[:count], damage[:count]
+        if len(widths) == 2 and 0 < count < most and count in starts:
+            # The best pairs of two networks can be found exactly, if by a cost that is not quite the damage.
+            exact = matcher.tuples(name, pairings, count)
+            damage_of_exact = matcher.tuple_damages(name, pairings, exact)
+            if damage_of_exact.sum() < sharing.sum():
+                tuples, sharing = exact, damage_of_exact
+        units, sharing = _with_own(matcher.tasks, widths, tuples, sharing)
+        order, dropping = np.zeros(0, dtype=np.int64), np.zeros(0)
+        if drop and count in starts:
+            order, dropping = eliminate(reading, units, _freed(name, units, sizes, count / max(most, 1)))
+        paths.append(Path(units, sharing, order, dropping))
+    return Options.along(paths)
+
+
+def _with_own(
+    tasks: tuple[str, ...], widths: Sequence[int], tuples: Int64[np.ndarray, "k tasks"], sharing: np.ndarray
+) -> tuple[Int64[np.ndarray, "units tasks"], Float64[np.ndarray, " units"]]:
+    """Tuples and, behind them, every other neuron alone, with the damage of sharing."""
+    units = Pairing.from_tuples(tasks, widths, tuples).members
+    alone = units[(units < 0).any(axis=1)]
+    return np.concatenate([tuples, alone]), np.concatenate([sharing, np.zeros(len(alone))])
+
+
+def _freed(
+    name: str, units: Int64[np.ndarray, "units tasks"], sizes: Sizes, share: float
+) -> Float64[np.ndarray, " units"]:
+    """The bytes that each unit frees if as large a part of every group is shared."""
+    kept = [dict(widths) for widths in sizes.widths]
+    shared = {group: round(share * min(own[group] for own in kept)) for group in kept[0]}
+    owned = units >= 0
+    shared[name] = int(owned.all(axis=1).sum())
+    before = sizes.around(name, kept, shared)
+    freed = np.zeros(len(units))
+    for pattern in np.unique(owned, axis=0):
+        fewer = [{**own, name: own[name] - int(owns)} for own, owns in zip(kept, pattern, strict=True)]
+        after = sizes.around(name, fewer, {**shared, name: shared[name] - int(pattern.all())})
+        freed[(owned == pattern).all(axis=1)] = before - after
+    return np.maximum(freed, 1.0)

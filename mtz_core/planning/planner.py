@@ -1,0 +1,256 @@
+"""Choose, for every neuron group, how much is shared and what is dropped, so that the bytes fit and damage is least.
+
+Damage adds up over groups; bytes do not, since what two neighbouring groups share pays only together
+(`mtz_core.planning.sizes`). So the plan for a price λ per byte is sought by coordinate descent: every group in turn
+takes the state of least ``damage + λ · bytes`` given the others', from several starts. The price is bisected until the
+bytes fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, exp, log
+
+import numpy as np
+from jaxtyping import Int64
+from torch import Tensor
+
+from mtz_core.errors import InvalidConfig
+from mtz_core.merging.matching import Matcher, match
+from mtz_core.merging.pairing import Pairing
+from mtz_core.network.graph import Network
+from mtz_core.network.narrowing import Keep, Narrower
+from mtz_core.planning.dropping import Reader, readers
+from mtz_core.planning.options import Options, options
+from mtz_core.planning.sizes import Sizes
+from mtz_core.settings import Move, ZipConfig
+from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import Sensitivities
+
+_BISECTIONS = 28
+_ANY_PRICE = 1e30
+"""Per byte: nothing but bytes counts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which neurons each task keeps, and which of those are one; the bytes, and the damage that is expected in nats.
+
+    `pairings` number the neurons that are kept. `sharing` and `dropping` are the damage by move, for every group.
+    """
+
+    keep: Mapping[str, Keep]
+    pairings: Mapping[str, Pairing]
+    bytes: int
+    sharing: Mapping[str, float]
+    dropping: Mapping[str, float]
+
+    @property
+    def damage(self) -> float:
+        """The expected damage of everything, in nats."""
+        return sum(self.sharing.values()) + sum(self.dropping.values())
+
+    def same(self, other: Plan) -> bool:
+        """Whether another plan keeps and shares the same neurons."""
+        return all(
+            np.array_equal(pairing.members, other.pairings[name].members)
+            and all(np.array_equal(own[name], other.keep[task][name]) for task, own in self.keep.items())
+            for name, pairing in self.pairings.items()
+        )
+
+
+States = dict[str, int]
+"""The chosen state of every group."""
+
+Prices = tuple[float, float]
+"""What the damage of sharing and that of dropping are multiplied with."""
+
+NEVER = 1e12
+"""A price at which no move is worth it."""
+
+
+class Planner:
+    """Plans for networks of one topology, from their weights, Hessians and sensitivities alone."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        moments: Mapping[str, Mapping[str, Moments]],
+        felt: Mapping[str, Sensitivities],
+        examples: Mapping[str, Tensor],
+        config: ZipConfig,
+        moves: Sequence[Move],
+    ) -> None:
+        """`examples` are some inputs of every task, to find out which groups can lose neurons. Raises `MtzError`."""
+        self.networks = dict(sorted(networks.items()))
+        self.tasks = tuple(self.networks)
+        self.sizes = Sizes(self.networks)
+        felt = {task: felt[task] for task in self.tasks}
+        matcher = Matcher(self.networks, moments, config, felt)
+        pairings = {m.group: m.pairing for m in match(self.networks, moments, config, felt)} if "share" in moves else {}
+        droppable = self._droppable(examples) if "drop" in moves else set()
+        self.options: dict[str, Options] = {}
+        for name in matcher.groups:
+            reading: list[list[Reader]] = [[] for _ in self.tasks]
+            if name in droppable:
+                reading = [
+                    readers(n, name, moments[t], felt[t], config.fixed_damping) for t, n in self.networks.items()
+                ]
+            self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
+
+    def _droppable(self, examples: Mapping[str, Tensor]) -> set[str]:
+        """The groups that can lose neurons in all networks."""
+        found = [set(Narrower(network).droppable(examples[task])) for task, network in self.networks.items()]
+        return set.intersection(*found)
+
+    @property
+    def original_bytes(self) -> int:
+        """The size of all originals."""
+        return sum(network.bytes for network in self.networks.values())
+
+    def reaches(self, size: float, move: Move) -> bool:
+        """Whether a size can be reached by one move alone."""
+        states = {}
+        for name, table in self.options.items():
+            pure = table.gone == 0 if move == "share" else table.shared == 0
+            least = -table.shared if move == "share" else table.kept.sum(axis=0)
+            states[name] = int(np.argmin(np.where(pure, least, np.iinfo(np.int64).max)))
+        return self._bytes(states) <= int(size * self.original_bytes + 1e-6)
+
+    @property
+    def least_bytes(self) -> int:
+        """The least size that any plan has."""
+        return min(self._bytes(states) for states in self._descents(_ANY_PRICE, (1.0, 1.0), []))
+
+    def plan(self, size: float, sharing: float = 1.0, dropping: float = 1.0) -> Plan:
+        """The plan of least damage that stores at most `size` times the originals' bytes.
+
+        `sharing` and `dropping` multiply the damage that each is expected to do; `NEVER` leaves a move out, unless it
+        costs nothing. Raises `InvalidConfig` if no plan is as small.
+        """
+        prices = sharing, dropping
+        budget = int(size * self.original_bytes + 1e-6)
+        low, high = 1e-16, 1e4
+        best: States | None = None
+        tried: list[States] = []
+        for _ in range(_BISECTIONS):
+            price = exp((log(low) + log(high)) / 2)
+            states = min(self._descents(price, prices, tried), key=lambda s: self._objective(s, price, prices))
+            tried = [states]
+            if self._bytes(states) > budget:
+                low = price
+                continue
+            high = price
+            if best is None or self._objective(states, 0.0, prices) < self._objective(best, 0.0, prices):
+                best = states
+        if best is None:
+            least = ceil(1000 * self.least_bytes / self.original_bytes) / 1000
+            raise InvalidConfig(
+                f"budget.size: {size:g} is impossible: the least that these networks can be stored in is "
+                f"{least:.3f} of their bytes ({self.least_bytes:,})."
+            )
+        return self._plan(self._fill(best, budget, prices))
+
+    def stepped_back(self, plan: Plan, to: Plan) -> Iterator[tuple[str, Plan]]:
+        """A plan with ever more groups as they are in another one, those that do most damage first."""
+        damage = {name: plan.sharing[name] + plan.dropping[name] for name in plan.pairings}
+        worst = sorted((name for name in damage if damage[name] > 0), key=lambda name: -damage[name])
+        for count in range(1, len(worst)):
+            back = set(worst[:count])
+            parts = {name: to if name in back else plan for name in damage}
+            keep = {task: {name: part.keep[task][name] for name, part in parts.items()} for task in self.tasks}
+            pairings = {name: part.pairings[name] for name, part in parts.items()}
+            shared = {name: pairing.shared for name, pairing in pairings.items()}
+            kept = [{name: len(neurons) for name, neurons in keep[task].items()} for task in self.tasks]
+            yield (
+                ", ".join(worst[:count]),
+                Plan(
+                    keep,
+                    pairings,
+                    self.sizes.stored(kept, shared),
+                    {name: part.sharing[name] for name, part in parts.items()},
+                    {name: part.dropping[name] for name, part in parts.items()},
+                ),
+            )
+
+    def whole(self) -> Plan:
+        """The plan that leaves everything as it is."""
+        return self._plan(dict.fromkeys(self.options, 0))
+
+    def _descents(self, price: float, prices: Prices, tried: Sequence[States]) -> list[States]:
+        """Local optima: from nothing done, from everything shared, from as much as possible done."""
+        nothing = dict.fromkeys(self.options, 0)
+        shared = {name: int(np.argmax(o.shared)) for name, o in self.options.items()}
+        smallest = {name: len(o.gone) - 1 for name, o in self.options.items()}
+        return [self._descend(start, price, prices) for start in (nothing, shared, smallest, *tried)]
+
+    def _descend(self, states: States, price: float, prices: Prices) -> States:
+        states = dict(states)
+        changed = True
+        while changed:
+            changed = False
+            for name, table in self.options.items():
+                cost = table.damage(*prices) + price * self._around(name, table, states)
+                choice = int(np.argmin(cost))
+                if cost[choice] < cost[states[name]] - 1e-12 * abs(cost[states[name]]):
+                    states[name], changed = choice, True
+        return states
+
+    def _fill(self, states: States, budget: float, prices: Prices) -> States:
+        """Spend what is left of the budget where it saves most damage."""
+        states = dict(states)
+        while True:
+            best, most = None, 0.0
+            spare = budget - self._bytes(states)
+            for name, table in self.options.items():
+                bytes_, damage = self._around(name, table, states), table.damage(*prices)
+                now = states[name]
+                gain = np.where(bytes_ - bytes_[now] <= spare, damage[now] - damage, -np.inf)
+                choice = int(np.argmax(gain))
+                if gain[choice] > most + 1e-12 * damage[now]:
+                    best, most = (name, choice), gain[choice]
+            if best is None:
+                return states
+            states[best[0]] = best[1]
+
+    def _around(self, name: str, table: Options, states: States) -> Int64[np.ndarray, " states"]:
+        """The bytes that depend on a group, in each of its states."""
+        kept, shared = self._counts(states)
+        kept = [{**own, name: column} for own, column in zip(kept, table.kept, strict=True)]
+        found: Int64[np.ndarray, " states"] = self.sizes.around(name, kept, {**shared, name: table.shared})
+        return found
+
+    def _counts(self, states: States) -> tuple[list[dict[str, int]], dict[str, int]]:
+        kept = [
+            {name: int(table.kept[t, states[name]]) for name, table in self.options.items()}
+            for t in range(len(self.tasks))
+        ]
+        return kept, {name: int(table.shared[states[name]]) for name, table in self.options.items()}
+
+    def _bytes(self, states: States) -> int:
+        return self.sizes.stored(*self._counts(states))
+
+    def _objective(self, states: States, price: float, prices: Prices) -> float:
+        damage = sum(float(table.damage(*prices)[states[name]]) for name, table in self.options.items())
+        return damage + price * self._bytes(states)
+
+    def _plan(self, states: States) -> Plan:
+        keep: dict[str, dict[str, Int64[np.ndarray, " kept"]]] = {task: {} for task in self.tasks}
+        pairings = {}
+        for name, table in self.options.items():
+            units = table.members(states[name])
+            left = [np.sort(units[units[:, t] >= 0, t]) for t in range(len(self.tasks))]
+            for t, task in enumerate(self.tasks):
+                keep[task][name] = left[t]
+            tuples = units[(units >= 0).all(axis=1)]
+            tuples = np.stack([np.searchsorted(left[t], tuples[:, t]) for t in range(len(self.tasks))], axis=1)
+            pairings[name] = Pairing.from_tuples(self.tasks, [len(own) for own in left], tuples)
+        chosen = {name: (table, states[name]) for name, table in self.options.items()}
+        return Plan(
+            keep,
+            pairings,
+            self._bytes(states),
+            {name: float(table.sharing[i]) for name, (table, i) in chosen.items()},
+            {name: float(table.dropping[i]) for name, (table, i) in chosen.items()},
+        )

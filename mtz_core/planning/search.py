@@ -1,0 +1,301 @@
+"""Spend a budget: make plans, verify them on data, keep the best; or find the smallest network that keeps a floor.
+
+Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds it can be wrong by
+far, as neither errors that meet in later layers nor those that cancel are in it. So for one size several plans are
+made, with the damage of sharing counted for more or for less, going where it gets better, and with one move alone. Each
+is merged on most of the calibration data and judged on the rest by the distillation loss against the originals. The
+best is taken: a mixture is chosen only where it does better than either move alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from math import exp, log
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.evaluation import check_labels, measure, outputs_of
+from mtz_core.merging.walk import finish, merge
+from mtz_core.network.graph import Network, run
+from mtz_core.planning.planner import NEVER, Plan, Planner
+from mtz_core.retraining import Targets, distillation_loss, retrain
+from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import TEMPERATURE, Sensitivities
+from mtz_core.zipped.module import ZippedNetwork
+
+STEP = 4.0
+"""By what factor the damage of sharing is counted for more or less from plan to plan, and its root once it is found."""
+
+LEAST_FACTOR = 4.0**-5
+"""The search for that factor stays between this and its inverse."""
+
+HELD_OUT = 5
+"""One part in so many of the calibration data judges plans."""
+
+
+FIRST, SIZES, CLOSE = 0.3, 7, 1.03
+"""A search for a floor begins with this size, tries so many, and ends when what is known lies this close together."""
+
+ATTEMPTS, REWEIGHED, BACK = 2, 2, 3
+"""How many plans of one size such a search tries, how often it weighs the tasks anew, how many groups step back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A plan that was merged and judged: its held-out distillation loss of every task, in nats."""
+
+    name: str
+    plan: Plan
+    loss: Mapping[str, float]
+
+
+class Spender:
+    """Makes and verifies plans for one group of networks; statistics and matching are computed once for all sizes."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        moments: Mapping[str, Mapping[str, Moments]],
+        felt: Mapping[str, Sensitivities],
+        batches: Mapping[str, list[Tensor]],
+        config: ZipConfig,
+        budget: Budget,
+    ) -> None:
+        """Raises `InvalidCalibration` if there are too few examples to hold some out, and as matching does."""
+        self.networks, self.moments, self.felt = networks, moments, felt
+        self.batches, self.config, self.budget = batches, config, budget
+        self.fitting, self.judging = {}, {}
+        for task, own in batches.items():
+            examples = torch.cat(own)
+            held = len(examples) // HELD_OUT
+            if not held:
+                raise InvalidCalibration(
+                    f"{task!r} has {len(examples)} calibration examples; a budget holds one in {HELD_OUT} out to judge "
+                    f"plans. Give at least {HELD_OUT}."
+                )
+            self.fitting[task] = list(torch.split(examples[:-held], len(own[0])))
+            self.judging[task] = list(torch.split(examples[-held:], len(own[0])))
+        for task, network in networks.items():
+            if run(network.graph, network.state, batches[task][0][:1]).numel() == 1:
+                raise InvalidConfig(
+                    f"share: a budget counts damage in the loss of a classifier, but the network of {task!r} has one "
+                    "output. Give a fraction or counts."
+                )
+        self._targets = {t: outputs_of(partial(run, n.graph, n.state), self.judging[t]) for t, n in networks.items()}
+        self.reweigh(dict.fromkeys(networks, 1.0))
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Count the losses of the tasks with these weights from now on."""
+        self.weights = dict(weights)
+        felt = {t: {layer: weights[t] * rows for layer, rows in own.items()} for t, own in self.felt.items()}
+        examples = {task: own[0][:4] for task, own in self.batches.items()}
+        moves = self.budget.moves
+        self.planner = Planner(self.networks, self.moments, felt, examples, self.config, moves)
+
+    def trials(self, size: float) -> Iterator[Trial]:
+        """Plans for a size, merged and judged. Raises `InvalidConfig` for a size that no plan reaches."""
+        moves = set(self.budget.moves)
+        done: list[Trial] = []
+
+        def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Trial]:
+            plan = self.planner.plan(size, sharing, dropping)
+            known = next((trial for trial in done if trial.plan.same(plan)), None)
+            done.append(known or Trial(name, plan, self._judge(plan)))
+            if known is None:
+                yield done[-1]
+
+        def mixed(factor: float) -> Iterator[Trial]:
+            yield from attempt(f"sharing counted {factor:.3g} times", factor)
+
+        def loss(trial: Trial) -> float:
+            return self.weighted(trial.loss)
+
+        if "drop" in moves and self.planner.reaches(size, "drop"):
+            yield from attempt("drop only", NEVER)
+        if "share" in moves and self.planner.reaches(size, "share"):
+            yield from attempt("share only", 1.0, NEVER)
+        if moves == {"share", "drop"}:
+            factor = 1.0
+            yield from mixed(factor)
+            best = done[-1]
+            for step in (1 / STEP, STEP, STEP**-0.5, STEP**0.5):
+                while LEAST_FACTOR <= factor * step <= 1 / LEAST_FACTOR:
+                    yield from mixed(factor * step)
+                    same = done[-1] is best  # where nothing is shared yet, sharing may have to count for much less
+                    if loss(done[-1]) >= loss(best) and not (same and step == 1 / STEP):
+                        break
+                    factor, best = factor * step, done[-1]
+        if not done:
+            self.planner.plan(size)  # says what the least size is
+
+    def ranked(self, size: float) -> list[Trial]:
+        """The plans for a size, the one that does best on held-out data first."""
+        return sorted(self.trials(size), key=lambda trial: self.weighted(trial.loss))
+
+    def best(self, size: float) -> Plan:
+        """The plan for a size that does best on held-out data."""
+        return self.ranked(size)[0].plan
+
+    def zip(self, plan: Plan) -> ZippedNetwork:
+        """Merge by a plan, on all calibration data."""
+        return self._merged(plan, self.batches)
+
+    def _merged(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> ZippedNetwork:
+        return finish(merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.felt))
+
+    @torch.no_grad()
+    def _judge(self, plan: Plan) -> dict[str, float]:
+        zipped = self._merged(plan, self.fitting)
+        return {
+            task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
+            for task, x in self.judging.items()
+        }
+
+    def weighted(self, losses: Mapping[str, float]) -> float:
+        """The loss of all tasks, weighed."""
+        return sum(self.weights[task] * loss for task, loss in losses.items())
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A task's validation data: examples that took no part in anything, with labels; a metric of
+    `mtz_core.evaluation.METRICS`."""
+
+    examples: Float[Tensor, "n ..."]
+    labels: Int64[Tensor, " n"]
+    metric: str = "error"
+
+
+@dataclass(frozen=True, eq=False)
+class FloorStep:
+    """One network that the search for a floor has tried: stored bytes relative to the originals', points lost.
+
+    `kept` says whether it keeps the floor of every task, `iterations` how many of light retraining it was given.
+    """
+
+    what: str
+    plan: Plan
+    size: float
+    lost: Mapping[str, float]
+    kept: bool
+    iterations: int
+    zipped: ZippedNetwork = field(repr=False)
+
+
+class FloorSearch:
+    """The smallest network that keeps every task's floor on validation data, after light retraining.
+
+    Sizes are bisected. Where some tasks break their floor while others have room, the losses are weighed anew. At the
+    end the smallest plan that failed is tried with those groups as in the one that did not that do most damage: a layer
+    that is to blame steps back alone.
+    """
+
+    def __init__(
+        self,
+        spender: Spender,
+        originals: Mapping[str, nn.Module],
+        training: Mapping[str, Tensor],
+        validation: Mapping[str, Validation],
+        retraining: RetrainConfig,
+    ) -> None:
+        """Raises `InvalidConfig` or `InvalidCalibration` for floors, metrics and labels that cannot be, before work."""
+        tasks = tuple(spender.networks)
+        if set(validation) != set(tasks):
+            raise InvalidConfig(
+                f"budget.floor: validation data are given for {sorted(validation)}, but the tasks are {sorted(tasks)}."
+            )
+        self._spender, self._validation, self._retraining = spender, validation, retraining
+        self._reweighed = 0
+        self._floors = spender.budget.floors(tasks)
+        self._originals, self._training = originals, training
+        self._before, examples = {}, {task: own.examples for task, own in validation.items()}
+        outputs = {}
+        for task, network in spender.networks.items():
+            outputs[task] = outputs_of(partial(run, network.graph, network.state), torch.split(examples[task], 500))
+            check_labels(validation[task].labels, len(examples[task]), outputs[task].shape[1], task)
+            self._before[task] = measure(validation[task].metric, outputs[task], validation[task].labels, task)
+        self._targets = Targets(
+            {
+                t: outputs_of(partial(run, n.graph, n.state), torch.split(training[t], 500))
+                for t, n in spender.networks.items()
+            },
+            outputs,
+        )
+
+    def steps(self) -> Iterator[FloorStep]:
+        """Try networks; the smallest that is `kept` is what was searched for. The first stores the originals."""
+        spender = self._spender
+        best = self._try("everything kept", spender.planner.whole())
+        yield best
+        least = spender.planner.least_bytes / spender.planner.original_bytes
+        low, size = least, max(least, FIRST)
+        failed: FloorStep | None = None
+        for _ in range(SIZES):
+            tried = []
+            for step in self._attempts(size):
+                tried.append(step)
+                yield step
+            if not step.kept and self._uneven(tried[0]):
+                spender.reweigh(self._fairer(tried[0]))
+                for step in self._attempts(size):
+                    yield step
+            if step.kept:
+                best = min(best, step, key=lambda one: one.size)
+            else:
+                low, failed = max(low, step.size), step
+            if best.size < CLOSE * low:
+                break
+            size = exp((log(low) + log(best.size)) / 2)
+        if failed is not None and failed.size < best.size:
+            for group, plan in islice(spender.planner.stepped_back(failed.plan, best.plan), BACK):
+                step = self._try(f"{group} stepped back", plan)
+                yield step
+                if step.kept:
+                    return
+
+    def _attempts(self, size: float) -> Iterator[FloorStep]:
+        """The likeliest plans for a size, until one keeps the floor."""
+        for trial in self._spender.ranked(size)[:ATTEMPTS]:
+            step = self._try(f"at most {100 * size:.1f} % stored, {trial.name}", trial.plan)
+            yield step
+            if step.kept:
+                return
+
+    def _try(self, what: str, plan: Plan) -> FloorStep:
+        zipped = self._spender.zip(plan)
+        iterations = 0
+        if plan.bytes < self._spender.planner.original_bytes:
+            examples = {task: own.examples for task, own in self._validation.items()}
+            for step in retrain(
+                zipped, self._originals, self._training, examples, self._retraining, outputs=self._targets
+            ):
+                iterations = step.iteration
+        lost = {}
+        for task, own in self._validation.items():
+            outputs = outputs_of(partial(zipped, task=task), torch.split(own.examples, 500))
+            lost[task] = measure(own.metric, outputs, own.labels, task) - self._before[task]
+        size = plan.bytes / self._spender.planner.original_bytes
+        kept = all(points <= self._floors[task] + 1e-9 for task, points in lost.items())
+        return FloorStep(what, plan, size, lost, kept, iterations, zipped)
+
+    def _room(self, step: FloorStep) -> dict[str, float]:
+        """How much of its floor each task has used, 1 being all."""
+        return {task: max(points, 0.0) / max(self._floors[task], 0.01) for task, points in step.lost.items()}
+
+    def _uneven(self, step: FloorStep) -> bool:
+        used = self._room(step).values()
+        return min(used) < 0.5 < 1 < max(used) and self._reweighed < REWEIGHED
+
+    def _fairer(self, step: FloorStep) -> dict[str, float]:
+        """Weights that make tasks count more, the more of their floor they have used."""
+        self._reweighed += 1
+        used = {task: min(max(share, 0.25), 4.0) for task, share in self._room(step).items()}
+        mean = exp(sum(log(share) for share in used.values()) / len(used))
+        return {task: self._spender.weights[task] * share / mean for task, share in used.items()}

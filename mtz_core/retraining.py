@@ -1,0 +1,392 @@
+"""Light retraining: a few steps of gradient descent that let a zipped network settle.
+
+By default the loss is distillation on unlabelled data: each task's outputs are drawn to its original network's. Labels
+can take part or take over. Every stored value learns, shared ones from all tasks at once. What is judged and kept is a
+running average of the weights, on validation data that take no part in training; the merged network itself is the first
+candidate, so retraining never makes it worse there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num, Shaped
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.network.graph import INPUT, forget, run_node
+from mtz_core.network.tracing import evaluation_mode
+from mtz_core.settings import RetrainConfig
+from mtz_core.zipped.module import ZippedNetwork
+
+WARM_UP = 5
+"""Iterations over which the learning rate rises: Adam's first steps know the gradients' scale too little."""
+
+AVERAGED = 10
+"""The weights of iteration ``t`` enter their average with ``AVERAGED / (t + AVERAGED − 1)``: about the last tenth of
+all iterations counts, however many there are (Shamir, Zhang 2013, polynomial-decay averaging)."""
+
+
+@dataclass(frozen=True)
+class RetrainStep:
+    """One judgement: mean training loss per task since the last one, validation loss per task, and whether it is best.
+
+    Losses mix distillation and labels as configured; at iteration 0 there is no training loss yet.
+    """
+
+    iteration: int
+    training_loss: Mapping[str, float]
+    validation_loss: Mapping[str, float]
+    best: bool
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the outputs for every task's training and validation examples are drawn to: original outputs, or labels."""
+
+    training: Mapping[str, Num[Tensor, "_ ..."]]
+    validation: Mapping[str, Num[Tensor, "_ ..."]]
+
+
+@dataclass(frozen=True)
+class RetrainState:
+    """All that changes during light retraining, as it is at a judgement: tensors by name, and the curve so far."""
+
+    tensors: Mapping[str, Tensor]
+    curve: tuple[RetrainStep, ...]
+
+
+def distillation_loss(
+    outputs: Float[Tensor, "batch classes"], targets: Float[Tensor, "batch classes"], temperature: float
+) -> Float[Tensor, ""]:
+    """``T² KL(softmax(targets / T) ‖ softmax(outputs / T))``, mean over the batch (Hinton, Vinyals, Dean 2015)."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(outputs / temperature, dim=1),
+        F.log_softmax(targets / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def original_outputs(
+    originals: Mapping[str, nn.Module],
+    training: Mapping[str, Shaped[Tensor, "_ ..."]],
+    validation: Mapping[str, Shaped[Tensor, "_ ..."]],
+) -> Targets:
+    """What distillation aims at, computed once for all runs with the same originals and examples.
+
+    Raises `InvalidCalibration` for tasks without examples, and for examples that are not finite.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for split, examples in (("training", training), ("validation", validation)):
+        found[split] = {}
+        for task, original in originals.items():
+            _check_examples(task, split, examples)
+            with evaluation_mode(original):
+                found[split][task] = _outputs(original, examples[task])
+    return Targets(found["training"], found["validation"])
+
+
+def retrain(
+    zipped: ZippedNetwork,
+    originals: Mapping[str, nn.Module],
+    training: Mapping[str, Shaped[Tensor, "_ ..."]],
+    validation: Mapping[str, Shaped[Tensor, "_ ..."]],
+    config: RetrainConfig,
+    *,
+    labels: Targets | None = None,
+    outputs: Targets | None = None,
+) -> Iterator[RetrainStep]:
+    """Retrain a zipped network in place, yielding each judgement; when exhausted, `zipped` is the best network seen.
+
+    `labels` are read if ``config.labels > 0``. `outputs` spares the originals' forward passes, see `original_outputs`.
+    Raises as `Retraining` does.
+    """
+    yield from Retraining(zipped, originals, training, validation, config, labels=labels, outputs=outputs).steps()
+
+
+class Retraining:
+    """A run of light retraining that can be taken down at any judgement and go on elsewhere, to the same bytes.
+
+    Raises `InvalidCalibration` for examples, outputs and labels that are missing or impossible, and `InvalidConfig` for
+    unknown tasks and settings that contradict what is given, all before any work; and `InvalidCalibration` when a loss
+    is not finite.
+    """
+
+    def __init__(
+        self,
+        zipped: ZippedNetwork,
+        originals: Mapping[str, nn.Module],
+        training: Mapping[str, Shaped[Tensor, "_ ..."]],
+        validation: Mapping[str, Shaped[Tensor, "_ ..."]],
+        config: RetrainConfig,
+        *,
+        labels: Targets | None = None,
+        outputs: Targets | None = None,
+    ) -> None:
+        tasks = zipped.tasks
+        self._zipped, self._config = zipped, config
+        self._balance = dict(zip(tasks, config.balance_of(tasks), strict=True))
+        zipped.eval()  # dropout stays off: the originals' outputs are those without it
+        splits = {"training": training, "validation": validation}
+        own: dict[tuple[str, str], Tensor] = {}
+        for split, examples in splits.items():
+            _check_names(f"{split} data", examples, tasks)
+            for task in tasks:
+                _check_examples(task, split, examples)
+                own[split, task] = _output_of_one(zipped, task, split, examples[task])
+        if labels is not None and not config.labels:
+            raise InvalidConfig("labels are given, but their weight is 0. Raise retrain.labels, or leave them out.")
+        if labels is None and config.labels:
+            raise InvalidCalibration(f"there are no labels, but their weight is {config.labels}. Give them, or set 0.")
+        if config.labels < 1 and outputs is None:
+            _check_names("originals", originals, tasks)
+            for task in tasks:
+                if task not in originals:
+                    raise InvalidCalibration(f"light retraining has no original network for {task!r}.")
+            outputs = original_outputs(originals, training, validation)
+        self._data: dict[str, dict[str, _Examples]] = {}
+        for split, examples in splits.items():
+            aims = None if outputs is None or config.labels == 1 else getattr(outputs, split)
+            truth = None if labels is None else getattr(labels, split)
+            for kind, given in (("outputs", aims), ("labels", truth)):
+                _check_names(f"{split} {kind}", given or {}, tasks)
+            self._data[split] = {}
+            for task in tasks:
+                one = own[split, task]
+                self._data[split][task] = _Examples(
+                    examples[task],
+                    None if aims is None else _checked_outputs(task, split, aims, examples[task], one),
+                    None if truth is None else _checked_labels(task, split, truth, examples[task], one),
+                )
+        self._optimiser = torch.optim.Adam(zipped.parameters(), lr=config.learning_rate)
+        self._average, self._best = _snapshot(zipped), _snapshot(zipped)
+        self._curve: list[RetrainStep] = []
+
+    @property
+    def curve(self) -> tuple[RetrainStep, ...]:
+        """All judgements so far, also those before the run was taken down."""
+        return tuple(self._curve)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done, or nothing has improved for too long."""
+        if not self._curve:
+            return False
+        waited = len(self._curve) - 1 - max(i for i, step in enumerate(self._curve) if step.best)
+        return self._curve[-1].iteration >= self._config.iterations or waited >= self._config.patience
+
+    def steps(self) -> Iterator[RetrainStep]:
+        """Go on from here, yielding each further judgement; when exhausted, the network is the best one seen.
+
+        Until then the network holds the weights that are being trained.
+        """
+        if not self._curve:
+            yield self._judge(0, {})
+        while not self.finished:
+            yield self._judge(*self._train())
+        self._zipped.load_state_dict(self._best)
+
+    def state(self) -> RetrainState:
+        """A copy of everything that changes; to be taken when `steps` has yielded a judgement."""
+        tensors = {f"network/{name}": tensor for name, tensor in _snapshot(self._zipped).items()}
+        tensors |= {f"average/{name}": tensor.clone() for name, tensor in self._average.items()}
+        tensors |= {f"best/{name}": tensor.clone() for name, tensor in self._best.items()}
+        for parameter, values in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{parameter}/{name}": value.clone() for name, value in values.items()}
+        return RetrainState(tensors, self.curve)
+
+    def resume(self, state: RetrainState) -> None:
+        """Take up a state of a run with the same network, data and settings.
+
+        Raises `InvalidConfig` if it is of another network.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "best": {}, "optimiser": {}}
+        for name, tensor in state.tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = tensor.clone()
+        own = {name: tensor.shape for name, tensor in self._zipped.state_dict().items()}
+        for part in ("network", "average", "best"):
+            if {name: tensor.shape for name, tensor in parts[part].items()} != own:
+                raise InvalidConfig("the state to resume is of another network. Start light retraining anew.")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimiser"].items():
+            parameter, _, moment = name.partition("/")
+            moments.setdefault(int(parameter), {})[moment] = tensor
+        self._zipped.load_state_dict(parts["network"])
+        self._average, self._best = parts["average"], parts["best"]
+        self._optimiser.load_state_dict(self._optimiser.state_dict() | {"state": moments})
+        self._curve = list(state.curve)
+
+    def _train(self) -> tuple[int, dict[str, float]]:
+        """Train until the next judgement is due; return the iteration and the mean loss of every task."""
+        config, data = self._config, self._data["training"]
+        done = self._curve[-1].iteration
+        due = min(done + config.validate_every, config.iterations)
+        draws = {
+            task: islice(_draws(len(data[task].examples), config.batch_size, config.seed + i), done, due)
+            for i, task in enumerate(data)
+        }
+        sums = dict.fromkeys(data, 0.0)
+        for iteration in range(done + 1, due + 1):
+            self._optimiser.zero_grad(set_to_none=True)
+            for task, batches in draws.items():
+                batch = data[task].part(next(batches))
+                loss = batch.loss(self._run(batch.examples, task), config)
+                (self._balance[task] * loss).backward()
+                sums[task] += loss.item()
+            for group in self._optimiser.param_groups:
+                group["lr"] = config.learning_rate * min(1.0, iteration / WARM_UP)
+            self._optimiser.step()
+            for name, tensor in self._zipped.state_dict().items():
+                if tensor.is_floating_point():
+                    self._average[name].lerp_(tensor, AVERAGED / (iteration + AVERAGED - 1))
+        return due, {task: total / (due - done) for task, total in sums.items()}
+
+    def _run(self, x: Shaped[Tensor, "batch ..."], task: str) -> Float[Tensor, "batch ..."]:
+        """The outputs of one task in training: whatever has statistics follows the batches if these are updated."""
+        if self._config.statistics == "kept":
+            return self._zipped(x, task)
+        graph, state = self._zipped.structure.networks[task].graph, self._zipped.state_of(task)
+        values = {INPUT: x}
+        for node in graph.nodes:
+            values[node.name] = run_node(node, values, state, len(x), training="running_mean" in node.arguments)
+            forget(graph, values, node)
+        return values[graph.output]
+
+    @torch.no_grad()
+    def _judge(self, iteration: int, training_loss: Mapping[str, float]) -> RetrainStep:
+        """Judge the average of the weights, and keep it if it is the best so far."""
+        losses = {}
+        for task, data in self._data["validation"].items():
+
+            def averaged(x: Tensor, task: str = task) -> Tensor:
+                return functional_call(self._zipped, self._average, (x, task))
+
+            losses[task] = float(data.loss(_outputs(averaged, data.examples), self._config))
+        total = self._total(losses)
+        if not torch.isfinite(torch.tensor(total)):
+            remedy = "Lower retrain.learning_rate." if iteration else "The zipped network itself is broken; zip again."
+            raise InvalidCalibration(f"the loss is not finite after {iteration} iterations. {remedy}")
+        best = all(total < self._total(step.validation_loss) for step in self._curve)
+        if best:
+            self._best = {name: tensor.clone() for name, tensor in self._average.items()}
+        self._curve.append(RetrainStep(iteration, training_loss, losses, best))
+        return self._curve[-1]
+
+    def _total(self, losses: Mapping[str, float]) -> float:
+        return sum(self._balance[task] * loss for task, loss in losses.items())
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Examples of one task and what their outputs are drawn to."""
+
+    examples: Shaped[Tensor, "n ..."]
+    outputs: Float[Tensor, "n classes ..."] | None
+    labels: Int[Tensor, "n ..."] | None
+
+    def part(self, index: Int[Tensor, " batch"]) -> _Examples:
+        return _Examples(
+            self.examples[index],
+            None if self.outputs is None else self.outputs[index],
+            None if self.labels is None else self.labels[index],
+        )
+
+    def loss(self, outputs: Float[Tensor, "n classes ..."], config: RetrainConfig) -> Float[Tensor, ""]:
+        """Distillation and cross-entropy, mixed as configured, mean over the examples."""
+        loss = outputs.new_zeros(())
+        if self.outputs is not None:
+            loss = loss + (1 - config.labels) * distillation_loss(outputs, self.outputs, config.temperature)
+        if self.labels is not None:
+            loss = loss + config.labels * F.cross_entropy(outputs, self.labels)
+        return loss
+
+
+def _check_names(what: str, given: Mapping[str, object], tasks: tuple[str, ...]) -> None:
+    unknown = sorted(given.keys() - set(tasks))
+    if unknown:
+        raise InvalidConfig(f"{what}: {unknown[0]!r} is no task of the zipped network. Tasks: {', '.join(tasks)}.")
+
+
+def _check_examples(task: str, split: str, examples: Mapping[str, Tensor]) -> None:
+    if task not in examples or not len(examples[task]):
+        raise InvalidCalibration(f"light retraining has no {split} examples for {task!r}.")
+    if not bool(torch.isfinite(examples[task]).all()):
+        raise InvalidCalibration(f"the {split} examples for {task!r} have NaN or infinite values.")
+
+
+@torch.no_grad()
+def _output_of_one(zipped: ZippedNetwork, task: str, split: str, examples: Tensor) -> Float[Tensor, "1 classes ..."]:
+    """What the network puts out for the first example, if it accepts such examples."""
+    try:
+        return zipped(examples[:1], task)
+    except Exception as error:  # torch raises many kinds for shapes and types that do not fit
+        found, made_for = list(examples.shape[1:]), list(zipped.structure.networks[task].input_shape)
+        raise InvalidCalibration(
+            f"the {split} examples for {task!r} have shape {found} and are {examples.dtype}; the zipped network, made "
+            f"from shape {made_for}, does not accept them: " + str(error).partition("\n")[0]
+        ) from error
+
+
+def _checked_outputs(task: str, split: str, given: Mapping[str, Tensor], examples: Tensor, one: Tensor) -> Tensor:
+    """The originals' outputs of one task, if they fit its examples and the network's own output for `one` of them."""
+    expected = (len(examples), *one.shape[1:])
+    if task not in given or given[task].shape != expected:
+        found = list(given[task].shape) if task in given else "none"
+        raise InvalidCalibration(
+            f"the original outputs for the {split} examples of {task!r} should have shape {list(expected)}, "
+            f"but have {found}. Compute them from the same examples."
+        )
+    if not bool(torch.isfinite(given[task]).all()):
+        raise InvalidCalibration(
+            f"the original network of {task!r} puts out NaN or infinite values for its {split} examples. "
+            "Mend its weights, or leave such examples out."
+        )
+    return given[task]
+
+
+def _checked_labels(task: str, split: str, given: Mapping[str, Tensor], examples: Tensor, one: Tensor) -> Tensor:
+    """The labels of one task as class numbers, if every example has one that the network knows."""
+    classes, expected = one.shape[1], (len(examples), *one.shape[2:])
+    if task not in given:
+        raise InvalidCalibration(f"there are no {split} labels for {task!r}. Give them, or set retrain.labels to 0.")
+    labels = given[task]
+    if labels.shape != expected:
+        raise InvalidCalibration(
+            f"the {split} labels for {task!r} have shape {list(labels.shape)}, not {list(expected)}: one per example."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InvalidCalibration(f"the {split} labels for {task!r} are {labels.dtype}. Give whole class numbers.")
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise InvalidCalibration(
+            f"the {split} labels for {task!r} go from {least} to {most}. Allowed: 0 to {classes - 1}, "
+            f"as the network has {classes} classes."
+        )
+    return labels.long()
+
+
+@torch.no_grad()
+def _outputs(
+    network: Callable[[Tensor], Tensor], examples: Shaped[Tensor, "examples ..."], batch: int = 500
+) -> Float[Tensor, "examples classes ..."]:
+    return torch.cat([network(part) for part in torch.split(examples, batch)])
+
+
+def _draws(examples: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
+    """Batches of indices without end, every example once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, examples)
+    while True:
+        order = torch.randperm(examples, generator=generator)
+        yield from torch.split(order[: examples // size * size], size)
+
+
+def _snapshot(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -1,0 +1,1 @@
+"""What is measured on calibration data: second moments and sensitivities."""

@@ -1,0 +1,1 @@
+"""The zipped network: who owns which weights, the module, its report and its files."""

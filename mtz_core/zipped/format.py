@@ -1,0 +1,214 @@
+"""A zipped network on disk: `manifest.json` and `weights.safetensors`, each shared value once.
+
+Loading never unpickles and never runs code from the files: the manifest names known layers and operators, and is
+checked, with names, shapes, dtypes and digests, before a network is made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mtz_core.errors import InvalidZippedFile, UnsupportedModule
+from mtz_core.network.graph import INPUT, Node
+from mtz_core.network.groups import analyse
+from mtz_core.network.topology import first_difference
+from mtz_core.zipped.ownership import NOT_A_MEMBER
+from mtz_core.zipped.report import LayerReport, ZipReport
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, own_name
+
+FORMAT = "mtz-zipped-network"
+VERSION = 3
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a zipped network into a folder, which is made if needed. Each file appears whole or not at all.
+
+    The same network gives the same bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "networks": {task: _describe(network) for task, network in structure.networks.items()},
+        "apart": {axis: list(groups) for axis, groups in structure.apart.items()},
+        "members": {name: rows.tolist() for name, rows in structure.members.items()},
+        "dtypes": {name: _dtype_name(tensor.dtype) for name, tensor in tensors.items()},
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "report": dataclasses.asdict(structure.report),
+    }
+    manifest["manifest_sha256"] = _digest(manifest)
+    _write(folder, {WEIGHTS: weights, MANIFEST: (json.dumps(manifest, separators=(",", ":")) + "\n").encode()})
+
+
+def _describe(network: TaskStructure) -> dict[str, Any]:
+    return {
+        "input_shape": list(network.input_shape),
+        "input_dtype": _dtype_name(network.input_dtype),
+        "nodes": [dataclasses.asdict(node) for node in network.graph.nodes],
+        "output": network.graph.output,
+        "shapes": {name: list(shape) for name, shape in network.shapes.items()},
+        "parameters": sorted(network.trainable),
+        "original": {"parameters": network.parameters, "bytes": network.bytes},
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest in canonical form, without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files under temporary names, then give them their own: an old network stays until all are whole."""
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, content in files.items():
+            with temporary[name].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
+    """Read a zipped network's structure and blocks.
+
+    Raises `InvalidZippedFile` for files that are missing, damaged, of an unknown version, or that do not fit each
+    other.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        content = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise InvalidZippedFile(
+            f"{error.filename}: {error.strerror}. A zipped network is a folder with {MANIFEST} and {WEIGHTS}."
+        ) from error
+    except ValueError as error:
+        raise InvalidZippedFile(f"{folder / MANIFEST} is not JSON: {error}. Fetch or make it again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise InvalidZippedFile(f"{folder / MANIFEST} is not a zipped network of format version {VERSION}.")
+    if _digest(manifest) != manifest.get("manifest_sha256"):
+        raise InvalidZippedFile(f"{folder / MANIFEST} does not have the digest that it states. Fetch or make it again.")
+    if hashlib.sha256(content).hexdigest() != manifest.get("weights_sha256"):
+        raise InvalidZippedFile(
+            f"{folder / WEIGHTS} does not have the digest that {MANIFEST} states: it is damaged or belongs to "
+            "another network. Fetch or make it again."
+        )
+    try:
+        tensors = load_tensors(content)
+    except SafetensorError as error:
+        raise InvalidZippedFile(f"{folder / WEIGHTS} is not a safetensors file: {error}.") from error
+    try:
+        structure = _read_structure(manifest, tensors)
+        shapes = {**structure.block_shapes(), **structure.own_shapes()}
+    except UnsupportedModule as error:
+        raise InvalidZippedFile(f"{folder / MANIFEST} has a network that cannot be run here: {error}") from error
+    except _MALFORMED as error:
+        raise InvalidZippedFile(f"{folder / MANIFEST} is malformed: {error!r}.") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = manifest.get("dtypes")
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            raise InvalidZippedFile(
+                f"{folder / WEIGHTS}: tensor {name!r} should have shape {shapes.get(name)}, "
+                f"but has {found.get(name)} (None: not there)."
+            )
+        if not isinstance(dtypes, dict) or _dtype_name(tensors[name].dtype) != dtypes.get(name):
+            raise InvalidZippedFile(
+                f"{folder / WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}, not what {MANIFEST} states."
+            )
+    return structure, {name: tensors[name] for name in shapes}
+
+
+_MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    StopIteration,
+    RuntimeError,
+)
+
+
+def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedStructure:
+    """The structure that a manifest states. Raises ValueError and the like for nonsense."""
+    networks = {task: _read_network(task, entry, tensors) for task, entry in manifest["networks"].items()}
+    tasks = tuple(networks)
+    if not tasks:
+        raise ValueError("no networks")
+    first = networks[tasks[0]].graph
+    for task in tasks[1:]:
+        difference = first_difference(first, networks[task].graph)
+        if difference is not None:
+            raise ValueError(f"{tasks[0]} has {difference[0]} where {task} has {difference[1]}")
+    members = {}
+    if manifest["members"].keys() != {group.name for group in first.hidden_groups}:
+        raise ValueError("members of other neuron groups")
+    for name, rows in manifest["members"].items():
+        table = np.array(rows, dtype=np.int64).reshape(-1, len(tasks))
+        for t, task in enumerate(tasks):
+            own = np.sort(table[:, t][table[:, t] != NOT_A_MEMBER])
+            if not np.array_equal(own, np.arange(networks[task].graph.widths[name])):
+                raise ValueError(f"members of {name!r} are not the neurons of {task!r}")
+        if len(table) and not bool((table >= 0).any(axis=1).all()):
+            raise ValueError(f"a member of {name!r} belongs to nobody")
+        members[name] = table
+    report = manifest["report"]
+    layers = tuple(LayerReport(**layer) for layer in report["layers"])
+    apart = {axis: tuple(groups) for axis, groups in manifest["apart"].items()}
+    told = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
+    return ZippedStructure(tasks, networks, members, told, apart)
+
+
+def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:
+    """One task's graph, analysed anew: a file cannot state neuron groups that its operators do not have."""
+    nodes = tuple(Node(**node) for node in entry["nodes"])
+    seen = {INPUT}
+    for node in nodes:
+        if not set(node.sources) <= seen or node.name in seen:
+            raise ValueError(f"node {node.name!r} is out of order")
+        seen.add(node.name)
+    shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
+    trainable = frozenset(entry["parameters"])
+    matrices = {name for node in nodes if node.is_layer for name in (node.weight, node.bias) if name is not None}
+    precision = next(tensor.dtype for name, tensor in tensors.items() if "/weight/" in name)
+    state = {
+        name: torch.empty(shape, dtype=precision, device="meta") if name in matrices else tensors[own_name(name, task)]
+        for name, shape in shapes.items()
+    }
+    for name in sorted(trainable):
+        if name not in state or not state[name].is_floating_point():
+            raise ValueError(f"{name!r} is no parameter of {task!r}")
+    shape, dtype = tuple(entry["input_shape"]), getattr(torch, entry["input_dtype"])
+    if dtype.is_floating_point:  # the network may have been turned to another precision since it was traced
+        dtype = precision
+    graph = analyse(nodes, entry["output"], state, trainable, shape, dtype).graph
+    original = entry["original"]
+    sizes = int(original["parameters"]), int(original["bytes"])
+    return TaskStructure(graph, shapes, trainable, shape, dtype, *sizes)

@@ -1,0 +1,271 @@
+"""The zipped network as a module of torch: blocks of weights, each stored once, and a forward pass per task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from mtz_core.errors import InvalidConfig, InvalidZippedFile
+from mtz_core.network.graph import INPUT, Network, Node, forget, run, run_node
+from mtz_core.network.to_module import build_module
+from mtz_core.zipped import format
+from mtz_core.zipped.ownership import Arrangement
+from mtz_core.zipped.prefix import Order, Prefix, common_prefix
+from mtz_core.zipped.report import ZipReport
+from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, cut, own_name
+
+
+class ZippedNetwork(nn.Module):
+    """Several networks in one; ``zipped(x, task="fashion")`` runs one of them.
+
+    An ordinary ``nn.Module``: trains, moves between devices, and holds each shared value once.
+    """
+
+    def __init__(self, structure: ZippedStructure, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.structure = structure
+        learning = {own_name(n, task) for task, network in structure.networks.items() for n in network.trainable}
+        learning |= structure.block_shapes().keys()
+        self._parameters_by_name = nn.ParameterDict(
+            {_attribute(name): nn.Parameter(tensor) for name, tensor in tensors.items() if name in learning}
+        )
+        for name, tensor in tensors.items():
+            if name not in learning:
+                self.register_buffer(_attribute(name), tensor)
+        self._prefix: Prefix | None = None
+        self._orders: dict[tuple[str, str], tuple[Tensor | None, Tensor | None]] = {}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return self.structure.tasks
+
+    @property
+    def report(self) -> ZipReport:
+        """What zipping did, layer by layer, and the sizes."""
+        return self.structure.report
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """The type of the weights, which may have been turned to another since they were zipped."""
+        return next(self.parameters()).dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor by its name, as it is now."""
+        names = (*self.structure.block_shapes(), *self.structure.own_shapes())
+        return {name: self._get(name).detach() for name in names}
+
+    def forward(self, x: Shaped[Tensor, "batch ..."], task: str | Sequence[str]) -> Float[Tensor, "batch ..."]:
+        """The output of one task, or of every example's own task where `task` lists one per example.
+
+        Raises `InvalidConfig` for a task that is not in here, and for a mixed batch whose outputs differ in shape.
+        """
+        if not isinstance(task, str):
+            return self._mixed(x, list(task))
+        self._check_task(task)
+        return run(self.structure.networks[task].graph, self.state_of(task), x, self.training)
+
+    def _mixed(self, x: Tensor, tasks: list[str]) -> Tensor:
+        if len(tasks) != len(x):
+            raise InvalidConfig(f"task lists {len(tasks)} tasks for {len(x)} examples. List one for each.")
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for task in dict.fromkeys(tasks):
+            index = torch.tensor([i for i, t in enumerate(tasks) if t == task], device=x.device)
+            outputs.append((index, self(x[index], task=task)))
+        if len({output.shape[1:] for _, output in outputs}) != 1:
+            raise InvalidConfig(
+                f"a batch cannot mix {', '.join(dict.fromkeys(tasks))}: their outputs differ in shape. "
+                "Call the network once per task."
+            )
+        order = torch.cat([index for index, _ in outputs]).argsort()
+        return torch.cat([output for _, output in outputs])[order]
+
+    def run_all(self, x: Shaped[Tensor, "batch ..."]) -> dict[str, Float[Tensor, "batch ..."]]:
+        """The outputs of all tasks for the same inputs; what all of them share from the input on is computed once.
+
+        Raises `InvalidConfig` where the tasks read inputs of different shapes.
+        """
+        networks = self.structure.networks
+        if len({(network.input_shape, network.input_dtype) for network in networks.values()}) != 1:
+            raise InvalidConfig("the tasks read different inputs. Call the network once per task.")
+        first = self.tasks[0]
+        if self._prefix is None:
+            self._prefix = common_prefix(self.structure, self._precision)
+        prefix = self._prefix
+        shared: dict[str, Any] = {INPUT: x}
+        state = self.state_of(first)
+        for node in networks[first].graph.nodes:
+            if node.name in prefix.nodes:
+                shared[node.name] = run_node(node, shared, state, len(x), self.training)
+                for source in set(node.sources) - prefix.frontier:
+                    if networks[first].graph.last_use.get(source) == node.name:
+                        shared.pop(source)
+        return {task: self._rest(task, shared, prefix.nodes, prefix.orders[task], len(x)) for task in self.tasks}
+
+    def _rest(
+        self, task: str, shared: Mapping[str, Any], done: frozenset[str], orders: Mapping[str, Order], batch: int
+    ) -> Tensor:
+        """One task from the end of the common prefix on."""
+        graph, state = self.structure.networks[task].graph, self.state_of(task)
+        values: dict[str, Any] = {name: orders[name].apply(value) for name, value in shared.items()}
+        for node in graph.nodes:
+            if node.name not in done:
+                values[node.name] = run_node(node, values, state, batch, self.training)
+                forget(graph, values, node)
+        output: Tensor = values[graph.output]
+        return output
+
+    def network(self, task: str) -> nn.Module:
+        """One task alone, as a plain module of torch with dense weights that needs nothing of ours.
+
+        Its tensors are named and shaped as in the original network, its neurons are in the original's order. Raises
+        `InvalidConfig` for an unknown task.
+        """
+        self._check_task(task)
+        part = self.structure.networks[task]
+        dtype = self._precision if part.input_dtype.is_floating_point else part.input_dtype
+        state = {name: tensor.detach().clone() for name, tensor in self.state_of(task).items()}
+        return build_module(Network(part.graph, state, part.trainable, part.input_shape, dtype)).train(self.training)
+
+    def without(self, task: str) -> ZippedNetwork:
+        """The zipped network of the other tasks, which compute exactly what they did.
+
+        Raises `InvalidConfig` for an unknown task, or if it is the only one.
+        """
+        self._check_task(task)
+        rest = tuple(other for other in self.tasks if other != task)
+        if not rest:
+            raise InvalidConfig(f"{task!r} is the only task of this zipped network.")
+        kept = [self.tasks.index(other) for other in rest]
+        members = {name: rows[:, kept] for name, rows in self.structure.members.items()}
+        members = {name: rows[(rows >= 0).any(axis=1)] for name, rows in members.items()}
+        networks = {other: self.structure.networks[other] for other in rest}
+        structure = ZippedStructure(rest, networks, members, self.report, self.structure.all_apart())
+        tensors: dict[str, Tensor] = {}
+        reports = []
+        for node, report in zip(self.structure.layers, self.report.layers, strict=True):
+            blocks: dict[str, Tensor] = {}
+            rows, columns = structure.rows[node.name], structure.columns[node.name]
+            for other in rest:
+                blocks |= cut(node.name, other, self.matrix(other, node), rows, columns, node.bias is not None, blocks)
+            tensors |= blocks
+            reports.append(report.of(rest, rows.shared(), blocks))
+        tensors |= {name: self._get(name).detach().clone() for name in structure.own_shapes()}
+        return ZippedNetwork(structure.reported(tensors, reports), tensors).eval()
+
+    def matrix(self, task: str, node: Node) -> Float[Tensor, "out columns"]:
+        """One task's dense matrix of a layer, the bias (if any) as its last column."""
+        weight = self._dense_weight(task, node).detach()
+        if node.bias is None:
+            return weight
+        return torch.cat([weight, self._dense_bias(task, node).detach()[:, None]], dim=1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `manifest.json` and `weights.safetensors`; see `mtz_core.zipped.format`."""
+        format.save(self.structure, self.tensors(), Path(folder))
+
+    def state_of(self, task: str) -> Mapping[str, Tensor]:
+        """All tensors of one task by their original names; a layer's are put together when they are asked for."""
+        return _TaskState(self, task)
+
+    def _dense_weight(self, task: str, node: Node) -> Float[Tensor, "out in"]:
+        """One task's dense matrix of a layer, put together from the blocks."""
+        rows, columns = self.structure.rows[node.name], self.structure.columns[node.name]
+        strips = [
+            _join([self._get(block_name(node.name, row.owners, c.owners)) for c in columns.of(task)], 1)
+            for row in rows.of(task)
+        ]
+        weight = _join(strips, 0)
+        row_order, column_order = self._order(task, node, weight.device)
+        if column_order is not None:
+            weight = weight.index_select(1, column_order)
+        return weight if row_order is None else weight.index_select(0, row_order)
+
+    def _dense_bias(self, task: str, node: Node) -> Float[Tensor, " out"]:
+        """One task's bias of a layer that has one, put together from the blocks."""
+        runs = self.structure.rows[node.name].of(task)
+        bias = _join([self._get(bias_name(node.name, run.owners)) for run in runs], 0)
+        order, _ = self._order(task, node, bias.device)
+        return bias if order is None else bias.index_select(0, order)
+
+    def _order(self, task: str, node: Node, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Where a task's rows and columns lie in its joined blocks; None where they are in order."""
+        if (task, node.name) not in self._orders:
+            self._orders[task, node.name] = (
+                _index(self.structure.rows[node.name], task),
+                _index(self.structure.columns[node.name], task),
+            )
+        rows, columns = self._orders[task, node.name]
+        return rows if rows is None else rows.to(device), columns if columns is None else columns.to(device)
+
+    def _get(self, name: str) -> Tensor:
+        attribute = _attribute(name)
+        found: Tensor = (
+            self._parameters_by_name[attribute] if attribute in self._parameters_by_name else getattr(self, attribute)
+        )
+        return found
+
+    def _check_task(self, task: str) -> None:
+        if task not in self.tasks:
+            raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(self.tasks)}.")
+
+
+class _TaskState(Mapping[str, Tensor]):
+    """One task's tensors by their original names."""
+
+    def __init__(self, zipped: ZippedNetwork, task: str) -> None:
+        self._zipped, self._task = zipped, task
+        self._network = zipped.structure.networks[task]
+        self._layers = {name: node for node in self._network.graph.layers for name in node.state}
+
+    def __getitem__(self, name: str) -> Tensor:
+        node = self._layers.get(name)
+        if node is None:
+            return self._zipped._get(own_name(name, self._task))
+        if name == node.bias:
+            return self._zipped._dense_bias(self._task, node)
+        weight = self._zipped._dense_weight(self._task, node)
+        return node.layer.from_matrix(weight, self._network.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._network.shapes)
+
+    def __len__(self) -> int:
+        return len(self._network.shapes)
+
+
+def load(folder: str | Path) -> ZippedNetwork:
+    """Read a zipped network, in evaluation mode. Raises `InvalidZippedFile`, see `mtz_core.zipped.format`.
+
+    Before it is returned, every task is run on shapes alone, so that settings that do not fit are found here.
+    """
+    structure, tensors = format.load(Path(folder))
+    shapes = ZippedNetwork(structure, {name: tensor.to("meta") for name, tensor in tensors.items()}).eval()
+    try:
+        for task, network in structure.networks.items():
+            shapes(torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta"), task)
+    except Exception as error:  # torch raises many kinds for settings that make no sense
+        raise InvalidZippedFile(
+            f"{Path(folder) / format.MANIFEST} is malformed: the network cannot run: {str(error).splitlines()[0]}"
+        ) from error
+    return ZippedNetwork(structure, tensors).eval()
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "|")  # torch keeps the dot for paths of submodules
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _index(arrangement: Arrangement, task: str) -> Tensor | None:
+    order = arrangement.order(task)
+    inverse = np.argsort(order)
+    return None if bool((inverse == np.arange(len(inverse))).all()) else torch.from_numpy(inverse)

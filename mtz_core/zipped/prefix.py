@@ -1,0 +1,139 @@
+"""What all tasks of a zipped network compute alike, from the input on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtz_core.network.graph import INPUT, Node, run_node
+from mtz_core.network.operations import movement, operation_of
+from mtz_core.zipped.ownership import Arrangement
+from mtz_core.zipped.structure import ZippedStructure
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """How a task's channels lie in the first task's value: channel i is ``index[i]`` on `axis`; None: the same."""
+
+    axis: int = 1
+    index: Tensor | None = None
+
+    def same(self, other: Order) -> bool:
+        """Whether two values are ordered alike."""
+        if self.index is None or other.index is None:
+            return self.index is other.index
+        return self.axis == other.axis and torch.equal(self.index, other.index)
+
+    def apply(self, value: Tensor) -> Tensor:
+        """The task's own value."""
+        return value if self.index is None else value.index_select(self.axis, self.index.to(value.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The nodes that need to run only once, the values among them that others read, and every task's orders."""
+
+    nodes: frozenset[str]
+    frontier: frozenset[str]
+    orders: Mapping[str, Mapping[str, Order]]
+
+
+def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.float32) -> Prefix:
+    """Nodes whose value is the same for all tasks, up to the order of its channels, given the same input."""
+    first, *others = structure.tasks
+    graphs = {task: network.graph for task, network in structure.networks.items()}
+    orders: dict[str, dict[str, Order]] = {task: {INPUT: Order()} for task in structure.tasks}
+    nodes: set[str] = set()
+    entry = structure.networks[first]
+    state = {name: torch.empty(shape, dtype=precision, device="meta") for name, shape in entry.shapes.items()}
+    dtype = precision if entry.input_dtype.is_floating_point else entry.input_dtype
+    values: dict[str, Any] = {INPUT: torch.empty(1, *entry.input_shape, dtype=dtype, device="meta")}
+    for steps in zip(*(graph.nodes for graph in graphs.values()), strict=True):
+        node = steps[0]
+        if any(source not in orders[first] for source in node.sources) or not node.sources:
+            continue
+        if any({**step.arguments} != {**node.arguments} for step in steps):
+            continue
+        if not _is_common(structure, node):
+            continue
+        shape = _shape(values[node.sources[0]])
+        found = {task: _order(structure, node, task, orders[task], shape) for task in others}
+        if any(order is None for order in found.values()):
+            continue
+        values[node.name] = run_node(node, values, state, 1)
+        nodes.add(node.name)
+        orders[first][node.name] = Order()
+        for task, order in found.items():
+            assert order is not None
+            orders[task][node.name] = order
+    read = {source for node in graphs[first].nodes if node.name not in nodes for source in node.sources}
+    return Prefix(frozenset(nodes), frozenset((read | {graphs[first].output}) & {INPUT, *nodes}), orders)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
+
+
+def _is_common(structure: ZippedStructure, node: Node) -> bool:
+    if not node.is_layer:
+        return not node.state
+    return _one_run(structure.rows[node.name], structure) and _one_run(structure.columns[node.name], structure)
+
+
+def _one_run(arrangement: Arrangement, structure: ZippedStructure) -> bool:
+    return [run.owners for run in arrangement.runs] == [structure.tasks]
+
+
+def _order(
+    structure: ZippedStructure, node: Node, task: str, orders: Mapping[str, Order], shape: tuple[int, ...]
+) -> Order | None:
+    """The order of a node's channels in one task, given the shape of what it reads; None if it cannot be told."""
+    given = [orders[source] for source in node.sources]
+    if node.is_layer:
+        arrangement = structure.rows[node.name]
+        if not _one_run(arrangement, structure):
+            return None
+        (run,) = arrangement.runs
+        index = np.empty(run.size, dtype=np.int64)
+        index[run.places[task]] = run.places[structure.tasks[0]]
+        if not _groups_agree(structure, node, index, given[0]):
+            return None
+        same = bool((index == np.arange(run.size)).all())
+        return Order() if same else Order(1 if node.layer.channel_axis(3) == 1 else -1, torch.from_numpy(index))
+    if all(order.index is None for order in given):
+        return Order()
+    operation = operation_of(node.kind)
+    if operation is None:
+        return None
+    if operation.keeps and all(order.same(given[0]) for order in given):
+        return given[0]
+    return _moved(node, given[0], shape) if operation.rule is movement and len(given) == 1 else None
+
+
+def _groups_agree(structure: ZippedStructure, node: Node, index: np.ndarray, source: Order) -> bool:
+    """Whether a convolution in groups reads, for every row, the same neurons as the first task's row does."""
+    groups = node.layer.groups(node.arguments)
+    if groups == 1:
+        return True
+    _, inputs, *_ = structure.networks[structure.tasks[0]].shapes[node.weight]
+    read = np.arange(groups * inputs) if source.index is None else source.index.numpy()
+    group = np.arange(len(index)) // (len(index) // groups)
+    theirs = index // (len(index) // groups)
+    expected = theirs[:, None] * inputs + np.arange(inputs)
+    return bool((read.reshape(groups, inputs)[group] == expected).all())
+
+
+def _moved(node: Node, order: Order, shape: tuple[int, ...]) -> Order | None:
+    """The order behind an operator that lays all values of an example side by side."""
+    first = torch.arange(prod(shape)).reshape(1, *shape)
+    own = order.apply(first)
+    before, after = (run_node(node, {node.sources[0]: value}, {}, 1) for value in (first, own))
+    if not isinstance(before, Tensor) or before.ndim != 2 or before.numel() != first.numel():
+        return None
+    return Order(1, before.flatten().argsort()[after.flatten()])

@@ -1,0 +1,218 @@
+"""What a zipped network is made of, beside its values: who owns which neuron, names and shapes of blocks, the report.
+
+A zipped network is, for each of its tasks, that task's own graph with that task's neurons in their own order. What is
+shared is weights: a layer's matrix is a grid of *blocks*, one for each set of tasks that own its rows and each set that
+own its columns, as far as the two have a task in common. A task's dense matrix is its blocks, put into its own order;
+what several tasks use is one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mtz_core.network.graph import LayerGraph, Network, Node
+from mtz_core.zipped.ownership import Arrangement, Members, Owners, _one_size, arrange, positions_of
+from mtz_core.zipped.report import LayerReport, ZipReport
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What may name a task: names of blocks are made of it."""
+
+
+def block_name(layer: str, rows: Owners, columns: Owners) -> str:
+    """The name of a block of weights, for files and ``state_dict``. Task names hold neither '+' nor '/'."""
+    return f"{layer}/weight/{'+'.join(rows)}/{'+'.join(columns)}"
+
+
+def bias_name(layer: str, rows: Owners) -> str:
+    """The name of a block of biases."""
+    return f"{layer}/bias/{'+'.join(rows)}"
+
+
+def own_name(tensor: str, task: str) -> str:
+    """The name of a tensor that is no layer's weight: each task has its own normalisation, embeddings of places, …"""
+    return f"{tensor}/own/{task}"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskStructure:
+    """One task's side of a zipped network: graph, shapes of all tensors, what it reads, its original's size."""
+
+    graph: LayerGraph
+    shapes: Mapping[str, tuple[int, ...]]
+    trainable: frozenset[str]
+    input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, network: Network, original: Network | None = None) -> TaskStructure:
+        """The structure of a traced network, and the size of the one that it comes from, if that is another."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state.items()}
+        original = original or network
+        entry = network.input_shape, network.input_dtype
+        return cls(network.graph, shapes, network.trainable, *entry, original.parameters, original.bytes)
+
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """The tensors that are a layer's weight or bias."""
+        return frozenset(n for node in self.graph.layers for n in (node.weight, node.bias) if n is not None)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """All other tensors."""
+        return tuple(name for name in self.shapes if name not in self.matrices)
+
+
+@dataclass(frozen=True, eq=False)
+class ZippedStructure:
+    """Everything about a zipped network but its values. `members` has an entry for every hidden group.
+
+    `apart` names, for ``rows/LAYER`` and ``columns/LAYER``, groups that stay separate there because they did not
+    correspond in a network that has been taken out since.
+    """
+
+    tasks: tuple[str, ...]
+    networks: Mapping[str, TaskStructure]
+    members: Members
+    report: ZipReport
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[Node, ...]:
+        """The layers, which all tasks have alike."""
+        return self.networks[self.tasks[0]].graph.layers
+
+    @cached_property
+    def rows(self) -> Mapping[str, Arrangement]:
+        """Who owns the rows of each layer's matrix."""
+        return {
+            node.name: arrange(
+                self.tasks,
+                {task: self.networks[task].graph.rows[node.name] for task in self.tasks},
+                self.members,
+                separate=not can_share(node.name, self.networks.values()),
+                apart=self.apart.get(f"rows/{node.name}", ()),
+            )
+            for node in self.layers
+        }
+
+    @cached_property
+    def columns(self) -> Mapping[str, Arrangement]:
+        """Who owns the columns of each layer's matrix, the bias aside."""
+        return {
+            node.name: arrange(
+                self.tasks,
+                {task: self.networks[task].graph.columns[node.name] for task in self.tasks},
+                self.members,
+                apart=self.apart.get(f"columns/{node.name}", ()),
+            )
+            for node in self.layers
+        }
+
+    def all_apart(self) -> dict[str, tuple[str, ...]]:
+        """Where groups do not correspond, for whatever reason."""
+        found: dict[str, tuple[str, ...]] = {}
+        for node in self.layers:
+            for side in ("rows", "columns"):
+                axes = [getattr(network.graph, side)[node.name] for network in self.networks.values()]
+                whole = side == "rows" and not can_share(node.name, self.networks.values())
+                unequal = {n for n in axes[0].groups if whole or not _one_size(positions_of(a, n) for a in axes)}
+                unequal |= set(self.apart.get(f"{side}/{node.name}", ()))
+                if unequal:
+                    found[f"{side}/{node.name}"] = tuple(sorted(unequal))
+        return found
+
+    def reported(self, tensors: Mapping[str, Tensor], layers: Sequence[LayerReport]) -> ZippedStructure:
+        """The same structure with a report on these tensors."""
+        own = (
+            own_name(name, t)
+            for t, network in self.networks.items()
+            for name in network.own
+            if name in network.trainable
+        )
+        report = ZipReport(
+            method=self.report.method,
+            layers=tuple(layers),
+            stored_parameters=sum(tensors[name].numel() for name in (*self.block_shapes(), *own)),
+            original_parameters=sum(network.parameters for network in self.networks.values()),
+            stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            original_bytes=sum(network.bytes for network in self.networks.values()),
+            descent=self.report.descent,
+        )
+        return replace(self, report=report)
+
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every block of weights that a zipped network of this structure stores."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for node in self.layers:
+            for rows in self.rows[node.name].runs:
+                for columns in self.columns[node.name].runs:
+                    if set(rows.owners) & set(columns.owners):
+                        shapes[block_name(node.name, rows.owners, columns.owners)] = (rows.size, columns.size)
+                if node.bias is not None:
+                    shapes[bias_name(node.name, rows.owners)] = (rows.size,)
+        return shapes
+
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every other tensor that it stores."""
+        return {
+            own_name(name, task): network.shapes[name]
+            for task, network in self.networks.items()
+            for name in network.own
+        }
+
+
+def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
+    """Whether rows of a layer can be common.
+
+    It is kept separate nowhere, its kernels have one size, and what it reads has as many values per neuron.
+    """
+    networks = list(networks)
+    columns = [network.graph.columns[layer] for network in networks]
+    if len(columns[0].groups) == 1 and not _one_size(positions_of(axis, columns[0].groups[0]) for axis in columns):
+        return False
+    return same_kernels(layer, networks) and not any(_layer(layer, network).separate for network in networks)
+
+
+def same_kernels(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
+    """Whether a layer's kernels have one size in all networks, and its convolution groups, too."""
+    shapes = set()
+    for network in networks:
+        node = _layer(layer, network)
+        shape = network.shapes[node.weight] if isinstance(network, TaskStructure) else network.state[node.weight].shape
+        grouped = node.layer.groups(node.arguments) > 1
+        shapes.add((tuple(shape[2:]) if node.kind.startswith("conv") else (), grouped, shape[1] if grouped else 0))
+    return len(shapes) == 1
+
+
+def _layer(name: str, network: TaskStructure | Network) -> Node:
+    return next(node for node in network.graph.layers if node.name == name)
+
+
+def cut(
+    layer: str,
+    task: str,
+    matrix: Tensor,
+    rows: Arrangement,
+    columns: Arrangement,
+    bias: bool,
+    known: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """One task's dense matrix (bias as last column) as the blocks that a zipped network stores, but for `known`."""
+    blocks: dict[str, Tensor] = {}
+    for run in rows.of(task):
+        parts = {block_name(layer, run.owners, part.owners): part.places[task] for part in columns.of(task)}
+        missing = {name: torch.from_numpy(places) for name, places in parts.items() if name not in known}
+        if missing:
+            strip = matrix[torch.from_numpy(run.places[task])]
+            blocks |= {name: strip[:, places].contiguous() for name, places in missing.items()}
+        if bias and bias_name(layer, run.owners) not in known:
+            blocks[bias_name(layer, run.owners)] = matrix[torch.from_numpy(run.places[task]), -1].clone()
+    return blocks

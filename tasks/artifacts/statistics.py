@@ -1,0 +1,149 @@
+"""Values of the core and their files: activations, sensitivities, moments, pairings, plans, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import Sensitivities
+from tasks.files import InvalidArtifact, whole_file
+
+ROWS = "rows"
+"""The column of an activations file."""
+
+
+_FELT = "/felt"
+"""What the names of sensitivities end with, beside the moments of a model."""
+
+
+class RowsWriter:
+    """Writes rows of one layer to an Arrow IPC file as they come: one fixed-shape tensor column, uncompressed."""
+
+    def __init__(self, path: Path, layer: str, inputs: int, groups: int = 1) -> None:
+        self._type = pa.fixed_shape_tensor(pa.float32(), (groups * inputs,))
+        metadata = {"layer": layer, "inputs": str(inputs), "groups": str(groups)}
+        schema = pa.schema([pa.field(ROWS, self._type)], metadata=metadata)
+        self._schema = schema
+        self._writer = pa.ipc.new_file(path, schema)
+
+    def append(self, rows: Float[Tensor, "n inputs"]) -> None:
+        """Write a batch of rows."""
+        values = np.ascontiguousarray(rows.to(torch.float32).numpy())
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+        self._writer.write_batch(pa.record_batch([column], schema=self._schema))
+
+    def close(self) -> None:
+        """Write the footer, without which the file cannot be read."""
+        self._writer.close()
+
+
+def layer_file(folder: Path, layer: str) -> Path:
+    """The activations file of a layer; layer names may hold dots but no slashes."""
+    return folder / f"{layer}.arrow"
+
+
+def sensitivities_file(folder: Path) -> Path:
+    """The file of sensitivities in a folder of activations."""
+    return folder / "sensitivities.safetensors"
+
+
+def row_groups(path: Path) -> int:
+    """How many layers side by side the rows of an activations file belong to. Raises `InvalidArtifact`."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return int(pa.ipc.open_file(source).schema.metadata[b"groups"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise InvalidArtifact(f"{path} cannot be read: {error}. Run collect again.") from error
+
+
+def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]]:
+    """The rows of an activations file, memory-mapped, at most `batch_rows` at a time.
+
+    How the rows are grouped depends on `batch_rows` alone, not on the batches in the file. Raises `InvalidArtifact`.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            pending: list[Tensor] = []
+            count = 0
+            reader = pa.ipc.open_file(source)
+            for index in range(reader.num_record_batches):
+                values = reader.get_batch(index).column(0).to_numpy_ndarray()
+                for part in torch.split(torch.from_numpy(values.copy()), batch_rows):
+                    if count + len(part) > batch_rows:
+                        yield torch.cat(pending)
+                        pending, count = [], 0
+                    pending.append(part)
+                    count += len(part)
+            if pending:
+                yield torch.cat(pending)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InvalidArtifact(f"{path} cannot be read: {error}. Run collect again.") from error
+
+
+def write_sensitivities(path: Path, felt: Sensitivities) -> None:
+    """What a model's loss feels of the rows of its layers."""
+    save_file(_named(felt), path)
+
+
+def read_sensitivities(path: Path) -> Sensitivities:
+    """The sensitivities that `write_sensitivities` or `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
+    felt = {name.removesuffix(_FELT): rows for name, rows in read_tensors(path, _FELT).items()}
+    if not felt:
+        raise InvalidArtifact(f"{path} does not hold sensitivities of layers. Run collect and hessians again.")
+    return felt
+
+
+def _named(felt: Sensitivities) -> dict[str, Tensor]:
+    return {f"{layer}{_FELT}": rows for layer, rows in felt.items()}
+
+
+def write_moments(path: Path, moments: Mapping[str, Moments], felt: Sensitivities) -> None:
+    """Statistics of one model: sensitivities, and second moments.
+
+    These are, per layer, the mean outer product, or the rows while they are fewer than inputs.
+    """
+    tensors = _named(felt)
+    for layer, layer_moments in moments.items():
+        if layer_moments.gram is None:
+            tensors[f"{layer}/rows"] = layer_moments.rows
+        else:
+            tensors[f"{layer}/moment"] = (layer_moments.gram / layer_moments.count).to(torch.float32)
+            tensors[f"{layer}/count"] = torch.tensor(layer_moments.count)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_moments(path: Path) -> dict[str, Moments]:
+    """The moments that `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
+    moments: dict[str, Moments] = {}
+    tensors = read_tensors(path)
+    if any(name.endswith("/moment") and f"{name.removesuffix('moment')}count" not in tensors for name in tensors):
+        raise InvalidArtifact(f"{path} does not hold moments of layers. Run hessians again.")
+    for name, tensor in tensors.items():
+        layer, kind = name.rsplit("/", 1)
+        if kind == "rows":
+            moments[layer] = Moments.from_rows(tensor)
+        elif kind == "moment":
+            count = int(tensors[f"{layer}/count"])
+            moments[layer] = Moments.from_gram(tensor.to(torch.float64) * count, count)
+    return moments
+
+
+def read_tensors(path: Path, ending: str = "") -> dict[str, Tensor]:
+    """All tensors of a safetensors file whose names end so. Raises `InvalidArtifact`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
+    except OSError as error:
+        raise InvalidArtifact(f"{path}: {error.strerror or error}. Make or fetch the file first.") from error
+    except SafetensorError as error:
+        raise InvalidArtifact(f"{path} is not a readable safetensors file: {error}. Make or fetch it again.") from error

@@ -1,0 +1,1 @@
+"""Data sets: their layout, reading examples, data that a function gives."""

@@ -1,0 +1,239 @@
+"""Registers releases and studies with MLflow."""
+
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mtz_core
+from tasks.registry.mlflow_client import (
+    _DATASET_DIGEST_LENGTH,
+    _EXAMPLE_ROWS,
+    _MODEL_FILE,
+    _SERVING_PACKAGES,
+    Settings,
+    TrackingError,
+    _alone,
+    _client,
+    _explained,
+    _ignoring_existing,
+    _variables,
+    find_version,
+    tracking_uri,
+)
+from tasks.registry.release import DIGEST_TAG, Release
+from tasks.storage.s3 import Storage
+
+
+def register_release(settings: Settings, home: Path, store: Storage, release: Release) -> int:
+    """Record a run and register the network as a version of `release.model`; returns the version's number.
+
+    Content that is registered already gives its version back and changes nothing. Raises `TrackingError`.
+    """
+    with _explained(settings, home), store.explained(), _alone(settings, home), _variables(store.environment()):
+        client = _client(settings, home)
+        _end_interrupted_runs(client, settings, release.content_digest)
+        found = find_version(settings, home, release.model, release.content_digest, store)
+        if found is not None:
+            return found
+        tags = {**release.tags, "mtz.release": store.url(release.folder), DIGEST_TAG: release.content_digest}
+        number = _register(client, tracking_uri(settings, home), _experiment(client, settings, store), release, tags)
+        # Another machine may have registered the same at the same time: the first one counts, on both.
+        first = find_version(settings, home, release.model, release.content_digest, store)
+        if first is not None and first != number:
+            client.delete_model_version(release.model, str(number))
+            return first
+        return number
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of networks to be looked at: what was measured, and files.
+
+    `metrics` are values by name, each set at a step; `table` has one row per measurement.
+    """
+
+    name: str
+    group: str
+    content_digest: str
+    parameters: Mapping[str, object]
+    metrics: Sequence[tuple[int, Mapping[str, float]]]
+    table: Sequence[Mapping[str, object]]
+    files: Mapping[str, Path]
+
+
+def record_study(settings: Settings, home: Path, store: Storage, study: Study) -> bool:
+    """Record a study as a run; False where there is a finished run of that name with the same content already.
+
+    Raises `TrackingError`.
+    """
+    with _explained(settings, home), store.explained(), _alone(settings, home), _variables(store.environment()):
+        import mlflow
+
+        client = _client(settings, home)
+        _end_interrupted_runs(client, settings, study.content_digest)
+        experiment = _experiment(client, settings, store)
+        tags = {DIGEST_TAG: study.content_digest, "mtz.group": study.group}
+        same = f"tags.`{DIGEST_TAG}` = '{study.content_digest}' and attributes.run_name = '{study.name}'"
+        if client.search_runs([experiment], f"{same} and attributes.status = 'FINISHED'", max_results=1):
+            return False
+        mlflow.set_tracking_uri(tracking_uri(settings, home))
+        with mlflow.start_run(experiment_id=experiment, run_name=study.name, tags=tags, log_system_metrics=False):
+            mlflow.log_params(dict(study.parameters))
+            for step, values in study.metrics:
+                mlflow.log_metrics(dict(values), step=step)
+            mlflow.log_table(_by_column(study.table), artifact_file="table.json")
+            for file in study.files.values():
+                mlflow.log_artifact(str(file))
+    return True
+
+
+def _by_column(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _register(client: Any, uri: str, experiment: str, release: Release, tags: Mapping[str, str]) -> int:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    run_tags = {DIGEST_TAG: release.content_digest, "mtz.group": release.group}
+    with mlflow.start_run(
+        experiment_id=experiment, run_name=release.group, tags=run_tags, log_system_metrics=False
+    ) as run:
+        _log(mlflow, release)
+        logged = _log_model(mlflow, release)
+        _check_served(mlflow, logged.model_uri, release.network)
+        with _ignoring_existing():
+            client.create_registered_model(release.model)
+        version = client.create_model_version(
+            release.model,
+            source=logged.model_uri,
+            run_id=run.info.run_id,
+            model_id=logged.model_id,
+            tags=tags,
+        )
+    return int(version.version)
+
+
+def _log(mlflow: Any, release: Release) -> None:
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+
+    mlflow.log_params(dict(release.parameters))
+    mlflow.log_metrics(dict(release.metrics))
+    for row in release.learning_curve:
+        values = {f"retrain/{name}": value for name, value in row.items() if name != "step"}
+        mlflow.log_metrics(values, step=int(row["step"]))
+    for layer in release.layers:
+        numbers = {name: value for name, value in layer.items() if isinstance(value, int | float)}
+        mlflow.log_metrics({f"layers/{layer['layer']}/{name}": value for name, value in numbers.items()})
+    mlflow.log_table(_by_column(release.layers), artifact_file="layers.json")
+    for task, path in release.data_paths.items():
+        with warnings.catch_warnings(action="ignore"):  # that a path can mean several kinds of local path
+            source = resolve_dataset_source(path)
+        # mypy: MLflow's class leaves a property of its base abstract, and instantiates all the same.
+        dataset = MetaDataset(source, Path(path).name, release.data[task][:_DATASET_DIGEST_LENGTH])  # type: ignore[abstract]
+        mlflow.log_input(dataset, context=task)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in release.files.items():
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        mlflow.log_artifacts(folder)
+
+
+def _log_model(mlflow: Any, release: Release) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    network = mtz_core.load(release.network)
+    shapes = [network.structure.networks[task].input_shape for task in network.tasks]
+    common = (sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *common))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1))]),
+        params=ParamSchema([ParamSpec("task", "string", network.tasks[0])]),
+    )
+    with tempfile.TemporaryDirectory() as folder, _no_bytecode():
+        code = Path(folder) / "mtz_core"
+        shutil.copytree(Path(mtz_core.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+        return mlflow.pyfunc.log_model(
+            name=release.model.replace(".", "-"),
+            python_model=str(_MODEL_FILE),
+            artifacts={"network": str(release.network)},
+            code_paths=[str(code)],
+            pip_requirements=[f"{name}=={_installed(name)}" for name in _SERVING_PACKAGES],
+            signature=signature,
+            input_example=(_example(shapes[0]), {"task": network.tasks[0]}),
+        )
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow imports the model's code where it is about to be stored from; bytecode would be stored with it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
+    """What was stored must come back from the storage and compute the same."""
+    import torch
+
+    network = mtz_core.load(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        served = mlflow.pyfunc.load_model(model_uri, dst_path=copy)
+        for task in network.tasks:
+            x = _example(network.structure.networks[task].input_shape)
+            with torch.inference_mode():
+                expected = network(torch.from_numpy(x), task=task).numpy()
+            if not np.array_equal(served.predict(x, params={"task": task}), expected):
+                raise TrackingError(f"The logged model gives other outputs for task '{task}' than {folder}. Run again.")
+
+
+def _example(shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).random((_EXAMPLE_ROWS, *shape), dtype=np.float32)
+
+
+def _installed(package: str) -> str:
+    """The version as the package index names it, without a build's suffix such as `+cpu`."""
+    return metadata.version(package).partition("+")[0]
+
+
+def _experiment(client: Any, settings: Settings, store: Storage) -> str:
+    """The experiment's id. An experiment cannot move its artifacts: each storage beyond the first gets its own."""
+    location = store.url("mlflow")
+    for name in (settings.experiment, f"{settings.experiment} in {location}"):
+        with _ignoring_existing():
+            if client.get_experiment_by_name(name) is None:
+                client.create_experiment(name, artifact_location=location)
+        experiment = client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
+            raise TrackingError(
+                f"The MLflow experiment '{name}' was deleted. Change tracking.experiment in params.yaml, or run "
+                f"`mlflow experiments restore -x {experiment.experiment_id}`."
+            )
+        if experiment.artifact_location.rstrip("/") == location:
+            return str(experiment.experiment_id)
+    raise TrackingError(f"The MLflow experiment '{name}' keeps its artifacts elsewhere. Change tracking.experiment.")
+
+
+def _end_interrupted_runs(client: Any, settings: Settings, content_digest: str) -> None:
+    """Close what a killed process left open: finished where its version came about, else killed."""
+    experiments = client.search_experiments(filter_string=f"name LIKE '{settings.experiment}%'")
+    ids = [experiment.experiment_id for experiment in experiments]
+    condition = f"attributes.status = 'RUNNING' and tags.`{DIGEST_TAG}` = '{content_digest}'"
+    for run in client.search_runs(ids, condition) if ids else []:
+        registered = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        client.set_terminated(run.info.run_id, "FINISHED" if registered else "KILLED")

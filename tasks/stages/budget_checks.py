@@ -1,0 +1,61 @@
+"""What can be said of a budget before any work: a size that no plan reaches, validation data that no floor can use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mtz_core.errors import InvalidConfig
+from mtz_core.evaluation import check_labels
+from mtz_core.merging.compatibility import shared_counts
+from mtz_core.network.graph import Network, run
+from mtz_core.network.narrowing import LEAST
+from mtz_core.planning.search import Validation
+from mtz_core.planning.sizes import Sizes
+from mtz_core.settings import Budget
+from tasks.artifacts.paths import Workspace
+from tasks.data.examples import InvalidData, read_examples
+from tasks.params import Params
+
+
+def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Network]) -> dict[str, Validation]:
+    """The validation data of a floor, none without one.
+
+    Raises `InvalidConfig` for a size that cannot be reached whatever the weights are, `InvalidData` and
+    `InvalidCalibration` for validation data without the images and labels that the networks need.
+    """
+    budget = params.zip_config().share
+    if not isinstance(budget, Budget):
+        return {}
+    if budget.size is not None:
+        _check_size(params, networks, budget)
+        return {}
+    return {model: _validation(params, workspace, model, network) for model, network in networks.items()}
+
+
+def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget) -> None:
+    """Compare with as few neurons as any group may have, as many of them shared as may be."""
+    sizes = Sizes(networks)
+    most = (
+        shared_counts(networks, params.zip_config()) if "share" in budget.moves else dict.fromkeys(sizes.widths[0], 0)
+    )
+    kept = [{g: min(width, LEAST) if "drop" in budget.moves else width for g, width in w.items()} for w in sizes.widths]
+    shared = {group: min(count, *(own[group] for own in kept)) for group, count in most.items()}
+    least = sizes.stored(kept, shared) / sum(network.bytes for network in networks.values())
+    if budget.size is not None and least > budget.size:
+        raise InvalidConfig(
+            f"match.budget.size: {budget.size:g} is impossible with moves {' and '.join(budget.moves)}: these networks "
+            f"cannot be stored in less than {least:.3f} of their bytes. Allow more."
+        )
+
+
+def _validation(params: Params, workspace: Workspace, model: str, network: Network) -> Validation:
+    settings = params.models[model]
+    images, labels = read_examples(workspace.root / settings.data, "validation")
+    if tuple(images.shape[1:]) != network.input_shape:
+        raise InvalidData(
+            f"models.{model}.data: validation images have shape {list(images.shape[1:])}, training images "
+            f"{list(network.input_shape)}. Bring them to one."
+        )
+    classes = run(network.graph, network.state, images[:1]).shape[1]
+    check_labels(labels, len(images), classes, model)
+    return Validation(images, labels, settings.metric)

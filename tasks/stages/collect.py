@@ -1,0 +1,45 @@
+"""Stage `collect`: sample the inputs of every layer of one network, and what its loss feels, on calibration images."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+from mtz_core.statistics.calibration import as_batches, stream_rows
+from mtz_core.statistics.sensitivity import sensitivities
+from tasks.artifacts.paths import Workspace
+from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
+from tasks.files import whole_folder
+from tasks.models.load import calibration, load_traced
+from tasks.params import Params
+from tasks.progress import say
+
+
+def run(params: Params, workspace: Workspace, model: str) -> None:
+    """Write one Arrow file of sampled input rows per layer, streamed batch by batch, and all layers' sensitivities.
+
+    Raises `MtzError`.
+    """
+    network = load_traced(params, workspace, model)
+    batches = as_batches(calibration(params, workspace, model), model)
+    with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
+        writers = {
+            node.name: stack.enter_context(
+                closing(
+                    RowsWriter(
+                        layer_file(folder, node.name),
+                        node.name,
+                        network.columns(node),
+                        node.layer.groups(node.arguments),
+                    )
+                )
+            )
+            for node in network.graph.layers
+        }
+        for number, rows in enumerate(stream_rows(network, batches, params.collect_config()), start=1):
+            for layer, values in rows.items():
+                writers[layer].append(values)
+            if number % 10 == 0 or number == len(batches):
+                done = sum(len(batch) for batch in batches[:number])
+                say(f"{done} of {sum(map(len, batches))} images")
+        felt = sensitivities(network, batches, params.collect.seed)
+        write_sensitivities(sensitivities_file(folder), felt)

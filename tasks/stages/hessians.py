@@ -1,0 +1,28 @@
+"""Stage `hessians`: fold one network's sampled layer inputs into layer-wise second moments."""
+
+from __future__ import annotations
+
+from mtz_core.statistics.moments import Moments
+from tasks.artifacts.paths import Workspace
+from tasks.artifacts.statistics import read_rows, read_sensitivities, row_groups, sensitivities_file, write_moments
+from tasks.files import InvalidArtifact
+from tasks.params import Params
+from tasks.progress import say
+
+
+def run(params: Params, workspace: Workspace, model: str) -> None:
+    """Stream every activations file of a model once and write its second moments, with its sensitivities.
+
+    Raises `MtzError`.
+    """
+    files = sorted(workspace.activations(model).glob("*.arrow"))
+    if not files:
+        raise InvalidArtifact(f"{workspace.activations(model)} has no activations. Run collect {model} first.")
+    moments: dict[str, Moments] = {}
+    for file in files:
+        groups = row_groups(file)
+        for rows in read_rows(file, params.hessians.batch_rows):
+            moments.setdefault(file.stem, Moments(rows.shape[1] // groups, groups)).add(rows)
+        say(f"{file.stem}: {moments[file.stem].count} rows of {moments[file.stem].inputs} inputs")
+    felt = read_sensitivities(sensitivities_file(workspace.activations(model)))
+    write_moments(workspace.hessians(model), moments, felt)

@@ -1,0 +1,173 @@
+"""Stage `match`: pair the neurons of a group's networks layer by layer, as configured or as a budget allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from mtz_core.errors import InvalidConfig
+from mtz_core.merging import matching
+from mtz_core.merging.compatibility import check_compatible
+from mtz_core.network.graph import Network
+from mtz_core.planning.planner import Plan
+from mtz_core.planning.search import FloorSearch, Spender, Validation
+from mtz_core.settings import Budget
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import Sensitivities
+from tasks.artifacts.paths import Workspace
+from tasks.artifacts.plans import Attempt, Matched, Search, write_matched
+from tasks.artifacts.statistics import read_moments, read_sensitivities
+from tasks.data.examples import read_images
+from tasks.models.load import calibration, load_network, trace_on_own_image
+from tasks.params import InvalidParams, Params
+from tasks.progress import say
+from tasks.stages.budget_checks import check_budget
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Write which neurons are kept and which are one, and what that is expected to cost. Raises `MtzError`."""
+    if len(params.models) < 2:
+        raise InvalidParams("models: name two at least; one alone has nothing to share.")
+    if len(params.models) < 2:
+        raise InvalidParams("models: give two at least; there is nothing to zip in one.")
+    originals = {model: load_network(params, workspace, model) for model in sorted(params.models)}
+    networks = {m: trace_on_own_image(params, workspace, m, original) for m, original in originals.items()}
+    check_compatible(networks)
+    validation = check_budget(params, workspace, networks)
+    moments = {model: read_moments(workspace.hessians(model)) for model in networks}
+    felt = {model: read_sensitivities(workspace.hessians(model)) for model in networks}
+    budget = params.zip_config().share
+    if not isinstance(budget, Budget):
+        found = _match(params, networks, moments, felt)
+    else:
+        batches = {model: as_batches(calibration(params, workspace, model), model) for model in networks}
+        spender = Spender(networks, moments, felt, batches, params.zip_config(), budget)
+        if budget.size is not None:
+            found = _spend(spender, budget.size)
+        else:
+            found = _search(params, workspace, spender, originals, validation)
+    write_matched(workspace, list(networks), found)
+
+
+def _match(
+    params: Params,
+    networks: Mapping[str, Network],
+    moments: Mapping[str, Mapping[str, Moments]],
+    felt: Mapping[str, Sensitivities],
+) -> Matched:
+    """Share as many neurons as the settings say."""
+    matches = []
+    for match in matching.match(networks, moments, params.zip_config(), felt):
+        widths = " and ".join(str(network.graph.widths[match.group]) for network in networks.values())
+        again = "" if math.isnan(match.total) else f"; all groups {match.total:.4g} (round {match.sweep})"
+        say(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
+        matches.append(match)
+    last = {match.group: match for match in matches}
+    return Matched(
+        {name: match.pairing for name, match in last.items()},
+        {name: match.cost for name, match in last.items()},
+        [(name, count, cost) for name, match in last.items() for count, cost in enumerate((0.0, *match.curve))],
+        matching.descent(matches),
+    )
+
+
+def _spend(spender: Spender, size: float) -> Matched:
+    """The plan for a size that does best on held-out data."""
+    trials = []
+    try:
+        for trial in spender.trials(size):
+            say(f"{trial.name}: predicted damage {trial.plan.damage:.4g}, held-out loss {_by_task(trial.loss)}")
+            trials.append(trial)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"match.{error}") from error
+    best = min(trials, key=lambda trial: spender.weighted(trial.loss))
+    size_of = spender.planner.original_bytes
+    tried = [
+        Attempt(t.name, t.plan.bytes / size_of, t.plan.damage, t.loss, "chosen" if t is best else "worse")
+        for t in trials
+    ]
+    return _planned(spender, best.plan, tried, f"the size asked for, {size:g} of the bytes")
+
+
+def _search(
+    params: Params,
+    workspace: Workspace,
+    spender: Spender,
+    originals: Mapping[str, nn.Module],
+    validation: Mapping[str, Validation],
+) -> Matched:
+    """The smallest network that keeps every task's floor after light retraining."""
+    settings = params.retrain
+    training = {
+        model: read_images(workspace.root / block.data, "train", settings.images, settings.seed)
+        for model, block in params.models.items()
+    }
+    search = FloorSearch(spender, originals, training, validation, settings.config())
+    plans: list[Plan] = []
+    tried: list[Attempt] = []
+    for step in search.steps():
+        verdict = _KEEPS if step.kept else "breaks the floor"
+        say(
+            f"{step.what}: stored {100 * step.size:.1f} %, points lost {_by_task(step.lost)} "
+            f"after {step.iterations} iterations; {verdict}"
+        )
+        plans.append(step.plan)
+        tried.append(Attempt(step.what, step.size, step.plan.damage, step.lost, verdict))
+    best = min((i for i, one in enumerate(tried) if one.verdict == _KEEPS), key=lambda i: tried[i].stored)
+    limit = _limit(tried, tried[best], spender.budget.floors(tuple(training)))
+    tried[best] = replace(tried[best], verdict="chosen")
+    return _planned(spender, plans[best], tried, limit)
+
+
+_KEEPS = "keeps the floor"
+
+
+def _limit(tried: Sequence[Attempt], best: Attempt, floors: Mapping[str, float]) -> str:
+    """Which task broke its floor in the network next below the best one, and by how much."""
+    smaller = [one for one in tried if one.stored < best.stored]
+    if not smaller:
+        return "nothing smaller was tried"
+    nearest = max(smaller, key=lambda one: one.stored)
+    broken = [
+        f"{task} loses {lost:.2f} points, allowed are {floors[task]:g}"
+        for task, lost in nearest.loss.items()
+        if lost > floors[task]
+    ]
+    return f"at {nearest.stored:.3f} of the bytes {'; '.join(broken)}"
+
+
+def _planned(spender: Spender, plan: Plan, tried: Sequence[Attempt], limit: str) -> Matched:
+    """What a plan says, told and ready to be written."""
+    planner = spender.planner
+    stored = plan.bytes / planner.original_bytes
+    for name, pairing in plan.pairings.items():
+        kept = " and ".join(
+            f"{len(plan.keep[task][name])} of {network.graph.widths[name]}"
+            for task, network in planner.networks.items()
+        )
+        say(f"{name}: {kept} neurons kept, {pairing.shared} shared")
+    say(f"stored {100 * stored:.1f} % of the bytes, predicted damage {plan.damage:.4g}; limit: {limit}")
+    return Matched(
+        plan.pairings,
+        {name: plan.sharing[name] + plan.dropping[name] for name in plan.pairings},
+        list(_curves(spender)),
+        keep=plan.keep,
+        search=Search(limit, plan.bytes, stored, plan.damage, tried),
+    )
+
+
+def _curves(spender: Spender) -> Iterator[tuple[str, int, float]]:
+    """What sharing costs in every group while nothing of it is dropped, in nats."""
+    for name, options in spender.planner.options.items():
+        whole = np.flatnonzero(options.gone == 0)
+        for state in whole[np.argsort(options.shared[whole], kind="stable")].tolist():
+            yield name, int(options.shared[state]), float(options.sharing[state])
+
+
+def _by_task(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{task} {value:.3g}" for task, value in values.items())

@@ -1,0 +1,60 @@
+"""Stage `merge`: make the zipped network of paired networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from mtz_core.merging import walk
+from mtz_core.network.graph import Network
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.report import LayerReport
+from tasks.artifacts.paths import Workspace
+from tasks.artifacts.plans import read_pairings
+from tasks.files import whole_folder, write_table
+from tasks.models.load import calibration, load_traced
+from tasks.params import Params
+from tasks.progress import peak_memory, say
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Write the zipped network and a table of its layers. Raises `MtzError`."""
+    networks = {model: load_traced(params, workspace, model) for model in params.models}
+    batches = {model: as_batches(calibration(params, workspace, model), model) for model in params.models}
+    started = time.perf_counter()
+    pairings, descent, keep = read_pairings(workspace)
+    for step in walk.merge(networks, pairings, batches, params.zip_config(), descent, keep):
+        if isinstance(step, ZippedNetwork):
+            zipped = step
+            break
+        widths = " and ".join(str(width) for width in step.neurons.values())
+        gone = _dropped(networks, step).values()
+        dropped = f", {' and '.join(str(count) for count in gone)} dropped" if any(gone) else ""
+        errors = ", ".join(f"{task} {error:.3g}" for task, error in step.error.items())
+        say(
+            f"{step.layer}: {step.shared} shared of {widths} neurons{dropped}, output error {errors} "
+            f"({time.perf_counter() - started:.1f} s, peak {peak_memory() / 2**30:.2f} GiB)"
+            + (f"; task-specific, as {step.note}" if step.note else "")
+        )
+        if step.few_rows:
+            say(
+                f"warning: {step.layer} is fitted on few rows: {step.few_rows}; more collect.images would fit it better"
+            )
+    with whole_folder(workspace.merged) as folder:
+        zipped.save(folder)
+    write_table(
+        workspace.plots / "layers.csv",
+        ("layer", "task", "neurons", "shared", "dropped", "output_error"),
+        [
+            (layer.layer, task, layer.neurons[task], layer.shared, dropped, layer.error[task])
+            for layer in zipped.report.layers
+            for task, dropped in _dropped(networks, layer).items()
+        ],
+    )
+    say(f"stored {100 * zipped.report.stored_fraction:.1f} % of {zipped.report.original_parameters:,} parameters")
+
+
+def _dropped(networks: Mapping[str, Network], layer: LayerReport) -> dict[str, int]:
+    """How many of a layer's neurons each task has lost, in the order of the zipped network's tasks."""
+    return {task: len(networks[task].graph.rows[layer.layer].group) - left for task, left in layer.neurons.items()}

@@ -1,0 +1,45 @@
+"""Stage `register`: a release bundle in the storage, and a version in the MLflow registry that points to it.
+
+It may be killed at any moment and run again: what is there already is neither sent nor registered twice.
+"""
+
+from __future__ import annotations
+
+from tasks.artifacts.paths import Workspace
+from tasks.faults import Refused
+from tasks.files import read_json, write_json
+from tasks.home import find_home
+from tasks.params import Params
+from tasks.progress import say
+from tasks.registry import mlflow_client, publish, upload
+from tasks.registry.build import gather
+from tasks.storage import s3
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Store and register the group's zipped network; write `registration.json`.
+
+    Raises `Refused` where a task loses more than its floor allows, and `MtzError` in its other kinds.
+    """
+    _check_floors(params, workspace)
+    home = find_home(workspace.root)
+    release = gather(params, workspace)
+    with s3.connect(params.storage, home) as store:
+        sent = upload.upload(store, release)
+        say(f"bundle: {store.url(release.folder)} ({f'{sent} objects' if sent else 'there already'})")
+        mlflow_client.prepare(params.tracking, home)
+        version = publish.register_release(params.tracking, home, store, release)
+    write_json(workspace.registration, release.registration())
+    say(f"registered: {release.model} version {version}, content {release.content_digest[:12]}")
+
+
+def _check_floors(params: Params, workspace: Workspace) -> None:
+    tasks = read_json(workspace.metrics)["tasks"]
+    lost = {task: tasks[task]["error_retrained"] - tasks[task]["error_original"] for task in params.register.floors}
+    broken = [
+        f"{task} loses {points:.2f} points of test error, and {params.register.floors[task]:g} are allowed"
+        for task, points in lost.items()
+        if points > params.register.floors[task]
+    ]
+    if broken:
+        raise Refused(f"{'; '.join(broken)}. Store more (match), retrain more, allow more, or leave that model out.")

@@ -1,0 +1,117 @@
+"""Stage `retrain`: light retraining of the merged network, by distillation from the originals or with labels.
+
+At every judgement all that changes is written to a checkpoint, so a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import mtz_core
+from mtz_core.retraining import Retraining, RetrainState, RetrainStep, Targets
+from tasks.artifacts.paths import Workspace
+from tasks.data.examples import file_of, read_examples, read_images
+from tasks.files import sha256, whole_file, whole_folder, write_table
+from tasks.models.load import load_network
+from tasks.params import Params
+from tasks.progress import say
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Write the retrained network and its learning curve. Raises `MtzError`."""
+    zipped = mtz_core.load(workspace.merged)
+    settings = params.retrain
+    originals = {model: load_network(params, workspace, model) for model in params.models}
+    training, training_labels = read_split(params, workspace, "train", settings.images)
+    validation, validation_labels = read_split(params, workspace, "validation", None)
+    labels = Targets(training_labels, validation_labels) if settings.labels else None
+    retraining = Retraining(zipped, originals, training, validation, settings.config(), labels=labels)
+    checkpoint = workspace.root / "checkpoints" / "retrain.safetensors"
+    digest = _digest(params, workspace)
+    _resume(retraining, checkpoint, digest)
+    for step in retraining.steps():
+        losses = ", ".join(f"{task} {loss:.4f}" for task, loss in step.validation_loss.items())
+        say(f"iteration {step.iteration}/{settings.iterations}: validation loss {losses}{' (best)' * step.best}")
+        _write(checkpoint, digest, retraining.state())
+    with whole_folder(workspace.retrained) as folder:
+        zipped.save(folder)
+    write_table(
+        workspace.plots / "learning_curve.csv",
+        ("iteration", "task", "training_loss", "validation_loss", "best"),
+        [
+            (step.iteration, task, step.training_loss.get(task, ""), step.validation_loss[task], step.best)
+            for step in retraining.curve
+            for task in zipped.tasks
+        ],
+    )
+    checkpoint.unlink()
+
+
+def read_split(
+    params: Params, workspace: Workspace, split: str, count: int | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Images of every model, and their labels if these take part; otherwise they stay unread."""
+    images: dict[str, torch.Tensor] = {}
+    labels: dict[str, torch.Tensor] = {}
+    for model, block in params.models.items():
+        folder, seed = workspace.root / block.data, params.retrain.seed
+        if params.retrain.labels:
+            images[model], labels[model] = read_examples(folder, split, count, seed)
+        else:
+            images[model] = read_images(folder, split, count, seed)
+    return images, labels
+
+
+def _digest(params: Params, workspace: Workspace) -> str:
+    """One digest of everything that decides what light retraining does: files, settings, code."""
+    settings = params.model_dump()
+    files = sorted(workspace.merged.iterdir())
+    for block in params.models.values():
+        files.append(workspace.root / block.weights)
+        files += [file_of(workspace.root / block.data, split) for split in ("train", "validation")]
+    code = (Path(mtz_core.__path__[0]), Path(__file__).parent)
+    content = {
+        "files": _digests(files),
+        "settings": {name: settings[name] for name in ("models", "runtime", "retrain")},
+        "code": _digests(file for folder in code for file in sorted(folder.glob("*.py"))),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(files: Iterable[Path]) -> list[str]:
+    return [sha256(file) for file in files]
+
+
+def _write(checkpoint: Path, digest: str, state: RetrainState) -> None:
+    """Keep a state, with the digest of what it belongs to, in one file that is replaced as a whole."""
+    metadata = {"digest": digest, "curve": json.dumps([asdict(step) for step in state.curve])}
+    with whole_file(checkpoint) as temporary:
+        save_file(dict(state.tensors), temporary, metadata)
+
+
+def _resume(retraining: Retraining, checkpoint: Path, digest: str) -> None:
+    """Go on from a checkpoint if there is one that belongs to this run."""
+    if not checkpoint.exists():
+        return
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["digest"] != digest:
+                say("the checkpoint of an earlier run is ignored: network, data, settings or code have changed since")
+                return
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        say(f"the checkpoint of an earlier run is ignored: it cannot be read ({error})")
+        return
+    curve = tuple(RetrainStep(**step) for step in json.loads(metadata["curve"]))
+    retraining.resume(RetrainState(tensors, curve))
+    say(f"resumed from the checkpoint of iteration {curve[-1].iteration}")

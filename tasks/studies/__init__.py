@@ -1,0 +1,1 @@
+"""Comparisons beside the pipeline: which models are alike, what size costs."""

@@ -1,0 +1,384 @@
+"""What size costs: the error of a group's networks against stored bytes, for several methods.
+
+This is no stage: nothing in the pipeline needs it. It reads what the stages before `match` have written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
+from itertools import groupby
+from math import ceil
+from pathlib import Path
+from typing import get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mtz_core.errors import MtzError
+from mtz_core.evaluation import Classifier, check_labels, measure, outputs_of
+from mtz_core.merging.compatibility import check_compatible
+from mtz_core.network.graph import run as run_network
+from mtz_core.planning.search import Spender, Trial
+from mtz_core.retraining import Targets, retrain
+from mtz_core.settings import Budget, Method, Move
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.zipped.module import ZippedNetwork
+from tasks.artifacts.paths import Workspace
+from tasks.artifacts.statistics import read_moments, read_sensitivities
+from tasks.data.examples import read_examples
+from tasks.files import InvalidArtifact, sha256, whole_file, write_table
+from tasks.home import find_home
+from tasks.models.load import calibration, load_traced
+from tasks.params import Params
+from tasks.progress import say
+from tasks.registry import mlflow_client, publish
+from tasks.stages.retrain import read_split
+from tasks.storage import s3
+from tasks.studies.charts import Curve, Panel, draw_curves
+
+METHODS: Mapping[str, tuple[Method, Sequence[Move]]] = {
+    "mixture": ("refit", ("share", "drop")),
+    "drop": ("refit", ("drop",)),
+    "share": ("refit", ("share",)),
+    "paper": ("paper", ("share",)),
+}
+"""How bytes can be saved: the method of zipping, and what it may do."""
+
+SIZES = (0.15, 0.25, 0.35, 0.5, 0.75)
+"""Stored bytes, relative to the originals'."""
+
+NAMES = {"mixture": "mixture", "drop": "drop only", "share": "share only", "paper": "paper"}
+"""The methods as they are called in tables and figures."""
+
+
+class InvalidPareto(MtzError):
+    """Sizes or methods that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How good one network is at one task; the table's columns.
+
+    Bytes are payload; `least_fraction` is the least that the method can store, fractions are of the originals' bytes.
+    Errors are those of the model's metric on the test split, in percent, `rise` in points. `held_out_loss` is the
+    distillation loss, in nats, by which the plan was chosen. Neurons are hidden ones.
+    """
+
+    group: str
+    method: str
+    retrained: bool
+    task: str
+    stored_bytes: int
+    original_bytes: int
+    stored_fraction: float
+    least_fraction: float
+    metric: str
+    error: float
+    error_original: float
+    rise: float
+    held_out_loss: float
+    original_neurons: int
+    kept_neurons: int
+    shared_neurons: int
+
+    @property
+    def curve(self) -> str:
+        """The curve that it belongs to."""
+        return NAMES[self.method] + (", retrained" if self.retrained else "")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be compared: sizes, ascending, methods, and whether networks are retrained lightly, too."""
+
+    sizes: Sequence[float] = SIZES
+    methods: Sequence[str] = tuple(METHODS)
+    retraining: bool = False
+
+    @classmethod
+    def parse(cls, sizes: str | None = None, methods: str | None = None, retraining: bool = False) -> Asked:
+        """From texts such as `0.25,0.5` and `mixture,paper`, in any order. Raises `InvalidPareto`."""
+        return cls(
+            SIZES if sizes is None else _parse_sizes(sizes),
+            tuple(METHODS) if methods is None else _parse_methods(methods),
+            retraining,
+        )
+
+
+def _parse_sizes(text: str) -> tuple[float, ...]:
+    try:
+        sizes = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or not all(0 < size <= 1 for size in sizes):
+        raise InvalidPareto(
+            f"--sizes {text}: is no list of sizes. Allowed: numbers above 0, at most 1, such as 0.25,0.5."
+        )
+    return tuple(sizes)
+
+
+def _parse_methods(text: str) -> tuple[str, ...]:
+    asked = [part.strip() for part in text.split(",")]
+    for name in asked:
+        if name not in METHODS:
+            raise InvalidPareto(f"--methods {text}: there is no method {name!r}. Methods: {', '.join(METHODS)}.")
+    return tuple(name for name in METHODS if name in asked)
+
+
+def run(params: Params, workspace: Workspace, asked: Asked) -> None:
+    """Write the table, as Parquet and as CSV for DVC's plots, and the figure; record them in MLflow.
+
+    Raises `MtzError`.
+    """
+    rows = measure_rows(params, workspace, asked)
+    files = write(workspace.pareto, rows)
+    home = find_home(workspace.root)
+    study = as_study(params, rows, asked, files)
+    with s3.connect(params.storage, home) as store:
+        mlflow_client.prepare(params.tracking, home)
+        new = publish.record_study(params.tracking, home, store, study)
+    say(f"MLflow run {study.name}: {'recorded' if new else 'there already'}")
+
+
+def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row]:
+    """Make a network for every method and size and measure it, telling each.
+
+    Where a method does not reach all sizes, the least that it can store is measured in their place. Raises `MtzError`,
+    `InvalidPareto` if no method reaches any size.
+    """
+    group = _Group(params, workspace)
+    spenders = {method: group.spender(method) for method in asked.methods}
+    least = {method: _least(spender) for method, spender in spenders.items()}
+    if max(asked.sizes) < min(least.values()):
+        known = ", ".join(f"{NAMES[method]} {as_percent(size)} %" for method, size in least.items())
+        raise InvalidPareto(
+            f"no method stores as little as {100 * max(asked.sizes):g} %. Least: {known}. Give larger --sizes."
+        )
+    found: list[Row] = []
+    todo = [(method, size) for method in asked.methods for size in reached(asked.sizes, least[method])]
+    for done, (method, size) in enumerate(todo, start=1):
+        start = time.monotonic()
+        spender = spenders[method]
+        trial = min(spender.trials(size), key=lambda trial: spender.weighted(trial.loss))
+        zipped = spender.zip(trial.plan)
+        rows = group.rows(method, least[method], trial, zipped, retrained=False)
+        told = _told(rows)
+        if asked.retraining:
+            group.retrain(zipped)
+            rows += group.rows(method, least[method], trial, zipped, retrained=True)
+            told += f"; retrained {_told(rows[len(group.networks) :])}"
+        stored = f"{NAMES[method]} in {100 * rows[0].stored_fraction:.1f} %, {rows[0].stored_bytes:,} bytes"
+        say(f"{done} of {len(todo)}: {stored}: error {told} ({time.monotonic() - start:.0f} s)")
+        found += rows
+    return sorted(found, key=lambda row: (row.retrained, asked.methods.index(row.method), row.stored_bytes, row.task))
+
+
+def reached(sizes: Sequence[float], least: float) -> list[float]:
+    """The sizes that a method reaches, the largest first; the last is its `least` if it does not reach them all."""
+    found = sorted((size for size in set(sizes) if size >= least), reverse=True)
+    return found if min(sizes) >= least else [*found, least]
+
+
+def _least(spender: Spender) -> float:
+    """The smallest size that a method reaches, as a fraction that is no less than its bytes."""
+    planner = spender.planner
+    return (planner.least_bytes + 0.5) / planner.original_bytes
+
+
+def _told(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{row.task} {row.error:.2f} ({row.rise:+.2f})" for row in rows)
+
+
+def as_percent(fraction: float) -> str:
+    """A least size for people, rounded up so that it is one that can be reached."""
+    return f"{ceil(1000 * fraction) / 10:g}"
+
+
+class _Group:
+    """The networks of a group, what is known of them, and the data that judge them."""
+
+    def __init__(self, params: Params, workspace: Workspace) -> None:
+        self._params, self._workspace = params, workspace
+        self.networks = {model: load_traced(params, workspace, model) for model in sorted(params.models)}
+        check_compatible(self.networks)
+        self._tests = {model: self._read_test(model) for model in self.networks}
+        self._before = {
+            model: self._error(model, partial(run_network, network.graph, network.state))
+            for model, network in self.networks.items()
+        }
+        self._moments = {model: read_moments(workspace.hessians(model)) for model in self.networks}
+        self._felt = {model: read_sensitivities(workspace.hessians(model)) for model in self.networks}
+        self._batches = {model: as_batches(calibration(params, workspace, model), model) for model in self.networks}
+
+    def spender(self, method: str) -> Spender:
+        """What makes plans by a method."""
+        kind, moves = METHODS[method]
+        budget = Budget(size=1.0, moves=moves)
+        config = replace(self._params.zip_config(), method=kind, share=budget)
+        return Spender(self.networks, self._moments, self._felt, self._batches, config, budget)
+
+    def rows(self, method: str, least: float, trial: Trial, zipped: ZippedNetwork, retrained: bool) -> list[Row]:
+        """What a network stores and how good it is, for every task."""
+        report, plan = zipped.report, trial.plan
+        shared = sum(pairing.shared for pairing in plan.pairings.values())
+        found = []
+        for task, network in self.networks.items():
+            error, before = self._error(task, partial(zipped, task=task)), self._before[task]
+            found.append(
+                Row(
+                    group=self._params.group,
+                    method=method,
+                    retrained=retrained,
+                    task=task,
+                    stored_bytes=report.stored_bytes,
+                    original_bytes=report.original_bytes,
+                    stored_fraction=report.stored_bytes / report.original_bytes,
+                    least_fraction=least,
+                    metric=self._params.models[task].metric,
+                    error=error,
+                    error_original=before,
+                    rise=error - before,
+                    held_out_loss=trial.loss[task],
+                    original_neurons=sum(network.graph.widths[group.name] for group in network.graph.hidden_groups),
+                    kept_neurons=sum(len(neurons) for neurons in plan.keep[task].values()),
+                    shared_neurons=shared,
+                )
+            )
+        return found
+
+    def retrain(self, zipped: ZippedNetwork) -> None:
+        """Retrain a network lightly, as the stage `retrain` does."""
+        training, validation, labels, outputs = self._retraining
+        for _ in retrain(
+            zipped, {}, training, validation, self._params.retrain.config(), labels=labels, outputs=outputs
+        ):
+            pass
+
+    @cached_property
+    def _retraining(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Targets | None, Targets]:
+        """Training and validation examples, their labels if these take part, and the originals' outputs."""
+        settings = self._params.retrain
+        training, training_labels = read_split(self._params, self._workspace, "train", settings.images)
+        validation, validation_labels = read_split(self._params, self._workspace, "validation", None)
+        outputs = Targets(*({m: self._outputs(m, own[m]) for m in self.networks} for own in (training, validation)))
+        return training, validation, Targets(training_labels, validation_labels) if settings.labels else None, outputs
+
+    def _outputs(self, model: str, examples: Tensor) -> Tensor:
+        network = self.networks[model]
+        batches = torch.split(examples, self._params.evaluate.batch_size)
+        return outputs_of(partial(run_network, network.graph, network.state), batches)
+
+    def _read_test(self, model: str) -> tuple[Tensor, Tensor]:
+        images, labels = read_examples(self._workspace.root / self._params.models[model].data, "test")
+        check_labels(labels, len(images), self._outputs(model, images[:1]).shape[1], model)
+        return images, labels
+
+    def _error(self, model: str, network: Classifier) -> float:
+        images, labels = self._tests[model]
+        outputs = outputs_of(network, torch.split(images, self._params.evaluate.batch_size))
+        return measure(self._params.models[model].metric, outputs, labels, model)
+
+
+_COLUMNS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+_SCHEMA = pa.schema([(field.name, _COLUMNS[get_type_hints(Row)[field.name]]) for field in fields(Row)])
+
+
+def write(folder: Path, rows: Sequence[Row]) -> dict[str, Path]:
+    """Write the table as Parquet, a table for DVC's plots and the figure; return the files by name."""
+    files = {name: folder / name for name in ("pareto.parquet", "pareto.csv", "pareto.svg", "pareto.png")}
+    with whole_file(files["pareto.parquet"]) as temporary:
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], _SCHEMA), temporary)
+    write_table(
+        files["pareto.csv"],
+        ("method", "task", "stored", "rise", "error", "bytes"),
+        [(row.curve, row.task, 100 * row.stored_fraction, row.rise, row.error, row.stored_bytes) for row in rows],
+    )
+    _draw(files["pareto.svg"], rows)
+    _draw(files["pareto.png"], rows)
+    return files
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The table that `write` wrote as Parquet. Raises `InvalidArtifact`."""
+    try:
+        return [Row(**row) for row in pq.read_table(path).to_pylist()]
+    except (OSError, pa.ArrowException, TypeError) as error:
+        raise InvalidArtifact(f"{path} cannot be read: {error}. Run `mtz pareto` again.") from error
+
+
+def limits(rows: Sequence[Row], smallest: float) -> str:
+    """Which methods cannot store as little as was asked for, in a sentence; empty if all can."""
+    least = {NAMES[row.method]: as_percent(row.least_fraction) for row in rows if row.least_fraction > smallest}
+    parts = [
+        f"{' and '.join(name for name, _ in same)} cannot store less than {size} %"
+        for size, same in groupby(least.items(), key=lambda item: item[1])
+    ]
+    return "; ".join(parts)
+
+
+def _draw(path: Path, rows: Sequence[Row]) -> None:
+    """A panel for each task and for their mean; then the same after light retraining."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    names = {row.task: row.task if row.metric == "error" else f"{row.task} ({row.metric})" for row in rows}
+    panels = []
+    for retrained in sorted({row.retrained for row in rows}):
+        own = [row for row in rows if row.retrained == retrained]
+        state = ", retrained" * retrained
+        panels += [Panel(names[task] + state, _curves(own, {task})) for task in tasks]
+        panels += [Panel("mean of all tasks" + state, _curves(own, set(tasks)))] if len(tasks) > 1 else []
+    draw_curves(
+        path,
+        panels,
+        title=f"{rows[0].group}: what it costs to store {len(tasks)} networks in fewer bytes (lower is better)",
+        x_label="stored bytes, % of the originals'",
+        y_label="rise of the test error, points",
+        note=limits(rows, min(row.stored_fraction for row in rows)),
+        columns=min(len(tasks) + (len(tasks) > 1), 4),
+    )
+
+
+def _curves(rows: Sequence[Row], tasks: set[str]) -> list[Curve]:
+    """The rise of the tasks' mean error by method, down from the originals, which store all bytes and lose nothing."""
+    curves = []
+    for method in dict.fromkeys(row.method for row in rows):
+        rises: dict[float, list[float]] = {}
+        for row in rows:
+            if row.method == method and row.task in tasks:
+                rises.setdefault(100 * row.stored_fraction, []).append(row.rise)
+        mean = {size: sum(values) / len(values) for size, values in rises.items()}
+        mean.setdefault(100.0, 0.0)
+        curves.append(Curve(NAMES[method], list(mean), list(mean.values())))
+    return curves
+
+
+def as_study(params: Params, rows: Sequence[Row], asked: Asked, files: Mapping[str, Path]) -> publish.Study:
+    """What MLflow keeps of it. The same table is the same study."""
+    settings = params.model_dump()
+    blocks = {
+        f"{name}.{key}": value
+        for name in ("collect", "match", "merge", "retrain")
+        for key, value in settings[name].items()
+    }
+    return publish.Study(
+        name=f"pareto-{params.group}",
+        group=params.group,
+        content_digest=sha256(files["pareto.parquet"]),
+        parameters={"sizes": list(asked.sizes), "methods": list(asked.methods), **blocks},
+        metrics=[
+            (
+                round(100 * row.stored_fraction),
+                {
+                    f"{row.curve.replace(', ', '-').replace(' ', '-')}/{row.task}/{name}": getattr(row, name)
+                    for name in ("error", "rise")
+                },
+            )
+            for row in rows
+        ],
+        table=[asdict(row) for row in rows],
+        files=files,
+    )

@@ -1,0 +1,463 @@
+"""Fitting one layer of several tasks against dense normal equations, and what activations cannot tell apart."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtz_core import ZipConfig, zip_networks
+from mtz_core.merging.fitting import Clip, Part, fit, following_clip
+from mtz_core.network.graph import Network
+from mtz_core.network.narrowing import Narrowed
+from mtz_core.network.tracing import trace
+from mtz_core.settings import Method
+from mtz_core.zipped.ownership import Arrangement, Owners, Run
+
+TASKS = ("a", "b", "c")
+PATTERNS: tuple[Owners, ...] = (TASKS, ("a", "b"), ("a", "c"), ("b", "c"), ("a",), ("b",), ("c",))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer of three tasks: what owns its rows and columns, and what it reads in originals and zipped network."""
+
+    networks: Mapping[str, Network]
+    rows: Arrangement
+    columns: Arrangement
+    original: Mapping[str, Tensor]
+    zipped: Mapping[str, Tensor]
+
+    @property
+    def felt(self) -> dict[str, Tensor]:
+        """How much each task's loss feels each of its rows."""
+        widths = {task: len(network.matrix(network.graph.layers[0])) for task, network in self.networks.items()}
+        return {
+            task: torch.linspace(0.5, 2.0, width, dtype=torch.float64) * 10.0**i
+            for i, (task, width) in enumerate(widths.items())
+        }
+
+    def weights(self, config: ZipConfig) -> dict[str, float]:
+        """How much each task weighs: ``α √(mean F)``, made to sum to 1; in the paper's method ``α``."""
+        alphas = dict(zip(TASKS, config.balance_of(TASKS), strict=True))
+        if config.method == "paper":
+            return alphas
+        pulls = {task: alphas[task] * float(np.mean(rows.numpy())) ** 0.5 for task, rows in self.felt.items()}
+        return {task: pull / sum(pulls.values()) for task, pull in pulls.items()}
+
+    def parts(self, config: ZipConfig) -> dict[str, Part]:
+        found = {}
+        for task, network in self.networks.items():
+            batches = [self.original[task]], [self.zipped[task]]
+            found[task] = Part(
+                network.graph.layers[0], Narrowed.whole(network), *batches, True, config, self.felt[task]
+            )
+        return found
+
+    def fitted(
+        self, config: ZipConfig, clips: Mapping[str, Clip | None] | None = None
+    ) -> tuple[dict[str, np.ndarray], float]:
+        """Every task's matrix, and the cost of sharing."""
+        parts = self.parts(config)
+        cost = fit(parts, self.rows, self.columns, clips or dict.fromkeys(TASKS), config)
+        return {task: part.matrix.numpy() for task, part in parts.items()}, cost
+
+
+def arrangement(sizes: Mapping[Owners, int], generator: np.random.Generator) -> Arrangement:
+    """Runs of these sizes, at places of each task that are drawn at random."""
+    places = {task: generator.permutation(sum(n for o, n in sizes.items() if task in o)) for task in TASKS}
+    taken = dict.fromkeys(TASKS, 0)
+    runs = []
+    for owners, size in sizes.items():
+        runs.append(Run(owners, {t: places[t][taken[t] : taken[t] + size] for t in owners}))
+        taken = {t: taken[t] + size * (t in owners) for t in TASKS}
+    return Arrangement(tuple(run for run in runs if run.size))
+
+
+@cache
+def linear(inputs: int, outputs: int, bias: bool, seed: int) -> Network:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return trace(nn.Linear(inputs, outputs, bias=bias).double(), torch.randn(2, inputs, dtype=torch.float64))
+
+
+def linear_problem(
+    columns: Mapping[Owners, int], rows: Mapping[Owners, int], examples: int, bias: bool = True, seed: int = 0
+) -> Problem:
+    generator = np.random.default_rng(seed)
+    by_rows, by_columns = arrangement(rows, generator), arrangement(columns, generator)
+    networks, original, zipped = {}, {}, {}
+    for i, task in enumerate(TASKS):
+        inputs, outputs = (sum(run.size for run in axis.of(task)) for axis in (by_columns, by_rows))
+        networks[task] = linear(inputs, outputs, bias, seed=i)
+        original[task] = torch.from_numpy(generator.normal(size=(examples + i, inputs)))
+        noise = torch.from_numpy(generator.normal(size=original[task].shape))
+        zipped[task] = original[task] + 0.3 * noise + 0.2
+    return Problem(networks, by_rows, by_columns, original, zipped)
+
+
+def with_one(x: Tensor, bias: bool) -> np.ndarray:
+    rows = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1) if bias else x
+    found: np.ndarray = rows.numpy()
+    return found
+
+
+def damped(rows: np.ndarray, config: ZipConfig) -> tuple[np.ndarray, float]:
+    second = rows.T @ rows / len(rows)
+    damping = config.fixed_damping * float(np.trace(second)) / len(second)
+    return second + damping * np.eye(len(second)), damping
+
+
+@dataclass
+class Free:
+    """What one task would have without the others: its best matrix, its Hessian, its weight in the sum."""
+
+    matrix: np.ndarray
+    hessian: np.ndarray
+    alpha: float
+
+
+def free(problem: Problem, config: ZipConfig) -> dict[str, Free]:
+    found = {}
+    alphas = problem.weights(config)
+    for task, network in problem.networks.items():
+        (node,) = network.graph.layers
+        prior = network.matrix(node).numpy()
+        fed, read = (with_one(x[task], node.bias is not None) for x in (problem.zipped, problem.original))
+        if config.method == "paper":
+            found[task] = Free(prior.copy(), damped(read, config)[0], alphas[task])
+            continue
+        hessian, damping = damped(fed, config)
+        target = (read @ prior.T).T @ fed / len(fed) + damping * prior
+        matrix = np.linalg.solve(hessian, target.T).T
+        found[task] = Free(matrix, hessian, alphas[task])
+    return found
+
+
+def expected_fit(problem: Problem, config: ZipConfig) -> tuple[dict[str, np.ndarray], float]:
+    """Every run of rows by the normal equations of all its unknowns at once, ``Σ α Eᵀ H E z = Σ α Eᵀ H s``.
+
+    ``E`` says which unknown each task's weight is: columns that two of the run's owners share are one unknown.
+    """
+    alone = free(problem, config)
+    matrices = {task: part.matrix.copy() for task, part in alone.items()}
+    cost = 0.0
+    for run in problem.rows.runs:
+        if len(run.owners) < 2:
+            continue
+        unknown = unknowns(problem, run)
+        count = 1 + max(int(index.max()) for index in unknown.values())
+        selections = {task: np.eye(count)[index] for task, index in unknown.items()}
+        if config.method == "paper":  # what no other owner has stays as it is
+            numbers = np.concatenate([np.unique(index) for index in unknown.values()])
+            common = np.flatnonzero(np.bincount(numbers, minlength=count) > 1)
+            own = {task: ~np.isin(index, common) for task, index in unknown.items()}
+        else:
+            own = {task: np.zeros(len(index), dtype=bool) for task, index in unknown.items()}
+        normal, right = np.zeros((count, count)), np.zeros((count, run.size))
+        for task, selection in selections.items():
+            hessian = alone[task].hessian.copy()
+            hessian[own[task]], hessian[:, own[task]] = 0, 0
+            weights = alone[task].matrix[run.places[task]]
+            normal += alone[task].alpha * selection.T @ hessian @ selection
+            right += alone[task].alpha * selection.T @ hessian @ weights.T
+        solution = np.linalg.lstsq(normal, right, rcond=None)[0].T
+        for task, index in unknown.items():
+            weights = np.where(own[task], alone[task].matrix[run.places[task]], solution[:, index])
+            change = weights - matrices[task][run.places[task]]
+            cost += 0.5 * alone[task].alpha * float(np.einsum("oi,ij,oj->", change, alone[task].hessian, change))
+            matrices[task][run.places[task]] = weights
+    return matrices, cost
+
+
+def unknowns(problem: Problem, run: Run) -> dict[str, np.ndarray]:
+    """Which unknown each column of each owner is."""
+    inputs = {task: problem.networks[task].columns(problem.networks[task].graph.layers[0]) for task in run.owners}
+    index = {task: np.full(size, -1) for task, size in inputs.items()}
+    count = 0
+    for part in problem.columns.runs:
+        both = [task for task in run.owners if task in part.owners]
+        for task in both:
+            index[task][part.places[task]] = np.arange(count, count + part.size)
+        count += part.size
+    for task in run.owners:  # the bias
+        index[task][index[task] < 0] = count
+    return index
+
+
+MIXED: dict[Owners, int] = {TASKS: 3, ("a", "b"): 2, ("b", "c"): 2, ("a", "c"): 1, ("a",): 2, ("c",): 1}
+COLUMNS: dict[str, dict[Owners, int]] = {
+    "all columns shared": {TASKS: 6},
+    "columns of two of the three": {TASKS: 3, ("a", "b"): 2, ("b", "c"): 1, ("a", "c"): 2},
+    "everything": dict.fromkeys(PATTERNS, 2),
+    "one task has only its own": {("a", "b"): 3, ("a",): 1, ("c",): 4},
+    "nothing shared": {("a",): 3, ("b",): 2, ("c",): 4},
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("examples", [40, 4], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("method", ["paper", "refit"])
+def test_three_tasks_get_the_solution_of_the_joint_normal_equations(
+    method: Method, name: str, examples: int, bias: bool
+) -> None:
+    config = ZipConfig(method=method, damping=0.05, sweeps=0, balance={"a": 0.5, "b": 0.2, "c": 0.3})
+    problem = linear_problem(COLUMNS[name], MIXED, examples, bias)
+    found, cost = problem.fitted(config)
+    expected, expected_cost = expected_fit(problem, config)
+    for task in TASKS:
+        np.testing.assert_allclose(found[task], expected[task], rtol=1e-6, atol=1e-8)
+    assert cost == pytest.approx(expected_cost, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["paper", "refit"])
+def test_what_is_shared_is_equal_and_what_a_row_of_one_task_has_is_its_own(method: Method) -> None:
+    problem = linear_problem(COLUMNS["everything"], MIXED, 40)
+    config = ZipConfig(method=method, sweeps=0)
+    found, _ = problem.fitted(config)
+    alone = free(problem, config)
+    for run in problem.rows.runs:
+        strips = {task: found[task][run.places[task]] for task in run.owners}
+        for part in problem.columns.runs:
+            both = [task for task in run.owners if task in part.owners]
+            for task in both:
+                one, other = (strips[owner][:, part.places[owner]] for owner in (both[0], task))
+                assert np.array_equal(one, other)
+        for task in run.owners:
+            if len(run.owners) == 1:
+                np.testing.assert_allclose(strips[task], alone[task].matrix[run.places[task]], rtol=1e-9, atol=1e-12)
+            assert np.array_equal(strips[task][:, -1], strips[run.owners[0]][:, -1])
+
+
+def relaxed_loss(
+    problem: Problem, found: Mapping[str, np.ndarray], config: ZipConfig, clips: Mapping[str, Clip]
+) -> float:
+    """What the sweeps lower: the squared distance to the nearest targets, damping included."""
+    total = 0.0
+    for task, part in free(problem, config).items():
+        prior = problem.networks[task].matrix(problem.networks[task].graph.layers[0]).numpy()
+        fed, read = with_one(problem.zipped[task], True), with_one(problem.original[task], True)
+        outputs, targets = torch.from_numpy(fed @ found[task].T), torch.from_numpy(read @ prior.T)
+        distance = clips[task].nearest_target(targets, outputs) - outputs
+        drift = damped(fed, config)[1] * ((found[task] - prior) ** 2).sum()
+        total += part.alpha * (float(distance.square().sum()) / len(fed) + float(drift))
+    return total
+
+
+@pytest.mark.parametrize("name", ["everything", "all columns shared"])
+def test_sweeps_never_raise_the_loss_of_three_tasks(name: str) -> None:
+    problem = linear_problem(COLUMNS[name], MIXED, 60)
+    clips = {}
+    for task, network in problem.networks.items():
+        width = len(network.matrix(network.graph.layers[0]))
+        generator = torch.Generator().manual_seed(1)
+        threshold = torch.randn(width, generator=generator, dtype=torch.float64)
+        clips[task] = Clip(threshold, torch.rand(width, generator=generator) > 0.5)
+    losses = []
+    for sweeps in (0, 1, 2, 5):
+        config = ZipConfig(sweeps=sweeps)
+        losses.append(relaxed_loss(problem, problem.fitted(config, clips)[0], config, clips))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+# Convolutions in groups
+
+
+@cache
+def grouped(inputs: int, outputs: int, groups: int, bias: bool, seed: int) -> Network:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layer = nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups, bias=bias)
+        return trace(layer.double(), torch.randn(2, inputs, 5, 4, dtype=torch.float64))
+
+
+def grouped_problem(per_group: tuple[int, int], groups: Sequence[int], bias: bool) -> Problem:
+    """Three convolutions, each with so many groups of so many inputs and outputs; shared rows lie anywhere."""
+    generator = np.random.default_rng(4)
+    inputs, outputs = per_group
+    places = {task: generator.permutation(outputs * count) for task, count in zip(TASKS, groups, strict=True)}
+    shared = {TASKS: slice(0, 3), ("a", "c"): slice(3, 5)}
+    rows = [Run(owners, {task: places[task][part] for task in owners}) for owners, part in shared.items()]
+    rows += [Run((task,), {task: places[task][3 if task == "b" else 5 :]}) for task in TASKS]
+    kernel = np.arange(inputs * 9)
+    networks = {
+        task: grouped(inputs * count, outputs * count, count, bias, seed)
+        for seed, (task, count) in enumerate(zip(TASKS, groups, strict=True))
+    }
+    original = {
+        task: torch.from_numpy(generator.normal(size=(6, inputs * count, 5, 4)))
+        for task, count in zip(TASKS, groups, strict=True)
+    }
+    zipped = {task: x + 0.3 * torch.from_numpy(generator.normal(size=x.shape)) for task, x in original.items()}
+    columns = Arrangement((Run(TASKS, dict.fromkeys(TASKS, kernel)),))
+    return Problem(networks, Arrangement(tuple(rows)), columns, original, zipped)
+
+
+def expected_grouped_fit(
+    problem: Problem, config: ZipConfig, groups: Sequence[int]
+) -> tuple[dict[str, np.ndarray], float]:
+    """Row by row, each with the Hessian of the group that it reads."""
+    matrices, hessians, alphas = {}, {}, problem.weights(config)
+    for task, count in zip(TASKS, groups, strict=True):
+        network = problem.networks[task]
+        (node,) = network.graph.layers
+        prior = network.matrix(node).numpy()
+        per_group = len(prior) // count
+        fed, read = (unfolded(x[task], count, node.bias is not None) for x in (problem.zipped, problem.original))
+        chosen = read if config.method == "paper" else fed
+        damping = config.fixed_damping * float((chosen**2).sum()) / chosen[0].size / count
+        second = [rows.T @ rows / len(rows) for rows in chosen]
+        hessians[task] = [matrix + damping * np.eye(len(matrix)) for matrix in second]
+        matrices[task] = prior.copy()
+        if config.method == "refit":
+            for row, weights in enumerate(prior):
+                hessian, x, x_hat = (part[row // per_group] for part in (hessians[task], read, fed))
+                target = x_hat.T @ (x @ weights) / len(x) + damping * weights
+                matrices[task][row] = np.linalg.solve(hessian, target)
+    cost = 0.0
+    for run in problem.rows.runs:
+        for i in range(run.size if len(run.owners) > 1 else 0):
+            terms = []
+            for task in run.owners:
+                row = int(run.places[task][i])
+                group = row // (len(matrices[task]) // groups[TASKS.index(task)])
+                terms.append((task, row, alphas[task] * hessians[task][group]))
+            left = sum(hessian for _, _, hessian in terms)
+            right = sum(hessian @ matrices[task][row] for task, row, hessian in terms)
+            common = np.linalg.solve(left, right)
+            for task, row, hessian in terms:
+                change = common - matrices[task][row]
+                cost += 0.5 * float(change @ hessian @ change)
+                matrices[task][row] = common
+    return matrices, cost
+
+
+def unfolded(x: Tensor, groups: int, bias: bool) -> np.ndarray:
+    """The rows of each group, [groups, rows, inputs]."""
+    patches = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    split = patches.reshape(len(patches), groups, -1).transpose(0, 1)
+    found: np.ndarray = (torch.cat([split, torch.ones_like(split[..., :1])], dim=2) if bias else split).numpy()
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("per_group", "groups"),
+    [((1, 1), (6, 5, 7)), ((1, 2), (4, 3, 3)), ((2, 3), (3, 2, 2))],
+    ids=["depthwise", "depthwise, two outputs each", "grouped"],
+)
+@pytest.mark.parametrize("method", ["paper", "refit"])
+def test_convolutions_in_groups_are_shared_row_by_row(
+    method: Method, per_group: tuple[int, int], groups: Sequence[int], bias: bool
+) -> None:
+    config = ZipConfig(method=method, damping=0.05, sweeps=0, patches=10_000)
+    problem = grouped_problem(per_group, groups, bias)
+    found, cost = problem.fitted(config)
+    expected, expected_cost = expected_grouped_fit(problem, config, groups)
+    for task in TASKS:
+        np.testing.assert_allclose(found[task], expected[task], rtol=1e-6, atol=1e-8)
+    assert cost == pytest.approx(expected_cost, rel=1e-6)
+
+
+# What the following activation cannot tell apart
+
+
+def normalised(scale: Sequence[float] | None, floor: nn.Module) -> tuple[nn.Sequential, nn.BatchNorm1d]:
+    norm = nn.BatchNorm1d(len(scale) if scale else 4, affine=scale is not None)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.3, 2.0)
+    if scale is not None:
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor(scale))
+        nn.init.normal_(norm.bias)
+    network = nn.Sequential(nn.Linear(5, norm.num_features), norm, floor, nn.Linear(norm.num_features, 2))
+    return network.double().eval(), norm
+
+
+@pytest.mark.parametrize("scale", [(1.5, -0.7, 0.0, 2.0, -3.0, 0.0), None], ids=["affine", "not affine"])
+def test_targets_behind_a_batch_normalisation_are_the_nearest_that_make_the_same(scale: Sequence[float] | None) -> None:
+    network, norm = normalised(scale, nn.ReLU())
+    traced = trace(network, torch.randn(2, 5, dtype=torch.float64))
+    clip = following_clip(traced, traced.graph.layers[0])
+    assert clip is not None
+    width = norm.num_features
+    y, y_hat = (3 * torch.randn(12, width, dtype=torch.float64) for _ in range(2))
+    target = clip.nearest_target(y, y_hat)
+    grid = torch.linspace(-15, 15, 6001, dtype=torch.float64)
+
+    @torch.no_grad()
+    def seen(values: Tensor) -> Tensor:
+        return norm(values).relu()
+
+    everywhere = seen(grid[:, None].expand(-1, width))
+    for neuron in range(width):
+        for target_i, y_i, y_hat_i in zip(target[:, neuron], y[:, neuron], y_hat[:, neuron], strict=True):
+            made = seen(torch.stack([target_i, y_i])[:, None].expand(-1, width))[:, neuron]
+            torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-9)
+            same = grid[(everywhere[:, neuron] - made[1]).abs() < 1e-9]
+            nearest = min([float((value - y_hat_i).abs()) for value in same], default=float("inf"))
+            assert float((target_i - y_hat_i).abs()) <= min(nearest, float((y_i - y_hat_i).abs())) + 1e-9
+
+
+def test_targets_before_a_relu() -> None:
+    traced = trace(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 5))
+    clip = following_clip(traced, traced.graph.layers[0])
+    assert clip is not None
+    y, y_hat = torch.tensor([[-1.0, -1, 2, 0]]), torch.tensor([[-3.0, 5, -1, 2]])
+    assert clip.nearest_target(y, y_hat).tolist() == [[-3, 0, 2, 0]]
+
+
+class Twice(nn.Module):
+    """Something else reads the layer's output, too, or the normalisation's."""
+
+    def __init__(self, behind_norm: bool) -> None:
+        super().__init__()
+        self.layer, self.norm, self.out = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.behind_norm = behind_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        y = self.norm(x)
+        out: Tensor = self.out(y.relu() + (y if self.behind_norm else x))
+        return out
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)),
+        nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)),
+        nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)),
+        nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)),
+        nn.Sequential(nn.Linear(5, 4)),
+        Twice(behind_norm=True),
+        Twice(behind_norm=False),
+    ],
+    ids=["tanh", "norm, tanh", "layer norm", "norm at the end", "at the end", "norm read twice", "layer read twice"],
+)
+def test_nothing_else_is_clipped(network: nn.Module) -> None:
+    traced = trace(network.eval(), torch.randn(2, 5))
+    assert following_clip(traced, traced.graph.layers[0]) is None
+
+
+@pytest.mark.parametrize("positions", [4, 5])
+def test_a_normalisation_of_positions_is_none_of_neurons(positions: int) -> None:
+    """BatchNorm1d normalises the second axis, on which a linear layer's neurons do not lie."""
+    network = nn.Sequential(
+        *(nn.Linear(6, 5), nn.BatchNorm1d(positions), nn.ReLU(), nn.Flatten(), nn.Linear(5 * positions, 3))
+    ).eval()
+    x = torch.randn(30, positions, 6)
+    traced = trace(network, x)
+    assert following_clip(traced, traced.graph.layers[0]) is None
+    other = copy.deepcopy(network)
+    nn.init.normal_(other.get_parameter("0.weight"))
+    zip_networks({"a": network, "b": other}, {"a": x, "b": x}, ZipConfig())

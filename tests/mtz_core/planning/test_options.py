@@ -1,0 +1,177 @@
+"""The states of a neuron group: their counts are those of their members, their damage that of what was done."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtz_core.merging.matching import Matcher, match
+from mtz_core.merging.pairing import Pairing
+from mtz_core.network.narrowing import LEAST
+from mtz_core.planning.dropping import Reader, readers
+from mtz_core.planning.options import STARTS, Options, Path
+from mtz_core.settings import Move
+from mtz_core.zipped.ownership import NOT_A_MEMBER
+from tests.support.fleets import BOTH, CONFIG, FLEETS, droppable, planner, statistics, traced_fleet
+
+on_all_fleets = pytest.mark.parametrize("name", FLEETS)
+
+
+def states(table: Options) -> range:
+    return range(len(table.gone))
+
+
+@pytest.mark.parametrize("moves", [BOTH, ("share",), ("drop",)], ids="+".join)
+@on_all_fleets
+def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> None:
+    networks = traced_fleet(name)
+    for group, table in planner(name, moves).options.items():
+        widths = [network.graph.widths[group] for network in networks.values()]
+        for state in states(table):
+            members = table.members(state)
+            owned = members >= 0
+            assert table.kept[:, state].tolist() == owned.sum(axis=0).tolist()
+            assert table.shared[state] == owned.all(axis=1).sum()
+            assert set(owned.sum(axis=1).tolist()) <= {1, len(networks)}
+            for t, width in enumerate(widths):
+                own = members[owned[:, t], t]
+                assert len(set(own.tolist())) == len(own)
+                assert set(own.tolist()) <= set(range(width))
+        assert (table.path[0], table.gone[0], table.shared[0]) == (0, 0, 0)
+        assert table.kept[:, 0].tolist() == widths
+        assert table.sharing[0] == table.dropping[0] == 0
+
+
+@on_all_fleets
+def test_only_what_is_allowed_is_done(name: str) -> None:
+    networks = traced_fleet(name)
+    for group, table in planner(name).options.items():
+        if group not in droppable(name):
+            assert not table.gone.any()
+        else:
+            assert table.gone.max() > 0
+            assert bool((table.kept >= LEAST).all())
+    for group, table in planner(name, ("share",)).options.items():
+        assert not table.gone.any()
+        assert not table.dropping.any()
+        widths = [network.graph.widths[group] for network in networks.values()]
+        assert bool((table.kept == np.array(widths)[:, None]).all())
+    for table in planner(name, ("drop",)).options.values():
+        assert not table.shared.any()
+        assert not table.sharing.any()
+
+
+@on_all_fleets
+def test_damage_adds_up_along_a_path_and_never_falls_by_dropping(name: str) -> None:
+    for table in planner(name).options.values():
+        for number, path in enumerate(table.paths):
+            own = np.flatnonzero(table.path == number)
+            assert table.gone[own].tolist() == list(range(len(path.order) + 1))
+            assert bool((path.dropping >= 0).all() and (path.sharing >= 0).all())
+            np.testing.assert_allclose(table.dropping[own], np.cumsum([0.0, *path.dropping]))
+            assert bool((np.diff(table.dropping[own]) >= 0).all())
+            assert bool((np.diff(table.sharing[own]) <= 1e-15 + 1e-9 * path.sharing.sum()).all())
+            assert bool((np.diff(table.kept[:, own]) <= 0).all())
+            assert bool((np.diff(table.kept[:, own].sum(axis=0)) < 0).all())
+        np.testing.assert_allclose(table.damage(3.0, 0.5), 3.0 * table.sharing + 0.5 * table.dropping)
+        np.testing.assert_allclose(table.damage(), table.sharing + table.dropping)
+
+
+@on_all_fleets
+def test_the_damage_of_sharing_is_that_of_the_tuples_that_are_left(name: str) -> None:
+    networks, (moments, felt) = traced_fleet(name), statistics(name)
+    matcher = Matcher(networks, moments, CONFIG, felt)
+    pairings = {found.group: found.pairing for found in match(networks, moments, CONFIG, felt)}
+    for group, table in planner(name).options.items():
+        for state in list(states(table))[:: max(1, len(states(table)) // 15)]:
+            members = table.members(state)
+            shared = members[(members >= 0).all(axis=1)]
+            expected = float(matcher.tuple_damages(group, pairings, shared).sum())
+            assert table.sharing[state] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@on_all_fleets
+def test_the_damage_of_dropping_is_that_of_all_the_neurons_that_are_gone(name: str) -> None:
+    """One block of all that goes, out of layers that nothing was taken from yet."""
+    networks, (moments, felt) = traced_fleet(name), statistics(name)
+    planned = planner(name)
+    for group, table in planned.options.items():
+        if group not in droppable(name):
+            continue
+        found: list[Sequence[Reader]] = [
+            readers(network, group, moments[task], felt[task], CONFIG.fixed_damping)
+            for task, network in networks.items()
+        ]
+        for state in list(states(table))[:: max(1, len(states(table)) // 9)]:
+            members = table.members(state)
+            expected = 0.0
+            for t, network in enumerate(networks.values()):
+                lost = np.setdiff1d(np.arange(network.graph.widths[group]), members[:, t])
+                if len(lost):
+                    expected += sum(reader.copy().drop(torch.from_numpy(lost)) for reader in found[t])
+            assert table.dropping[state] == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+@on_all_fleets
+def test_everything_can_be_shared_and_every_start_drops_as_much_as_it_may(name: str) -> None:
+    networks, (moments, felt) = traced_fleet(name), statistics(name)
+    counts = Matcher(networks, moments, CONFIG, felt).counts
+    for group, table in planner(name).options.items():
+        most = counts[group]
+        untouched = set(table.shared[table.gone == 0].tolist())
+        assert {round(start * most) for start in STARTS} <= untouched <= set(range(most + 1))
+        assert set(planner(name, ("share",)).options[group].shared.tolist()) == untouched
+        if group in droppable(name):
+            for start in STARTS:
+                shared = [int((path.units >= 0).all(axis=1).sum()) for path in table.paths]
+                number = shared.index(round(start * most))
+                assert table.kept[:, table.path == number].min() == LEAST
+
+
+@on_all_fleets
+def test_shares_between_the_starts_are_the_cheapest_tuples_of_all(name: str) -> None:
+    for table in planner(name, ("share",)).options.values():
+        whole = table.paths[-1]
+        most = int((whole.units >= 0).all(axis=1).sum())
+        costs = np.sort(whole.sharing[:most])
+        for path in table.paths:
+            count = int((path.units >= 0).all(axis=1).sum())
+            if count not in {round(start * most) for start in STARTS}:
+                assert path.sharing.sum() == pytest.approx(costs[:count].sum(), rel=1e-9, abs=1e-15)
+
+
+def test_pairs_at_the_starts_cost_no_more_than_the_cheapest_of_all() -> None:
+    for table in planner("two mlps", ("share",)).options.values():
+        costs = np.cumsum([0.0, *np.sort(table.paths[-1].sharing)])
+        for path in table.paths:
+            count = int((path.units >= 0).all(axis=1).sum())
+            assert path.sharing.sum() <= costs[count] * (1 + 1e-9)
+
+
+# Paths drawn at random
+
+
+@given(st.integers(1, 4), st.lists(st.integers(0, 3), min_size=1, max_size=3), st.integers(0, 999))
+def test_states_of_any_path_are_what_their_members_say(shared: int, own: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    tasks = tuple("abc"[: len(own)])
+    widths = [shared + extra for extra in own]
+    tuples = np.stack([generator.permutation(width)[:shared] for width in widths], axis=1)
+    units = Pairing.from_tuples(tasks, widths, tuples).members
+    sharing = np.where((units >= 0).all(axis=1), generator.random(len(units)), 0.0)
+    order = generator.permutation(len(units))[: generator.integers(0, len(units) + 1)]
+    path = Path(units, sharing, order, generator.random(len(order)))
+    table = Options.along([path, path])
+    assert table.path.tolist() == [0] * (len(order) + 1) + [1] * (len(order) + 1)
+    for state in states(table):
+        gone = int(table.gone[state])
+        left = [unit for unit in range(len(units)) if unit not in order[:gone].tolist()]
+        members = units[left]
+        assert np.array_equal(table.members(state), members)
+        assert table.kept[:, state].tolist() == (members != NOT_A_MEMBER).sum(axis=0).tolist()
+        assert table.shared[state] == (members != NOT_A_MEMBER).all(axis=1).sum()
+        assert table.sharing[state] == pytest.approx(sharing[left].sum())
+        assert table.dropping[state] == pytest.approx(path.dropping[:gone].sum())

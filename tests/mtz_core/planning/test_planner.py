@@ -1,0 +1,287 @@
+"""Plans fit their budgets, do little damage compared with every other plan, and are what merging makes of them."""
+
+import itertools
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mtz_core
+from mtz_core import ZippedNetwork
+from mtz_core.errors import InvalidConfig
+from mtz_core.merging.walk import finish, merge
+from mtz_core.network.narrowing import LEAST
+from mtz_core.planning.planner import NEVER, Plan, Planner
+from mtz_core.settings import Move
+from mtz_core.statistics.calibration import as_batches
+from tests.support.fleets import BOTH, CONFIG, EXAMPLES, FLEETS, droppable, planner, statistics, traced_fleet
+
+on_all_fleets = pytest.mark.parametrize("name", FLEETS)
+on_some_fleets = pytest.mark.parametrize("name", ["two mlps", "other widths and classes", "lenet-5", "residual"])
+SIZES = (0.75, 0.5)
+
+
+def possible(own: Planner, size: float) -> bool:
+    return own.least_bytes <= size * own.original_bytes
+
+
+def size_of(own: Planner, stored: int) -> float:
+    """The budget for so many bytes, a little more to make up for rounding."""
+    return (stored + 0.5) / own.original_bytes
+
+
+@cache
+def planned(name: str, size: float = 0.5) -> Plan:
+    """The plan for a size, or for the least that is possible."""
+    own = planner(name)
+    return own.plan(max(size, size_of(own, own.least_bytes)))
+
+
+@cache
+def merged(name: str) -> ZippedNetwork:
+    plan = planned(name)
+    batches = {task: as_batches(x, task) for task, x in FLEETS[name].examples(EXAMPLES).items()}
+    steps = merge(traced_fleet(name), plan.pairings, batches, CONFIG, keep=plan.keep, felt=statistics(name)[1])
+    return finish(steps)
+
+
+def counts(plan: Plan) -> tuple[list[dict[str, int]], dict[str, int]]:
+    kept = [{group: len(neurons) for group, neurons in own.items()} for own in plan.keep.values()]
+    return kept, {group: pairing.shared for group, pairing in plan.pairings.items()}
+
+
+@on_all_fleets
+def test_a_plan_fits_its_budget_and_says_how_many_bytes_it_stores(name: str) -> None:
+    own = planner(name)
+    for size in SIZES:
+        plan = planned(name, size)
+        assert plan.bytes <= max(size * own.original_bytes, own.least_bytes)
+        assert plan.bytes == own.sizes.stored(*counts(plan))
+        assert plan.damage == sum(plan.sharing.values()) + sum(plan.dropping.values())
+        assert all(value >= -1e-15 for value in (*plan.sharing.values(), *plan.dropping.values()))
+
+
+@on_all_fleets
+def test_no_unit_can_be_taken_back(name: str) -> None:
+    """No state of any group that does less damage fits: not even one unit more."""
+    own = planner(name)
+    for size in SIZES:
+        plan = planned(name, size)
+        budget = max(size * own.original_bytes, own.least_bytes)
+        kept, shared = counts(plan)
+        for group, table in own.options.items():
+            damage = plan.sharing[group] + plan.dropping[group]
+            better = table.damage() < damage * (1 - 1e-9) - 1e-12
+            others = [{**mine, group: column[better]} for mine, column in zip(kept, table.kept, strict=True)]
+            around = own.sizes.around(group, others, {**shared, group: table.shared[better]})
+            more = around - own.sizes.around(group, kept, shared)
+            assert bool((plan.bytes + more > budget).all())
+
+
+@on_all_fleets
+def test_larger_budgets_do_no_more_damage(name: str) -> None:
+    damages = [planned(name, size).damage for size in (*sorted(SIZES), 1.0)]
+    assert all(after <= before * 1.02 for before, after in itertools.pairwise(damages))
+    assert damages[-1] == pytest.approx(0, abs=1e-12)
+
+
+@on_all_fleets
+def test_who_keeps_what_is_written_down_without_contradictions(name: str) -> None:
+    plan, networks = planned(name), traced_fleet(name)
+    assert tuple(plan.keep) == tuple(networks)
+    for group, pairing in plan.pairings.items():
+        assert pairing.tasks == tuple(networks)
+        for t, (task, network) in enumerate(networks.items()):
+            kept = plan.keep[task][group]
+            assert np.array_equal(kept, np.unique(kept))
+            assert kept.min() >= 0
+            assert kept.max() < network.graph.widths[group]
+            if group not in droppable(name):
+                assert len(kept) == network.graph.widths[group]
+            assert len(kept) >= min(LEAST, network.graph.widths[group])
+            column = pairing.members[:, t]
+            assert np.array_equal(np.sort(column[column >= 0]), np.arange(len(kept)))
+
+
+@on_some_fleets
+def test_plans_with_one_move_do_nothing_else(name: str) -> None:
+    networks, size = traced_fleet(name), 0.7
+    drop, share = planner(name, ("drop",)), planner(name, ("share",))
+    plan = drop.plan(max(size, size_of(drop, drop.least_bytes)))
+    assert not any(pairing.shared for pairing in plan.pairings.values())
+    assert not any(plan.sharing.values())
+    plan = share.plan(max(size, size_of(share, share.least_bytes)))
+    assert not any(plan.dropping.values())
+    for task, network in networks.items():
+        assert {group: len(kept) for group, kept in plan.keep[task].items()} == {
+            group.name: network.graph.widths[group.name] for group in network.graph.hidden_groups
+        }
+
+
+@on_some_fleets
+def test_a_move_that_is_never_worth_it_is_made_only_where_it_costs_nothing(name: str) -> None:
+    own = planner(name)
+    if own.reaches(0.7, "drop"):
+        assert sum(own.plan(0.7, sharing=NEVER).sharing.values()) == pytest.approx(0, abs=1e-12)
+    if own.reaches(0.7, "share"):
+        assert sum(own.plan(0.7, dropping=NEVER).dropping.values()) == pytest.approx(0, abs=1e-12)
+
+
+@on_all_fleets
+def test_the_plan_of_doing_nothing_stores_the_originals(name: str) -> None:
+    own = planner(name)
+    plan = own.whole()
+    assert plan.bytes == own.original_bytes == sum(network.bytes for network in traced_fleet(name).values())
+    assert plan.damage == 0
+    assert plan.same(own.whole())
+    assert not plan.same(planned(name))
+    assert not any(pairing.shared for pairing in plan.pairings.values())
+
+
+@pytest.mark.parametrize("moves", [BOTH, ("share",), ("drop",)], ids="+".join)
+@pytest.mark.parametrize("name", ["other widths and classes", "lenet-5", "layer norm"])
+def test_impossible_budgets_are_refused_with_the_least_possible_size(name: str, moves: tuple[Move, ...]) -> None:
+    own = planner(name, moves)
+    with pytest.raises(InvalidConfig, match=r"budget\.size: 0\.001 is impossible") as caught:
+        own.plan(0.001)
+    (told,) = re.findall(r"\(([\d,]+)\)", str(caught.value))
+    least = int(told.replace(",", ""))
+    assert least == own.least_bytes
+    assert own.plan(size_of(own, least)).bytes == least
+    with pytest.raises(InvalidConfig):
+        own.plan(size_of(own, least - 1))
+
+
+@pytest.mark.parametrize("move", BOTH)
+@on_all_fleets
+def test_what_can_be_reached_by_one_move_alone(name: str, move: Move) -> None:
+    own, alone = planner(name), planner(name, (move,))
+    for size in np.linspace(0.05, 1, 20):
+        assert own.reaches(float(size), move) == possible(alone, float(size))
+
+
+# Against all plans
+
+
+def least_damage(own: Planner, size: float) -> float:
+    """The least damage of all pairs of states of two groups that fit."""
+    (first, one), (second, two) = own.options.items()
+    tasks = range(len(own.tasks))
+    rows, columns = np.arange(len(one.gone))[:, None], np.arange(len(two.gone))[None]
+    kept = [{first: one.kept[t][rows], second: two.kept[t][columns]} for t in tasks]
+    start = [{first: int(one.kept[t, 0]), second: int(two.kept[t, 0])} for t in tasks]
+    nothing = {first: 0, second: 0}
+    alone = [{first: start[t][first], second: two.kept[t][columns]} for t in tasks]
+    shared = {first: one.shared[rows], second: two.shared[columns]}
+    fixed = {first: 0, second: two.shared[columns]}
+    stored = own.sizes.stored(start, nothing)
+    stored = stored + own.sizes.around(second, alone, fixed) - own.sizes.around(second, start, nothing)
+    stored = stored + own.sizes.around(first, kept, shared) - own.sizes.around(first, alone, fixed)
+    for i, j in ((0, 0), (3, 7), (len(one.gone) - 1, 5)):
+        both = [{first: int(one.kept[t, i]), second: int(two.kept[t, j])} for t in tasks]
+        assert own.sizes.stored(both, {first: int(one.shared[i]), second: int(two.shared[j])}) == stored[i, j]
+    damage = one.damage()[:, None] + two.damage()[None]
+    return float(damage[stored <= size * own.original_bytes].min())
+
+
+@pytest.mark.parametrize("name", ["two mlps", "other widths and classes", "layer norm"])
+def test_a_plan_does_hardly_more_damage_than_the_best_of_all(name: str) -> None:
+    own = planner(name)
+    assert len(own.options) == 2
+    excess = []
+    for size in np.linspace(1.02 * own.least_bytes / own.original_bytes, 0.97, 8):
+        found, best = own.plan(float(size)).damage, least_damage(own, float(size))
+        assert found >= best * (1 - 1e-9)
+        excess.append(found / max(best, 1e-12))
+    assert max(excess) < 1.15
+    assert np.mean(excess) < 1.03
+
+
+# Merged
+
+
+@on_all_fleets
+def test_a_merged_plan_has_its_bytes(name: str) -> None:
+    plan, zipped = planned(name), merged(name)
+    assert zipped.report.stored_bytes == plan.bytes
+    assert zipped.report.original_bytes == planner(name).original_bytes
+    shared = {group: int((members >= 0).all(axis=1).sum()) for group, members in zipped.structure.members.items()}
+    assert shared == {group: pairing.shared for group, pairing in plan.pairings.items()}
+
+
+@on_all_fleets
+def test_one_task_alone_is_narrower_and_computes_the_same(name: str) -> None:
+    zipped, plan = merged(name), planned(name)
+    examples = FLEETS[name].examples(5)
+    for task, network in traced_fleet(name).items():
+        plain, x = zipped.network(task), examples[task]
+        expected = zipped(x, task)
+        assert bool(torch.isfinite(expected).all())
+        torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
+        lost = sum(network.graph.widths[group] - len(kept) for group, kept in plan.keep[task].items())
+        assert lost > 0
+        fewer = sum(tensor.numel() for tensor in plain.state_dict().values())
+        assert fewer < sum(tensor.numel() for tensor in network.state.values())
+
+
+@on_all_fleets
+def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
+    zipped = merged(name)
+    zipped.save(tmp_path / "first")
+    again = mtz_core.load(tmp_path / "first")
+    again.save(tmp_path / "second")
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+    assert again.report == zipped.report
+    for task, x in FLEETS[name].examples(5).items():
+        assert torch.equal(again(x, task), zipped(x, task))
+
+
+@on_all_fleets
+def test_taking_a_task_out_changes_no_other(name: str, tmp_path: Path) -> None:
+    zipped, examples = merged(name), FLEETS[name].examples(5)
+    networks = traced_fleet(name)
+    for task in zipped.tasks:
+        left = zipped.without(task)
+        rest = [other for other in networks if other != task]
+        assert left.tasks == tuple(rest)
+        assert all(torch.equal(left(examples[other], other), zipped(examples[other], other)) for other in rest)
+        assert left.report.original_bytes == sum(networks[other].bytes for other in rest)
+        assert left.report.stored_bytes == sum(t.numel() * t.element_size() for t in left.tensors().values())
+        left.save(tmp_path / task)
+        again = mtz_core.load(tmp_path / task)
+        assert all(torch.equal(again(examples[other], other), left(examples[other], other)) for other in rest)
+
+
+@pytest.mark.parametrize("name", ["two mlps", "other widths and classes"])
+def test_the_order_of_the_tasks_makes_no_difference(name: str) -> None:
+    networks, (moments, felt) = traced_fleet(name), statistics(name)
+    reversed_tasks = sorted(networks, reverse=True)
+    other = Planner(
+        {task: networks[task] for task in reversed_tasks},
+        {task: moments[task] for task in reversed_tasks},
+        {task: felt[task] for task in reversed_tasks},
+        FLEETS[name].examples(4),
+        CONFIG,
+        BOTH,
+    )
+    plan, expected = other.plan(0.5), planned(name, 0.5)
+    assert plan.same(expected)
+    assert (plan.bytes, plan.sharing, plan.dropping) == (expected.bytes, expected.sharing, expected.dropping)
+
+
+@on_all_fleets
+def test_stepping_back_undoes_the_groups_that_do_most_damage_first(name: str) -> None:
+    own, plan = planner(name), planned(name)
+    whole = own.whole()
+    damage = {group: plan.sharing[group] + plan.dropping[group] for group in plan.pairings}
+    hurt = sorted((group for group in damage if damage[group] > 0), key=lambda group: -damage[group])
+    steps = list(own.stepped_back(plan, whole))
+    assert [names for names, _ in steps] == [", ".join(hurt[:count]) for count in range(1, len(hurt))]
+    for count, (_, step) in enumerate(steps, start=1):
+        assert step.bytes == own.sizes.stored(*counts(step))
+        assert step.damage == pytest.approx(sum(damage[group] for group in hurt[count:]))
+        assert all(step.sharing[group] == step.dropping[group] == 0 for group in hurt[:count])

@@ -1,0 +1,282 @@
+"""Spending a budget: sizes, verified plans, floors."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtz_core import Budget, MtzError, RetrainConfig, Validation, ZipConfig, ZippedNetwork, zip_networks
+from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.network.tracing import trace
+from mtz_core.planning.search import FloorSearch, FloorStep, Spender
+from mtz_core.settings import Move
+from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.sensitivity import sensitivities
+from tests.support.networks import mlp
+
+CLASSES = 3
+
+
+def networks(tasks: tuple[str, ...] = ("a", "b"), related: bool = False) -> dict[str, nn.Module]:
+    torch.manual_seed(1)
+    found: dict[str, nn.Module] = {}
+    ancestor = mlp((16, 12), CLASSES)
+    for task in tasks:
+        network = mlp((16, 12), CLASSES)
+        if related:
+            network.load_state_dict(
+                {
+                    name: value if name.startswith("4") else value + 0.02 * torch.randn_like(value)
+                    for name, value in {**ancestor.state_dict(), **last(network)}.items()
+                }
+            )
+        found[task] = network.eval()
+    return found
+
+
+def last(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in network.state_dict().items() if name.startswith("4")}
+
+
+def images(tasks: Mapping[str, object], count: int = 120, seed: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {task: torch.randn(count, 12, generator=generator) for task in tasks}
+
+
+def spender(found: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], config: ZipConfig) -> Spender:
+    batches = {task: as_batches(x, task) for task, x in calibration.items()}
+    traced = {task: trace(network, batches[task][0]) for task, network in found.items()}
+    moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
+    felt = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
+    assert isinstance(config.share, Budget)
+    return Spender(traced, moments, felt, batches, config, config.share)
+
+
+def stored(zipped: ZippedNetwork) -> float:
+    return zipped.report.stored_bytes / zipped.report.original_bytes
+
+
+@pytest.mark.parametrize("size", [0.2, 0.35, 0.6, 0.9])
+@pytest.mark.parametrize("moves", [("share", "drop"), ("drop",)])
+def test_a_size_is_kept_and_nearly_used_up(size: float, moves: tuple[Move, ...]) -> None:
+    found = networks()
+    zipped = zip_networks(found, images(found), ZipConfig(share=Budget(size=size, moves=moves), sweeps=1))
+    assert size - 0.05 < stored(zipped) <= size
+    for task in found:
+        assert zipped(images(found)[task][:3], task).shape == (3, CLASSES)
+
+
+def test_the_whole_size_gives_back_the_originals() -> None:
+    found = networks()
+    zipped = zip_networks(found, images(found), ZipConfig(share=Budget(size=1.0)))
+    for task, network in found.items():
+        x = images(found)[task]
+        assert torch.equal(zipped(x, task), network(x))
+
+
+def test_equal_networks_cost_the_bytes_of_one_and_no_accuracy() -> None:
+    found = networks(("a",))
+    twice = {"a": found["a"], "b": found["a"]}
+    calibration = {"a": images(found)["a"], "b": images(found)["a"]}
+    zipped = zip_networks(twice, calibration, ZipConfig(share=Budget(size=0.62)))
+    for task in twice:
+        torch.testing.assert_close(zipped(calibration[task], task), found["a"](calibration[task]))
+
+
+def test_the_same_input_gives_the_same_bytes_whatever_the_order() -> None:
+    found = networks()
+    config = ZipConfig(share=Budget(size=0.4), sweeps=1)
+    one = zip_networks(found, images(found), config)
+    backwards = dict(reversed(found.items()))
+    other = zip_networks(backwards, dict(reversed(images(found).items())), config)
+    assert one.tensors().keys() == other.tensors().keys()
+    assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+@pytest.mark.parametrize("related", [False, True])
+@pytest.mark.parametrize("size", [0.25, 0.4, 0.6])
+def test_the_best_plan_is_behind_neither_move_alone_on_held_out_data(related: bool, size: float) -> None:
+    found = networks(("a", "b", "c"), related)
+    trials = list(spender(found, images(found), ZipConfig(share=Budget(size=size), sweeps=1)).trials(size))
+    by_name = {trial.name: sum(trial.loss.values()) for trial in trials}
+    assert "drop only" in by_name and len(by_name) > 1
+    assert ("share only" in by_name) == (size >= 0.4)
+    assert all(trial.plan.bytes <= size * 3 * 4 * sum(p.numel() for p in found["a"].parameters()) for trial in trials)
+
+
+def test_related_networks_share_and_unrelated_ones_drop() -> None:
+    for related in (True, False):
+        found = networks(("a", "b", "c", "d"), related)
+        trials = list(spender(found, images(found), ZipConfig(share=Budget(size=0.25), sweeps=1)).trials(0.25))
+        best = min(trials, key=lambda trial: sum(trial.loss.values()))
+        assert (sum(pairing.shared for pairing in best.plan.pairings.values()) >= 12) == related
+
+
+def test_one_move_alone_is_taken_at_its_word() -> None:
+    found = networks()
+    dropped = spender(found, images(found), ZipConfig(share=Budget(size=0.5, moves=("drop",))))
+    plan = dropped.best(0.5)
+    assert all(pairing.shared == 0 for pairing in plan.pairings.values())
+    shared = spender(found, images(found), ZipConfig(share=Budget(size=0.8, moves=("share",))))
+    plan = shared.best(0.8)
+    assert all(
+        len(kept) == width for own in plan.keep.values() for kept, width in zip(own.values(), (16, 12), strict=True)
+    )
+
+
+def test_the_published_method_spends_a_budget_by_sharing() -> None:
+    found = networks()
+    zipped = zip_networks(found, images(found), ZipConfig(method="paper", share=Budget(size=0.8, moves=("share",))))
+    assert stored(zipped) <= 0.8
+    with pytest.raises(InvalidConfig, match="does not drop"):
+        ZipConfig(method="paper", share=Budget(size=0.8))
+
+
+@pytest.mark.parametrize("moves", [("share", "drop"), ("drop",), ("share",)])
+def test_an_impossible_size_is_refused_with_the_least_one(moves: tuple[Move, ...]) -> None:
+    found = networks()
+    with pytest.raises(InvalidConfig, match=r"the least that these networks can be stored in is 0\.\d+ of their bytes"):
+        zip_networks(found, images(found), ZipConfig(share=Budget(size=0.01, moves=moves)))
+
+
+def test_too_few_examples_to_hold_some_out_are_refused() -> None:
+    found = networks()
+    with pytest.raises(InvalidCalibration, match="Give at least 5"):
+        zip_networks(found, images(found, 4), ZipConfig(share=Budget(size=0.5)))
+
+
+# --- floors ---
+
+LIGHT = RetrainConfig(iterations=20, batch_size=32, validate_every=10)
+
+
+def labelled(found: Mapping[str, nn.Module], metric: str = "error") -> dict[str, Validation]:
+    """Validation data of which the originals get all but a few right."""
+    validation = {}
+    for task, x in images(found, 200, seed=9).items():
+        labels = found[task](x).argmax(dim=1)
+        labels[:10] = (labels[:10] + 1) % CLASSES
+        validation[task] = Validation(x, labels, metric)
+    return validation
+
+
+def search(found: Mapping[str, nn.Module], floor: float | dict[str, float], **budget: object) -> list[FloorStep]:
+    config = ZipConfig(share=Budget(floor=floor, **budget), sweeps=1)  # type: ignore[arg-type]
+    calibration = images(found)
+    steps = FloorSearch(spender(found, calibration, config), found, calibration, labelled(found), LIGHT).steps()
+    return list(steps)
+
+
+def lost(zipped: ZippedNetwork, found: Mapping[str, nn.Module], task: str) -> float:
+    """Points by which the error rises, counted example by example."""
+    data = labelled(found)[task]
+    wrong = [
+        int(run(data.examples).argmax(dim=1).ne(data.labels).sum()) for run in (partial(zipped, task=task), found[task])
+    ]
+    return 100 * (wrong[0] - wrong[1]) / len(data.labels)
+
+
+@pytest.mark.parametrize("floor", [0.0, 2.0, 10.0])
+def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
+    found = networks()
+    config = ZipConfig(share=Budget(floor=floor), sweeps=1)
+    zipped = zip_networks(found, images(found), config, validation=labelled(found), retraining=LIGHT)
+    for task in found:
+        assert lost(zipped, found, task) <= floor
+
+
+def test_every_step_says_what_it_lost_and_a_lower_floor_never_stores_less() -> None:
+    found = networks()
+    sizes = []
+    for floor in (1.0, 5.0, 20.0):
+        steps = search(found, floor)
+        assert steps[0].size == 1.0 and steps[0].kept and set(steps[0].lost.values()) == {0.0}
+        for step in steps:
+            assert step.kept == all(points <= floor + 1e-9 for points in step.lost.values())
+            for task in found:
+                assert step.lost[task] == pytest.approx(lost(step.zipped, found, task))
+        sizes.append(min(step.size for step in steps if step.kept))
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_each_task_has_its_own_floor() -> None:
+    found = networks()
+    step = min((s for s in search(found, {"a": 30.0, "b": 0.0}) if s.kept), key=lambda s: s.size)
+    assert step.lost["b"] <= 0.0 and step.lost["a"] <= 30.0
+
+
+def test_validation_data_belong_to_floors() -> None:
+    found = networks()
+    with pytest.raises(InvalidConfig, match="needs validation data"):
+        zip_networks(found, images(found), ZipConfig(share=Budget(floor=1.0)))
+    with pytest.raises(InvalidConfig, match="needs validation data"):
+        zip_networks(found, images(found), validation=labelled(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: {"a": data["a"]}, "validation data are given for"),
+        (lambda data: {**data, "c": data["a"]}, "validation data are given for"),
+        (lambda data: {**data, "a": replace(data["a"], metric="accuracy")}, "metric of 'a', 'accuracy', is unknown"),
+        (lambda data: {**data, "a": replace(data["a"], labels=data["a"].labels + 2)}, "labels of 'a' go from"),
+        (lambda data: {**data, "a": replace(data["a"], labels=data["a"].labels[:-1])}, "199 labels for 200 examples"),
+    ],
+    ids=["missing", "unknown task", "unknown metric", "out of range", "too few labels"],
+)
+def test_validation_data_that_cannot_be_are_refused_before_work(change, message: str) -> None:
+    found = networks()
+    with pytest.raises(MtzError, match=message):
+        zip_networks(found, images(found), ZipConfig(share=Budget(floor=1.0)), validation=change(labelled(found)))
+
+
+def test_floors_name_the_tasks() -> None:
+    found = networks()
+    with pytest.raises(InvalidConfig, match=r"budget\.floor: names \['a'\], but the tasks are"):
+        search(found, {"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give either size"),
+        ({"size": 0.5, "floor": 1.0}, "give either size"),
+        ({"size": 0.0}, "budget.size"),
+        ({"size": 1.5}, "budget.size"),
+        ({"size": float("nan")}, "budget.size"),
+        ({"floor": -1.0}, "budget.floor"),
+        ({"floor": {"a": "much"}}, "budget.floor"),
+        ({"size": 0.5, "moves": ()}, "budget.moves"),
+        ({"size": 0.5, "moves": ("merge",)}, "budget.moves"),
+        ({"size": 0.5, "moves": "drop"}, "budget.moves"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        Budget(**settings)  # type: ignore[arg-type]
+
+
+# --- few data ---
+
+
+def test_damping_chosen_by_held_out_data_does_better_where_data_are_few() -> None:
+    found = networks(related=True)
+    calibration, fresh = images(found, 14), images(found, 500, seed=77)
+
+    def error(damping: object) -> float:
+        zipped = zip_networks(found, calibration, ZipConfig(damping=damping))  # type: ignore[arg-type]
+        return float(np.mean([float((zipped(x, t) - found[t](x)).detach().square().mean()) for t, x in fresh.items()]))
+
+    assert error("auto") < error(5e-4)
+    assert error("auto") <= 1.05 * min(error(value) for value in (5e-4, 5e-3, 2e-2, 1e-1))
+
+
+def test_too_few_rows_are_told_in_numbers() -> None:
+    found = networks()
+    few = zip_networks(found, images(found, 10)).report.layers
+    assert few[0].few_rows == "a has 10 rows for 13 inputs; b has 10 rows for 13 inputs"
+    assert not any(layer.few_rows for layer in zip_networks(found, images(found, 100)).report.layers)

@@ -1,0 +1,72 @@
+"""A Prefect server, and workers of its pools, for the tests of one process."""
+
+import atexit
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from prefect.context import refresh_global_settings_context
+
+from flows.processes import servers
+from tasks.registry.mlflow_client import _variables
+
+ROOT = Path(__file__).parents[2]
+
+SETTINGS = {
+    # Looked at more often than where nobody waits for it.
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "1",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+}
+
+
+@functools.cache
+def running() -> tuple[str, Path]:
+    """The address of a server that ends with this process, and its home."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtz-prefect-", ignore_cleanup_errors=True)))
+    with _variables({**SETTINGS, "PREFECT_API_URL": ""}):
+        server = stack.enter_context(servers.prefect_server(home))
+    server.wait()
+    return f"{server.url}/api", home
+
+
+@contextmanager
+def used(**variables: str) -> Iterator[Path]:
+    """Let this process, and those that it starts, use the server; give the server's home."""
+    url, home = running()
+    with _variables({**servers.prefect_environment(home), "PREFECT_API_URL": url, **variables}):
+        refresh_global_settings_context()
+        yield home
+    refresh_global_settings_context()
+
+
+@contextmanager
+def pool_worker(pool: str, folder: Path, limit: int = 1) -> Iterator[None]:
+    """A worker as `mtz fleet worker` starts one, in a folder of its own, while the block runs."""
+    (folder / ".mtz").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MTZ_")}
+    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    program = f"from flows.commands.schedule import worker; worker({pool!r}, {limit})"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.1)

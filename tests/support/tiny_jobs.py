@@ -1,0 +1,70 @@
+"""Jobs and flows that do next to nothing, for workers in other processes to import."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.jobs import pool
+from tasks.home import find_home
+
+
+def job(group: str, trail: Path, **settings: Any) -> dict[str, Any]:
+    return {
+        "fleet": "fleet",
+        "kind": "group",
+        "group": group,
+        "fingerprint": f"of {group}",
+        "settings": {"runtime": {"threads": 1}, "trail": str(trail), **settings},
+        "run": "run",
+    }
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Write down that the job begins, and do what its settings say."""
+    settings = job["settings"]
+    begun = Path(settings["trail"]) / f"{job['group']}.{os.getpid()}"
+    first = not list(begun.parent.glob(f"{job['group']}.*"))
+    begun.touch()
+    if settings.get("breaks"):
+        raise ValueError("as asked")
+    if settings.get("dies") and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(settings.get("seconds", 0))
+    return {"group": job["group"], "status": "merged", "home": str(find_home()), "ended": time.time()}
+
+
+@flow(name="tiny-job", persist_result=False)
+def tiny_job(job: dict[str, Any]) -> None:
+    pool.deliver(job, work(job), find_home())  # type: ignore[arg-type]
+
+
+@flow(name="tiny-fleet", persist_result=False)
+def tiny_fleet(trail: str, name: str = "run", seconds: float = 0) -> None:
+    file = Path(trail) / f"{name}.{os.getpid()}"
+    file.touch()
+    time.sleep(seconds)
+
+
+def reports(executor: Any, jobs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each group reported; every job reports once, in the thread that runs them."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def done(job: Any, report: dict[str, Any]) -> None:
+        assert threading.current_thread() is thread
+        assert job["group"] not in found
+        found[job["group"]] = report
+
+    thread = threading.current_thread()
+    executor.run(jobs, done)
+    assert set(found) == {job["group"] for job in jobs}
+    return found
+
+
+@flow(name="fleet", persist_result=False, validate_parameters=False)
+def fleet(executor: Any, jobs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return reports(executor, jobs)

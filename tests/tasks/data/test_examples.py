@@ -1,0 +1,138 @@
+"""Tests of reading examples: both files, both kinds of inputs, samples of them, and what is refused."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tasks.data.examples import InvalidData, read_examples, read_images
+
+
+def tensors(values: np.ndarray) -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
+
+
+def write(path: Path, columns: dict[str, Any], rows: int = 4) -> None:
+    """Write the columns as the file's name says, in batches of some rows."""
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=rows)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=rows)
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((10, 2, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_tensors_are_taken_as_they_are(tmp_path: Path, values: np.ndarray, suffix: str, dtype: str) -> None:
+    given = values.astype(dtype)
+    write(tmp_path / f"train{suffix}", {"input": tensors(given), "label": np.arange(10)})
+    inputs, labels = read_examples(tmp_path, "train")
+    assert inputs.dtype == torch.float32
+    assert torch.equal(inputs, torch.from_numpy(given.astype(np.float32)))
+    assert labels.tolist() == list(range(10))
+    sample, sampled = read_examples(tmp_path, "train", 6, seed=3)
+    assert len(set(sampled.tolist())) == 6
+    assert torch.equal(sample, inputs[sampled])
+    assert torch.equal(read_images(tmp_path, "train", 6, seed=3), sample)
+
+
+def test_images_are_the_same_from_either_file(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 5, 4, 3), dtype=np.uint8)
+    encoded = []
+    for image in pixels:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        encoded.append({"bytes": file.getvalue(), "path": ""})
+    for suffix in (".parquet", ".arrow"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        write(folder / f"test{suffix}", {"image": encoded, "label": np.arange(10)})
+        images = read_images(folder, "test")
+        assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+        assert torch.equal(read_images(folder, "test", 4, seed=1), images[read_examples(folder, "test", 4, seed=1)[1]])
+
+
+def test_labels_need_not_be_there_until_they_are_read(tmp_path: Path, values: np.ndarray) -> None:
+    write(tmp_path / "train.arrow", {"input": tensors(values)})
+    assert read_images(tmp_path, "train").shape == (10, 2, 3)
+    with pytest.raises(InvalidData, match=r"train\.arrow has no column 'label'"):
+        read_examples(tmp_path, "train")
+
+
+def test_only_the_rows_of_a_sample_are_looked_at(tmp_path: Path, values: np.ndarray) -> None:
+    write(tmp_path / "train.arrow", {"input": tensors(values), "label": np.arange(10)})
+    _, labels = read_examples(tmp_path, "train", 3, seed=0)
+    values[np.setdiff1d(np.arange(10), labels)] = np.nan
+    write(tmp_path / "train.arrow", {"input": tensors(values), "label": np.arange(10)})
+    assert read_images(tmp_path, "train", 3, seed=0).isfinite().all()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_no_numbers(tmp_path: Path, values: np.ndarray, suffix: str, bad: float) -> None:
+    values[7, 1, 2] = bad
+    write(tmp_path / f"train{suffix}", {"input": tensors(values)})
+    with pytest.raises(InvalidData, match=rf"train\{suffix}, row 7 has NaN or infinite values"):
+        read_images(tmp_path, "train")
+
+
+PICTURES = pa.array([{"bytes": b"no image", "path": ""}])
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"label": [1]}, "no column 'image' or 'input'"),
+        ({"image": PICTURES, "input": tensors(np.ones((1, 2)))}, "both columns 'image' or 'input'"),
+        ({"image": PICTURES, "label": [1]}, "image 0 is not a readable image"),
+        ({"image": [b"1"], "label": [1]}, "column image is binary"),
+        ({"input": [[1.0, 2.0]], "label": [1]}, "column input is list"),
+        ({"input": tensors(np.ones((1, 2), np.int64)), "label": [1]}, "column input is .*int64"),
+        ({"input": tensors(np.ones((2, 2))), "label": [1, None]}, "labels that are no class numbers"),
+        ({"input": tensors(np.ones((1, 2))), "label": [-1]}, "labels that are no class numbers"),
+        ({"input": tensors(np.ones((1, 2))), "label": [0.5]}, "labels that are no class numbers"),
+        ({"input": tensors(np.ones((1, 2)))[:0], "label": np.arange(0)}, "is empty"),
+    ],
+)
+def test_what_is_not_in_the_layout(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+    for suffix in (".arrow", ".parquet"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        write(folder / f"test{suffix}", columns)
+        with pytest.raises(InvalidData, match=said):
+            read_examples(folder, "test")
+
+
+@pytest.mark.parametrize("column", ["row", "value"])
+def test_tensors_that_are_not_there(tmp_path: Path, column: str) -> None:
+    kind = pa.fixed_shape_tensor(pa.float32(), (2,))
+    storage = pa.array([[1, 2], None] if column == "row" else [[1, 2], [3, None]], pa.list_(pa.float32(), 2))
+    write(tmp_path / "test.arrow", {"input": pa.ExtensionArray.from_storage(kind, storage)})
+    with pytest.raises(InvalidData, match="without a value"):
+        read_images(tmp_path, "test")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, values: np.ndarray) -> None:
+    with pytest.raises(InvalidData, match=r"test\.parquet: there is no such file, and no test\.arrow either"):
+        read_images(tmp_path, "test")
+    write(tmp_path / "whole.arrow", {"input": tensors(values)})
+    for suffix in (".arrow", ".parquet"):
+        (tmp_path / f"test{suffix}").write_bytes((tmp_path / "whole.arrow").read_bytes()[:-100])
+        with pytest.raises(InvalidData, match=rf"test\{suffix} cannot be read"):
+            read_images(tmp_path, "test")
+        (tmp_path / f"test{suffix}").rename(tmp_path / f"broken{suffix}")
+    (tmp_path / "whole.parquet").write_bytes(b"")
+    with pytest.raises(InvalidData, match=r"whole\.parquet and whole\.arrow are both there"):
+        read_images(tmp_path, "whole")

@@ -1,0 +1,301 @@
+"""Tests of the door to MLflow, with a real registry and a real S3: what is registered, once, and what a kill leaves."""
+
+import dataclasses
+import os
+import pickle
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mtz_core
+from tasks.registry import mlflow_client, publish
+from tasks.registry.mlflow_client import TrackingError
+from tasks.registry.release import Release
+from tasks.storage.s3 import Storage
+from tests.tasks.conftest import Place, Registry
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def release(zipped: Path, request: pytest.FixtureRequest) -> Release:
+    """A release under a model name of this test's own."""
+    return Release(
+        group="group",
+        model=request.node.name,
+        content_digest="c" * 64,
+        network=zipped,
+        sources={"a": "1" * 64, "b": "2" * 64},
+        data={"a": "3" * 64, "b": "4" * 64},
+        data_paths={"a": "data/a", "b": "data/b"},
+        tags={"mtz.source.a": "1" * 64, "mtz.params": "5" * 64},
+        parameters={"retrain.iterations": 20, "match.balance": None},
+        metrics={"a/error_original": 1.5, "stored/parameters": 10},
+        layers=[{"layer": "1", "kind": "Linear", "shared": 12, "cost": 0.25}],
+        learning_curve=[{"step": 0, "a/validation_loss": 2.0}, {"step": 10, "a/validation_loss": 1.0}],
+        files={"plots/layers.csv": b"layer,shared\n", "dvc.lock": b"stages: {}\n"},
+    )
+
+
+@pytest.fixture
+def client(registry: Registry, home: Path) -> Any:
+    return mlflow_client._client(registry, home)
+
+
+def versions(client: Any, model: str) -> list[int]:
+    return [int(version.version) for version in client.search_model_versions(f"name = '{model}'")]
+
+
+def statuses(client: Any, registry: Registry, release: Release) -> list[str]:
+    experiments = [e.experiment_id for e in client.search_experiments() if e.name.startswith(registry.experiment)]
+    runs = client.search_runs(experiments, f"tags.`mtz.group` = '{release.group}'")
+    return sorted(run.info.status for run in runs)
+
+
+def test_a_version_says_where_it_comes_from(
+    registry: Registry, home: Path, store: Storage, release: Release, client: Any
+) -> None:
+    number = publish.register_release(registry, home, store, release)
+    version = client.get_model_version(release.model, str(number))
+    assert version.tags == {
+        **release.tags,
+        "mtz.content_digest": release.content_digest,
+        "mtz.release": store.url("releases", release.model, release.content_digest),
+    }
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "group"
+    assert run.data.params == {"retrain.iterations": "20", "match.balance": "None"}
+    assert run.data.metrics["a/error_original"] == 1.5
+    assert run.data.metrics["layers/1/shared"] == 12
+    curve = client.get_metric_history(version.run_id, "retrain/a/validation_loss")
+    assert [(point.step, point.value) for point in curve] == [(0, 2.0), (10, 1.0)]
+    inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert {task: entry.digest for task, entry in inputs.items()} == {"a": "3" * 32, "b": "4" * 32}
+    artifacts = store.names(run.info.artifact_uri.removeprefix(store.url() + "/"))
+    assert artifacts == ["dvc.lock", "layers.json", "plots/layers.csv"]
+
+
+def test_the_registered_model_gives_the_logits_of_the_file(
+    registry: Registry, home: Path, store: Storage, release: Release
+) -> None:
+    number = publish.register_release(registry, home, store, release)
+    network = mtz_core.load(release.network)
+    x = np.random.default_rng(1).random((7, 1, 4, 4), dtype=np.float32)
+    script = (
+        "import sys, numpy, mlflow\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "x = numpy.load(sys.argv[2])\n"
+        "for task in ('a', 'b'): numpy.save(f'{task}.npy', model.predict(x, params={'task': task}))\n"
+        "print(model.metadata.signature.params, model.metadata.signature.inputs, model.input_example is not None)\n"
+    )
+    folder = home.parent / "elsewhere"
+    folder.mkdir()
+    np.save(folder / "x.npy", x)
+    strict = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    where = {"MLFLOW_TRACKING_URI": mlflow_client.tracking_uri(registry, home)}
+    variables = {**os.environ, **store.environment(), **strict, **where}
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning:tasks",
+        "-c",
+        script,
+        f"models:/{release.model}/{number}",
+        "x.npy",
+    ]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'task': string (default: a)" in done.stdout
+    assert "(-1, 1, 4, 4)" in done.stdout
+    assert done.stdout.strip().endswith("True")
+    for task in ("a", "b"):
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(x), task=task).numpy()
+        assert np.array_equal(np.load(folder / f"{task}.npy"), expected)
+
+
+def test_the_model_is_stored_without_pickle_and_bytecode(
+    registry: Registry, home: Path, store: Storage, release: Release
+) -> None:
+    publish.register_release(registry, home, store, release)
+    files = store.names("mlflow/models")
+    suffixes = {Path(file).suffix for file in files}
+    assert suffixes <= {"", ".json", ".yaml", ".txt", ".py", ".safetensors"}
+    assert not any("__pycache__" in file for file in files)
+    (requirements,) = [file for file in files if file.endswith("requirements.txt")]
+    lines = store.client.get_object(Bucket=store.bucket, Key=store.key("mlflow/models", requirements))["Body"].read()
+    assert all("==" in line and "+" not in line for line in lines.decode().splitlines())
+
+
+def test_the_same_content_is_registered_once(
+    registry: Registry, home: Path, store: Storage, release: Release, client: Any
+) -> None:
+    assert mlflow_client.find_version(registry, home, release.model, release.content_digest) is None
+    first = publish.register_release(registry, home, store, release)
+    assert publish.register_release(registry, home, store, release) == first
+    assert mlflow_client.find_version(registry, home, release.model, release.content_digest, store) == first
+    other = dataclasses.replace(release, content_digest="d" * 64)
+    assert publish.register_release(registry, home, store, other) == first + 1
+    assert versions(client, release.model) == [first + 1, first]
+    assert mlflow_client.find_versions(registry, home, store) == {
+        (release.model, "c" * 64): first,
+        (release.model, "d" * 64): first + 1,
+    }
+
+
+def test_a_version_whose_files_are_lost_is_registered_anew(
+    registry: Registry, home: Path, store: Storage, release: Release
+) -> None:
+    first = publish.register_release(registry, home, store, release)
+    for name in store.names("mlflow/models"):
+        store.client.delete_object(Bucket=store.bucket, Key=store.key("mlflow/models", name))
+    assert mlflow_client.find_version(registry, home, release.model, release.content_digest, store) is None
+    assert mlflow_client.find_versions(registry, home, store) == {}
+    assert publish.register_release(registry, home, store, release) == first + 1
+    assert mlflow_client.find_versions(registry, home, store) == {(release.model, release.content_digest): first + 1}
+
+
+def test_versions_of_many_models_are_found_by_few_questions(
+    registry: Registry, home: Path, store: Storage, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: dict[tuple[str, str], int] = {}
+    for number in range(5):
+        model = f"many-{number}"
+        client.create_registered_model(model)
+        store.put(f"mlflow/{model}/MLmodel", b"")
+        for digest in ("e", "f", "e"):
+            tags = {"mtz.content_digest": digest * 64}
+            version = client.create_model_version(model, store.url(f"mlflow/{model}"), tags=tags)
+            expected.setdefault((model, digest * 64), int(version.version))
+        client.create_model_version(model, store.url(f"mlflow/{model}"))
+        client.create_model_version(model, "s3://elsewhere/mlflow", tags={"mtz.content_digest": "a" * 64})
+    monkeypatch.setattr(mlflow_client, "_PAGE", 8)
+    asked: list[str] = []
+    store.client.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    assert mlflow_client.find_versions(registry, home, store) == expected
+    assert asked == 5 * ["HeadObject"]
+    assert mlflow_client.find_versions(registry, home / "none", store) == {}
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+from mlflow import MlflowClient
+from tasks import storage, tracking
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1] == "before":
+    tracking._check_served = die
+else:
+    create = MlflowClient.create_model_version
+    MlflowClient.create_model_version = lambda *a, **k: die(create(*a, **k))
+place, registry, home, release = pickle.loads(Path(sys.argv[2]).read_bytes())
+with storage.connect(place, home) as store:
+    tracking.register_release(registry, home, store, release)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_killed_registration_leaves_one_version_in_the_end(
+    moment: str, registry: Registry, home: Path, store: Storage, place: Place, release: Release, client: Any
+) -> None:
+    """Killed before, or just after, the version appears."""
+    release = dataclasses.replace(release, model=f"killed-{moment}", group=f"killed-{moment}")
+    arguments = home.parent / f"killed-{moment}"
+    arguments.write_bytes(pickle.dumps((place, registry, home, release)))
+    done = subprocess.run([sys.executable, "-c", KILLED, moment, str(arguments)], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    assert statuses(client, registry, release) == ["RUNNING"]
+    found = mlflow_client.find_version(registry, home, release.model, release.content_digest, store)
+    assert found == (None if moment == "before" else 1)
+    assert publish.register_release(registry, home, store, release) == 1
+    assert versions(client, release.model) == [1]
+    assert statuses(client, registry, release) == ["FINISHED", "KILLED"][: 2 if moment == "before" else 1]
+
+
+def test_each_storage_has_its_experiment(
+    registry: Registry, home: Path, store: Storage, client: Any, request: pytest.FixtureRequest
+) -> None:
+    settings = dataclasses.replace(registry, experiment=request.node.name)
+    first = publish._experiment(client, settings, store)
+    assert publish._experiment(client, settings, store) == first
+    moved = dataclasses.replace(store, prefix="elsewhere")
+    second = publish._experiment(client, settings, moved)
+    assert second != first
+    assert client.get_experiment(second).artifact_location == moved.url("mlflow")
+    client.delete_experiment(first)
+    with pytest.raises(TrackingError, match="was deleted"):
+        publish._experiment(client, settings, store)
+
+
+def test_processes_that_prepare_at_once_make_one_registry(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: mlflow_client.prepare(Registry(), tmp_path / ".mtz"), range(2)))
+    assert mlflow_client.find_version(Registry(), tmp_path / ".mtz", "none", "0" * 64) is None
+    assert sorted(file.name for file in (tmp_path / ".mtz").iterdir()) == ["mlflow.db", "mlflow.lock"]
+
+
+def test_a_registry_of_an_older_mlflow_is_migrated(registry: Registry, home: Path, tmp_path: Path) -> None:
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+
+    old = tmp_path / "mlflow.db"
+    shutil.copy(home / "mlflow.db", old)
+    command.downgrade(_get_alembic_config(f"sqlite:///{old}"), "-1")  # type: ignore[no-untyped-call]
+    mlflow_client.prepare(registry, tmp_path)
+    assert revision(old) == revision(home / "mlflow.db") != revision(tmp_path / "mlflow.db.old")
+
+
+def test_a_registry_of_a_newer_mlflow_is_left_alone(registry: Registry, home: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "mlflow.db"
+    shutil.copy(home / "mlflow.db", newer)
+    with sqlite3.connect(newer) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'from_the_future'")
+    database.close()
+    before = newer.read_bytes()
+    with pytest.raises(TrackingError, match="cannot be migrated"):
+        mlflow_client.prepare(registry, tmp_path)
+    assert newer.read_bytes() == before
+
+
+def test_a_damaged_registry_is_named(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database at all" * 1000)
+    with pytest.raises(TrackingError, match=r"mlflow\.db is not a readable.*not a database"):
+        mlflow_client.prepare(registry, tmp_path)
+
+
+def test_a_registry_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1.*tracking\.uri") as caught:
+        mlflow_client.prepare(Registry(uri=f"http://me:password@127.0.0.1:{port}"), tmp_path)
+    assert time.monotonic() - started < 12
+    assert "password" not in str(caught.value)
+
+
+def test_a_registry_that_says_nothing(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TrackingError, match=r"tracking\.uri"):
+        mlflow_client.prepare(Registry(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path)
+    assert time.monotonic() - started < 12
+
+
+def revision(database: Path) -> str:
+    with sqlite3.connect(database) as connection:
+        (found,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    connection.close()
+    return str(found)
