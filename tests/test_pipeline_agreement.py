@@ -13,20 +13,28 @@ from tasks.__main__ import GROUP_STAGES, MODEL_STAGES
 
 STAGES = (*MODEL_STAGES, *GROUP_STAGES)
 
-WIRING = {"mtz_core.errors", "mtz_core.settings", "tasks.params", "tasks.progress", "tasks.home", "tasks.faults"}
+WIRING = {
+    "mtz_core.errors",
+    "mtz_core.settings",
+    *(f"tasks.{name}" for name in ("code", "faults", "home", "params", "progress")),
+}
 """Modules that say what to do and tell what is done, but compute nothing; settings are versioned as parameters."""
 
 SERVICES = {"tasks.locks", "tasks.storage.embedded", "tasks.storage.errors"}
 """Modules that start and reach services; what they move is versioned."""
 
-BUILT_BY = {
-    "pretrain": {"tasks.models.example_networks"},
-    **{
-        name: {"tasks.models.example_networks", "tasks.models.programs"}
-        for name in ("collect", "match", "merge", "retrain", "evaluate")
-    },
+NETWORKS = {"tasks.models.example_networks"}
+BY_NAME = {
+    "pretrain": NETWORKS,
+    **dict.fromkeys(("collect", "match", "merge", "retrain", "evaluate"), NETWORKS | {"tasks.models.programs"}),
+    "register": {"tasks.registry.served_model"},
 }
-"""Modules with the factories of networks, which stages import by the names in params.yaml."""
+"""Modules that stages import by a name: factories of networks from params.yaml, the model that MLflow serves."""
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("mtz_core", "tasks", cache_dir=None)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +70,24 @@ def test_what_merges_plans_or_networks_depends_on_all_that_decides_how(pipeline:
         assert {"runtime", "models", "collect", "match", "merge"} <= set(pipeline[stage]["params"])
 
 
+def named_in(stage: dict[str, Any]) -> set[str]:
+    """The modules and packages of ours whose files and folders a stage of dvc.yaml depends on."""
+    paths = {path for path in stage.get("do", stage)["deps"] if path.startswith(("tasks", "mtz_core"))}
+    assert all(Path(path).exists() for path in paths)
+    return {path.removesuffix(".py").replace("/", ".") for path in paths}
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_module_that_a_stage_uses_is_its_dependency(pipeline: dict[str, Any], stage: str) -> None:
-    used = grimp.build_graph("mtz_core", "tasks").find_upstream_modules(f"tasks.stages.{stage}") - WIRING - SERVICES
-    used |= {f"tasks.stages.{stage}"} | BUILT_BY.get(stage, set())
-    used |= {"tasks.registry.served_model"} if stage == "register" else set()
-    body = pipeline[stage].get("do", pipeline[stage])
-    named = {path.removesuffix(".py").replace("/", ".") for path in body["deps"] if path.startswith(("tasks", "mtz"))}
-    if "mtz_core" in named:
-        used = {name if name.startswith("tasks") else "mtz_core" for name in used}
-    assert named == used
+def test_a_stage_depends_on_what_it_imports_and_on_nothing_else(
+    pipeline: dict[str, Any], graph: grimp.ImportGraph, stage: str
+) -> None:
+    used = graph.find_upstream_modules(f"tasks.stages.{stage}") | {f"tasks.stages.{stage}"} | BY_NAME.get(stage, set())
+    named = {name: {name} | graph.find_descendants(name) for name in named_in(pipeline[stage])}
+    assert used - WIRING - SERVICES - set().union(*named.values()) == set()
+    assert [name for name, inner in named.items() if not inner & used] == []
+
+
+def test_a_change_of_planning_or_merging_measures_no_model_again(pipeline: dict[str, Any]) -> None:
+    for stage in ("collect", "hessians"):
+        core = {name for name in named_in(pipeline[stage]) if name.startswith("mtz_core")}
+        assert core == {"mtz_core.network", "mtz_core.statistics"}

@@ -23,25 +23,12 @@ from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 STAGE_STARTS = re.compile(r"> ")
 """What DVC says when it runs a stage's command."""
 
-
 _STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
-
-
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
-
-
 _RESTORED = re.compile(r"Stage '(.+)' is cached - skipping run, checking out outputs$|Pulling data for stage: '(.+)'$")
-
-
 _ATTEMPTS = 3
-
-
 _STUCK_SECONDS = 300.0
-
-
 _SLOWEST_BYTES_PER_SECOND = 250_000
-
-
 _INDEX_SCRIPT = Path(__file__).with_name("dvc_index.py")
 
 

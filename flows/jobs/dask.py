@@ -11,7 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.jobs import capacity
-from flows.jobs.executor import WORK, Done, ExecutorFailed, Report, _threads, broken, report_of
+from flows.jobs.executor import WORK, Done, ExecutorFailed, Report, broken, report_of, threads_of
 from flows.spec.job import Job
 
 if TYPE_CHECKING:
@@ -21,14 +21,8 @@ if TYPE_CHECKING:
     from flows.jobs.dask_cluster import Cluster
 
 LOCAL_CLUSTER = "local"
-
-
 _TRIES = 3
-
-
 _STARTING_SECONDS = 120.0
-
-
 _CONNECTING_SECONDS = 10.0
 
 
@@ -98,7 +92,7 @@ class DaskExecutor:
         if self.address != LOCAL_CLUSTER:
             yield Cluster(self.address)
             return
-        places = min(len(jobs), capacity.places(self.workers, _threads(jobs), self.memory))
+        places = min(len(jobs), capacity.places(self.workers, threads_of(jobs), self.memory))
         with local_cluster(self.home, places, self.memory, self.environment) as cluster:
             yield cluster
 

@@ -10,10 +10,7 @@ from mtz_core.errors import MtzError
 Report = dict[str, Any]
 """A `GroupReport` as a mapping."""
 
-
 Done = Callable[[Job, Report], None]
-
-
 WORK = "flows.jobs.run_job:run_job"
 """The function that runs a job, by name: workers in other processes import it."""
 
@@ -34,7 +31,7 @@ class Executor(Protocol):
         """
 
 
-def _threads(jobs: Sequence[Job]) -> int:
+def threads_of(jobs: Sequence[Job]) -> int:
     """Return the most threads with which one of the jobs computes."""
     return max(job["settings"].get("runtime", {}).get("threads", 1) for job in jobs)
 

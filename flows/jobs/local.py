@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flows.jobs import capacity
-from flows.jobs.executor import WORK, Done, Report, _threads, report_of
+from flows.jobs.executor import WORK, Done, Report, report_of, threads_of
 from flows.processes import child
 from flows.spec.job import Job
 
@@ -31,7 +31,7 @@ class LocalExecutor:
         if not jobs:
             return
         run_job = pkgutil.resolve_name(self.work)
-        places = min(len(jobs), capacity.places(self.workers, _threads(jobs), self.memory))
+        places = min(len(jobs), capacity.places(self.workers, threads_of(jobs), self.memory))
         with ThreadPoolExecutor(places, thread_name_prefix="group") as pool:
             # Each thread needs the flow run that it belongs to, and the progress display.
             started: dict[Future[Report], Job] = {

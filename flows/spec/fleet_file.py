@@ -27,7 +27,6 @@ from tasks.params import InvalidParams, Name, Params, importable_name, read_yaml
 FLEET_WIDE = ("storage", "tracking", "flow")
 """Blocks that say where and how, the same for all groups of a run."""
 
-
 VERSION = 2
 
 

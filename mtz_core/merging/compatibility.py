@@ -46,17 +46,17 @@ def shared_counts(networks: Mapping[str, Network], config: ZipConfig) -> dict[st
     widths = {g.name: [network.graph.widths[g.name] for network in networks.values()] for g in graph.hidden_groups}
     counts = config.counts(widths)
     for group in graph.hidden_groups:
-        if not any(why_separate(networks, layer) is None for layer in _writers(graph, group)):
+        if not any(why_separate(networks, layer) is None for layer in writers_of(graph, group)):
             if isinstance(config.share, Mapping) and counts[group.name]:
                 raise InvalidConfig(
                     f"share.{group.name}: impossible, as no layer that writes these neurons can be shared: "
-                    f"{why_separate(networks, _writers(graph, group)[0])}."
+                    f"{why_separate(networks, writers_of(graph, group)[0])}."
                 )
             counts[group.name] = 0
     return counts
 
 
-def _writers(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
+def writers_of(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
     return [node for node in graph.layers if node.name in group.writers]
 
 

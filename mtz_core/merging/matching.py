@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mtz_core.merging.compatibility import _writers, check_compatible, shared_counts, why_separate
+from mtz_core.merging.compatibility import check_compatible, shared_counts, why_separate, writers_of
 from mtz_core.merging.difference import felt_balance, functional_difference
 from mtz_core.merging.pairing import GroupMatch, Pairing, assign, assign_greedily
 from mtz_core.network.graph import Network, Node
@@ -65,7 +65,7 @@ class Matcher:
         self.counts = shared_counts(networks, config)
         self.groups = {group.name: group for group in self.graph.hidden_groups}
         self.writers = {
-            name: [node for node in _writers(self.graph, group) if why_separate(networks, node) is None]
+            name: [node for node in writers_of(self.graph, group) if why_separate(networks, node) is None]
             for name, group in self.groups.items()
         }
         self.refit = config.method == "refit"

@@ -23,14 +23,11 @@ from mtz_core.network.layers import LAYERS, Layer
 INPUT = ":input"
 """The name of the network's input, as a value and as a neuron group. No path of a module holds a colon."""
 
-
 KERNEL = ":kernel"
 """Stands in an `Axis` for the columns of a convolution in groups: all rows have them, for what their group reads."""
 
-
 GETITEM = "getitem"
 """The kind of a node that takes one of several values of another node."""
-
 
 FIXED = -1
 """Stands in an `Axis` for a position that belongs to no neuron."""

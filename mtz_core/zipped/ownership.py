@@ -13,10 +13,7 @@ from mtz_core.network.graph import INPUT, KERNEL, Axis
 Owners = tuple[str, ...]
 """The tasks that a neuron, a column or a block of weights belongs to, in the order of the zipped network's tasks."""
 
-
 NOT_A_MEMBER = -1
-
-
 Members = Mapping[str, "Int64[np.ndarray, 'neurons tasks']"]
 """For every hidden group: which neuron of each task is (a part of) each of its neurons, or `NOT_A_MEMBER`."""
 
@@ -81,7 +78,7 @@ def arrange(
     for name in names:
         tables = {task: positions_of(axes[task], name) for task in tasks}
         unpaired = name not in members and name not in (INPUT, KERNEL)
-        if separate or unpaired or name in apart or not _one_size(tables.values()):
+        if separate or unpaired or name in apart or not one_size(tables.values()):
             for task in tasks:
                 rest[task].append(tables[task].flatten())
             continue
@@ -104,7 +101,7 @@ def arrange(
     return Arrangement(tuple(runs))
 
 
-def _one_size(tables: Iterable[np.ndarray]) -> bool:
+def one_size(tables: Iterable[np.ndarray]) -> bool:
     """Whether neurons have as many positions in all networks."""
     return len({table.shape[1] for table in tables}) == 1
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtz_core.network.graph import LayerGraph, Network, Node
-from mtz_core.zipped.ownership import Arrangement, Members, Owners, _one_size, arrange, positions_of
+from mtz_core.zipped.ownership import Arrangement, Members, Owners, arrange, one_size, positions_of
 from mtz_core.zipped.report import LayerReport, ZipReport
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -123,7 +123,7 @@ class ZippedStructure:
             for side in ("rows", "columns"):
                 axes = [getattr(network.graph, side)[node.name] for network in self.networks.values()]
                 whole = side == "rows" and not can_share(node.name, self.networks.values())
-                unequal = {n for n in axes[0].groups if whole or not _one_size(positions_of(a, n) for a in axes)}
+                unequal = {n for n in axes[0].groups if whole or not one_size(positions_of(a, n) for a in axes)}
                 unequal |= set(self.apart.get(f"{side}/{node.name}", ()))
                 if unequal:
                     found[f"{side}/{node.name}"] = tuple(sorted(unequal))
@@ -176,7 +176,7 @@ def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
     """
     networks = list(networks)
     columns = [network.graph.columns[layer] for network in networks]
-    if len(columns[0].groups) == 1 and not _one_size(positions_of(axis, columns[0].groups[0]) for axis in columns):
+    if len(columns[0].groups) == 1 and not one_size(positions_of(axis, columns[0].groups[0]) for axis in columns):
         return False
     return same_kernels(layer, networks) and not any(_layer(layer, network).separate for network in networks)
 

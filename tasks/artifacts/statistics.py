@@ -9,17 +9,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
+from tasks.artifacts.tensors import read_tensors
 from tasks.files import InvalidArtifact, whole_file
 
 ROWS = "rows"
 """The column of an activations file."""
-
 
 _FELT = "/felt"
 """What the names of sensitivities end with, beside the moments of a model."""
@@ -136,14 +135,3 @@ def read_moments(path: Path) -> dict[str, Moments]:
             count = int(tensors[f"{layer}/count"])
             moments[layer] = Moments.from_gram(tensor.to(torch.float64) * count, count)
     return moments
-
-
-def read_tensors(path: Path, ending: str = "") -> dict[str, Tensor]:
-    """All tensors of a safetensors file whose names end so. Raises `InvalidArtifact`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
-    except OSError as error:
-        raise InvalidArtifact(f"{path}: {error.strerror or error}. Make or fetch the file first.") from error
-    except SafetensorError as error:
-        raise InvalidArtifact(f"{path} is not a readable safetensors file: {error}. Make or fetch it again.") from error

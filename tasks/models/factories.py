@@ -10,6 +10,9 @@ from torch import nn
 from mtz_core.errors import MtzError
 from tasks.params import Params
 
+_FORMER = {"tasks.networks": "tasks.models.example_networks", "tasks.programs": "tasks.models.programs"}
+"""Modules of factories as they were called before version 0.2: params.yaml and fleet.yaml may still say so."""
+
 
 class InvalidFactory(MtzError):
     """A network's factory cannot be imported, or does not return a network."""
@@ -20,7 +23,9 @@ def find_factory(params: Params, model: str) -> Callable[..., object]:
     name = params.models[model].network
     module_name, _, attribute = name.partition(":")
     try:
-        factory: Callable[..., object] = getattr(importlib.import_module(module_name), attribute)
+        factory: Callable[..., object] = getattr(
+            importlib.import_module(_FORMER.get(module_name, module_name)), attribute
+        )
     except (ImportError, AttributeError) as error:
         raise InvalidFactory(f"models.{model}.network: {name} cannot be imported: {error}.") from error
     return factory

@@ -1,4 +1,4 @@
-"""Where pre-trained networks and their calibration images come from."""
+"""Pre-trained networks, traced or not, and the images that each is calibrated and retrained with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mtz_core.errors import InvalidWeights, MtzError
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
 from tasks.artifacts.paths import Workspace
-from tasks.artifacts.statistics import read_tensors
-from tasks.data.examples import read_images
+from tasks.artifacts.tensors import read_tensors
+from tasks.data.examples import read_examples, read_images
 from tasks.models.factories import build_network
 from tasks.params import Params
 
@@ -50,3 +50,18 @@ def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tenso
     """A model's calibration images, without labels."""
     settings = params.collect
     return read_images(workspace.root / params.models[model].data, "train", settings.images, settings.seed)
+
+
+def read_split(
+    params: Params, workspace: Workspace, split: str, count: int | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Images of every model, and their labels if these take part; otherwise they stay unread."""
+    images: dict[str, torch.Tensor] = {}
+    labels: dict[str, torch.Tensor] = {}
+    for model, block in params.models.items():
+        folder, seed = workspace.root / block.data, params.retrain.seed
+        if params.retrain.labels:
+            images[model], labels[model] = read_examples(folder, split, count, seed)
+        else:
+            images[model] = read_images(folder, split, count, seed)
+    return images, labels

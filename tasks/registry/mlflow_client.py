@@ -15,40 +15,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
 from tasks.faults import ServiceFault
 from tasks.locks import exclusive
-from tasks.registry.publish import _installed
 from tasks.registry.release import DIGEST_TAG
 from tasks.storage.s3 import Storage
 
 EMBEDDED = "embedded"
-
-
-_MODEL_FILE = Path(__file__).with_name("served_model.py")
-
-
-_SERVING_PACKAGES = ("mlflow", "numpy", "torch", "scipy", "safetensors", "jaxtyping")
-
-
-_EXAMPLE_ROWS = 2
-
-
 _PAGE = 10_000
-
 
 # What a registry says of a request, not of its own state.
 _REFUSALS = frozenset(
     {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
 )
-
-
-# MLflow keeps no more of a data set's digest; the tags hold all of it.
-_DATASET_DIGEST_LENGTH = 32
-
 
 _VARIABLES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -58,7 +41,6 @@ _VARIABLES = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-
 
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
@@ -96,14 +78,14 @@ def prepare(settings: Settings, home: Path) -> None:
 
     Raises `TrackingError`, within about ten seconds where a server does not answer.
     """
-    with _explained(settings, home):
+    with explained(settings, home):
         if settings.uri == EMBEDDED:
             home.mkdir(parents=True, exist_ok=True)
-            with _alone(settings, home):
+            with alone(settings, home):
                 _prepare_database(_database(home))
         else:
-            with _variables(_IMPATIENT):
-                _client(settings, home).search_experiments(max_results=1)
+            with variables_set(_IMPATIENT):
+                connect(settings, home).search_experiments(max_results=1)
 
 
 def find_version(
@@ -115,8 +97,8 @@ def find_version(
     """
     if settings.uri == EMBEDDED and not _database(home).exists():
         return None
-    with _explained(settings, home):
-        client = _client(settings, home)
+    with explained(settings, home):
+        client = connect(settings, home)
         condition = f"name = '{model}' and tag.`{DIGEST_TAG}` = '{content_digest}'"
         numbers = [int(version.version) for version in client.search_model_versions(condition)]
         if store is not None:
@@ -131,8 +113,8 @@ def find_versions(settings: Settings, home: Path, store: Storage) -> dict[tuple[
     """
     if settings.uri == EMBEDDED and not _database(home).exists():
         return {}
-    with _explained(settings, home):
-        client = _client(settings, home)
+    with explained(settings, home):
+        client = connect(settings, home)
         condition = f"tag.`{DIGEST_TAG}` LIKE '%'"
         found = list(_paged(lambda token: client.search_model_versions(condition, _PAGE, page_token=token)))
         locations = _logged_models(client, store) if found else {}
@@ -163,8 +145,8 @@ def find_model(settings: Settings, home: Path, name: str, number_or_alias: int |
     """
     if settings.uri == EMBEDDED and not _database(home).exists():
         raise TrackingRefused(f"There is no MLflow registry in {home} yet. Set tracking.uri in params.yaml to yours.")
-    with _explained(settings, home):
-        client = _client(settings, home)
+    with explained(settings, home):
+        client = connect(settings, home)
         version = (
             client.get_model_version(name, str(number_or_alias))
             if isinstance(number_or_alias, int)
@@ -175,7 +157,7 @@ def find_model(settings: Settings, home: Path, name: str, number_or_alias: int |
 
 def model_files(settings: Settings, home: Path, version: ModelVersion) -> list[str]:
     """The paths of all files of a version. Raises `TrackingError`."""
-    with _explained(settings, home):
+    with explained(settings, home):
         repository, files, folders = _repository(settings, home, version), list[str](), [""]
         while folders:
             for entry in repository.list_artifacts(folders.pop()):
@@ -185,7 +167,7 @@ def model_files(settings: Settings, home: Path, version: ModelVersion) -> list[s
 
 def fetch_model_file(settings: Settings, home: Path, version: ModelVersion, file: str, target: Path) -> None:
     """Write a file of a version to `target`. Raises `TrackingError`."""
-    with _explained(settings, home), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with explained(settings, home), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fetched = _repository(settings, home, version).download_artifacts(file, dst_path=folder)
         Path(fetched).replace(target)
 
@@ -277,13 +259,13 @@ def _migrate(partial: Path, file: Path) -> None:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise TrackingError(
-            f"{file} cannot be migrated to MLflow {_installed('mlflow')}: {reason}. It is unchanged; move it away to "
+            f"{file} cannot be migrated to MLflow {installed('mlflow')}: {reason}. It is unchanged; move it away to "
             "start with an empty registry, or install the MLflow that wrote it."
         )
 
 
-def _client(settings: Settings, home: Path) -> Any:
-    """MLflow's client. MLflow takes seconds to import, so nothing here does before `_explained` is entered."""
+def connect(settings: Settings, home: Path) -> Any:
+    """MLflow's client. MLflow takes seconds to import, so nothing here does before `explained` is entered."""
     from mlflow import MlflowClient
 
     uri = tracking_uri(settings, home)
@@ -291,7 +273,7 @@ def _client(settings: Settings, home: Path) -> Any:
 
 
 @contextmanager
-def _alone(settings: Settings, home: Path) -> Iterator[None]:
+def alone(settings: Settings, home: Path) -> Iterator[None]:
     """One process at a time works on an SQLite registry; a server takes care of that by itself."""
     if settings.uri == EMBEDDED:
         with exclusive(home / "mlflow.lock"):
@@ -301,7 +283,7 @@ def _alone(settings: Settings, home: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _variables(variables: Mapping[str, str]) -> Iterator[None]:
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -312,7 +294,7 @@ def _variables(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _ignoring_existing() -> Iterator[None]:
+def ignoring_existing() -> Iterator[None]:
     """Let another process be the first to create something."""
     from mlflow.exceptions import MlflowException
 
@@ -324,7 +306,7 @@ def _ignoring_existing() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(settings: Settings, home: Path) -> Iterator[None]:
+def explained(settings: Settings, home: Path) -> Iterator[None]:
     preload()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -356,3 +338,8 @@ def _is_refusal(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     client_error = 400 <= status < 500 and status not in (408, 429)
     return client_error or getattr(error, "error_code", None) in _REFUSALS
+
+
+def installed(package: str) -> str:
+    """The version as the package index names it, without a build's suffix such as `+cpu`."""
+    return metadata.version(package).partition("+")[0]

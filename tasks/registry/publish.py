@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,25 @@ import numpy as np
 
 import mtz_core
 from tasks.registry.mlflow_client import (
-    _DATASET_DIGEST_LENGTH,
-    _EXAMPLE_ROWS,
-    _MODEL_FILE,
-    _SERVING_PACKAGES,
     Settings,
     TrackingError,
-    _alone,
-    _client,
-    _explained,
-    _ignoring_existing,
-    _variables,
+    alone,
+    connect,
+    explained,
     find_version,
+    ignoring_existing,
+    installed,
     tracking_uri,
+    variables_set,
 )
 from tasks.registry.release import DIGEST_TAG, Release
 from tasks.storage.s3 import Storage
+
+_MODEL_FILE = Path(__file__).with_name("served_model.py")
+_SERVING_PACKAGES = ("mlflow", "numpy", "torch", "scipy", "safetensors", "jaxtyping")
+_EXAMPLE_ROWS = 2
+# MLflow keeps no more of a data set's digest; the tags hold all of it.
+_DATASET_DIGEST_LENGTH = 32
 
 
 def register_release(settings: Settings, home: Path, store: Storage, release: Release) -> int:
@@ -38,8 +40,13 @@ def register_release(settings: Settings, home: Path, store: Storage, release: Re
 
     Content that is registered already gives its version back and changes nothing. Raises `TrackingError`.
     """
-    with _explained(settings, home), store.explained(), _alone(settings, home), _variables(store.environment()):
-        client = _client(settings, home)
+    with (
+        explained(settings, home),
+        store.explained(),
+        alone(settings, home),
+        variables_set(store.environment()),
+    ):
+        client = connect(settings, home)
         _end_interrupted_runs(client, settings, release.content_digest)
         found = find_version(settings, home, release.model, release.content_digest, store)
         if found is not None:
@@ -75,10 +82,15 @@ def record_study(settings: Settings, home: Path, store: Storage, study: Study) -
 
     Raises `TrackingError`.
     """
-    with _explained(settings, home), store.explained(), _alone(settings, home), _variables(store.environment()):
+    with (
+        explained(settings, home),
+        store.explained(),
+        alone(settings, home),
+        variables_set(store.environment()),
+    ):
         import mlflow
 
-        client = _client(settings, home)
+        client = connect(settings, home)
         _end_interrupted_runs(client, settings, study.content_digest)
         experiment = _experiment(client, settings, store)
         tags = {DIGEST_TAG: study.content_digest, "mtz.group": study.group}
@@ -112,7 +124,7 @@ def _register(client: Any, uri: str, experiment: str, release: Release, tags: Ma
         _log(mlflow, release)
         logged = _log_model(mlflow, release)
         _check_served(mlflow, logged.model_uri, release.network)
-        with _ignoring_existing():
+        with ignoring_existing():
             client.create_registered_model(release.model)
         version = client.create_model_version(
             release.model,
@@ -171,7 +183,7 @@ def _log_model(mlflow: Any, release: Release) -> Any:
             python_model=str(_MODEL_FILE),
             artifacts={"network": str(release.network)},
             code_paths=[str(code)],
-            pip_requirements=[f"{name}=={_installed(name)}" for name in _SERVING_PACKAGES],
+            pip_requirements=[f"{name}=={installed(name)}" for name in _SERVING_PACKAGES],
             signature=signature,
             input_example=(_example(shapes[0]), {"task": network.tasks[0]}),
         )
@@ -206,16 +218,11 @@ def _example(shape: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).random((_EXAMPLE_ROWS, *shape), dtype=np.float32)
 
 
-def _installed(package: str) -> str:
-    """The version as the package index names it, without a build's suffix such as `+cpu`."""
-    return metadata.version(package).partition("+")[0]
-
-
 def _experiment(client: Any, settings: Settings, store: Storage) -> str:
     """The experiment's id. An experiment cannot move its artifacts: each storage beyond the first gets its own."""
     location = store.url("mlflow")
     for name in (settings.experiment, f"{settings.experiment} in {location}"):
-        with _ignoring_existing():
+        with ignoring_existing():
             if client.get_experiment_by_name(name) is None:
                 client.create_experiment(name, artifact_location=location)
         experiment = client.get_experiment_by_name(name)

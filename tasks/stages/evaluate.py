@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-import mtz_core
 from mtz_core.evaluation import agreement, check_labels, measure, outputs_of
 from mtz_core.zipped.format import WEIGHTS
+from mtz_core.zipped.module import load
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import read_examples
 from tasks.files import write_json, write_table
@@ -19,7 +19,7 @@ from tasks.progress import say
 
 def run(params: Params, workspace: Workspace) -> None:
     """Write `metrics.json` and a table of errors, measured on the test splits. Raises `MtzError`."""
-    merged, retrained = mtz_core.load(workspace.merged), mtz_core.load(workspace.retrained)
+    merged, retrained = load(workspace.merged), load(workspace.retrained)
     tasks: dict[str, dict[str, float | str]] = {}
     for model, block in params.models.items():
         images, labels = read_examples(workspace.root / block.data, "test")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,19 +14,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import mtz_core
 from mtz_core.retraining import Retraining, RetrainState, RetrainStep, Targets
+from mtz_core.zipped.module import load
 from tasks.artifacts.paths import Workspace
-from tasks.data.examples import file_of, read_examples, read_images
+from tasks.code import code_digest
+from tasks.data.examples import file_of
 from tasks.files import sha256, whole_file, whole_folder, write_table
-from tasks.models.load import load_network
+from tasks.models.load import load_network, read_split
 from tasks.params import Params
 from tasks.progress import say
 
 
 def run(params: Params, workspace: Workspace) -> None:
     """Write the retrained network and its learning curve. Raises `MtzError`."""
-    zipped = mtz_core.load(workspace.merged)
+    zipped = load(workspace.merged)
     settings = params.retrain
     originals = {model: load_network(params, workspace, model) for model in params.models}
     training, training_labels = read_split(params, workspace, "train", settings.images)
@@ -55,21 +55,6 @@ def run(params: Params, workspace: Workspace) -> None:
     checkpoint.unlink()
 
 
-def read_split(
-    params: Params, workspace: Workspace, split: str, count: int | None
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Images of every model, and their labels if these take part; otherwise they stay unread."""
-    images: dict[str, torch.Tensor] = {}
-    labels: dict[str, torch.Tensor] = {}
-    for model, block in params.models.items():
-        folder, seed = workspace.root / block.data, params.retrain.seed
-        if params.retrain.labels:
-            images[model], labels[model] = read_examples(folder, split, count, seed)
-        else:
-            images[model] = read_images(folder, split, count, seed)
-    return images, labels
-
-
 def _digest(params: Params, workspace: Workspace) -> str:
     """One digest of everything that decides what light retraining does: files, settings, code."""
     settings = params.model_dump()
@@ -77,18 +62,13 @@ def _digest(params: Params, workspace: Workspace) -> str:
     for block in params.models.values():
         files.append(workspace.root / block.weights)
         files += [file_of(workspace.root / block.data, split) for split in ("train", "validation")]
-    code = (Path(mtz_core.__path__[0]), Path(__file__).parent)
     content = {
-        "files": _digests(files),
+        "files": [sha256(file) for file in files],
         "settings": {name: settings[name] for name in ("models", "runtime", "retrain")},
-        "code": _digests(file for folder in code for file in sorted(folder.glob("*.py"))),
+        "code": code_digest(__name__, *(block.network.partition(":")[0] for block in params.models.values())),
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digests(files: Iterable[Path]) -> list[str]:
-    return [sha256(file) for file in files]
 
 
 def _write(checkpoint: Path, digest: str, state: RetrainState) -> None:

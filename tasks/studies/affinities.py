@@ -8,11 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from mtz_core.grouping import affinity
 from mtz_core.grouping.affinity import Affinities, Affinity, Comparer, Profile
 from mtz_core.network.graph import Network
 from tasks.artifacts.statistics import read_moments, read_sensitivities
-from tasks.files import InvalidArtifact, read_json, sha256, write_json
+from tasks.code import code_digest
+from tasks.files import InvalidArtifact, read_json, write_json
 from tasks.progress import say
 
 MEMORY = 4 * 2**30
@@ -159,7 +159,7 @@ def _compared(pairs: Sequence[_Pair], load: Callable[[str], Profile], memory: in
 
 def _method() -> str:
     """What comparisons depend on beside the models: the code that makes them."""
-    return sha256(Path(affinity.__file__))
+    return code_digest(__name__)
 
 
 def write_affinities(path: Path, affinities: Affinities, method: str = "") -> None:

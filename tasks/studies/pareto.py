@@ -33,11 +33,10 @@ from tasks.artifacts.statistics import read_moments, read_sensitivities
 from tasks.data.examples import read_examples
 from tasks.files import InvalidArtifact, sha256, whole_file, write_table
 from tasks.home import find_home
-from tasks.models.load import calibration, load_traced
+from tasks.models.load import calibration, load_traced, read_split
 from tasks.params import Params
 from tasks.progress import say
 from tasks.registry import mlflow_client, publish
-from tasks.stages.retrain import read_split
 from tasks.storage import s3
 from tasks.studies.charts import Curve, Panel, draw_curves
 

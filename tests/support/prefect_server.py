@@ -14,7 +14,7 @@ from pathlib import Path
 from prefect.context import refresh_global_settings_context
 
 from flows.processes import servers
-from tasks.registry.mlflow_client import _variables
+from tasks.registry.mlflow_client import variables_set
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def running() -> tuple[str, Path]:
     stack = ExitStack()
     atexit.register(stack.close)
     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtz-prefect-", ignore_cleanup_errors=True)))
-    with _variables({**SETTINGS, "PREFECT_API_URL": ""}):
+    with variables_set({**SETTINGS, "PREFECT_API_URL": ""}):
         server = stack.enter_context(servers.prefect_server(home))
     server.wait()
     return f"{server.url}/api", home
@@ -41,7 +41,7 @@ def running() -> tuple[str, Path]:
 def used(**variables: str) -> Iterator[Path]:
     """Let this process, and those that it starts, use the server; give the server's home."""
     url, home = running()
-    with _variables({**servers.prefect_environment(home), "PREFECT_API_URL": url, **variables}):
+    with variables_set({**servers.prefect_environment(home), "PREFECT_API_URL": url, **variables}):
         refresh_global_settings_context()
         yield home
     refresh_global_settings_context()

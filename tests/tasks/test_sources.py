@@ -58,7 +58,7 @@ def asked(store: Storage) -> list[str]:
 
 @pytest.fixture
 def client(registry: Registry, home: Path) -> Any:
-    return mlflow_client._client(registry, home)
+    return mlflow_client.connect(registry, home)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def release(zipped: Path, request: pytest.FixtureRequest) -> Release:
 
 @pytest.fixture
 def client(registry: Registry, home: Path) -> Any:
-    return mlflow_client._client(registry, home)
+    return mlflow_client.connect(registry, home)
 
 
 def versions(client: Any, model: str) -> list[int]:

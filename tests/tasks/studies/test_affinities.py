@@ -1,6 +1,5 @@
 """Statistics files to affinities: what is known stays known, what changed is compared again, memory is bounded."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +9,16 @@ import torch
 from torch import nn
 
 from mtz_core import ZipConfig
-from mtz_core.grouping import affinity
 from mtz_core.grouping.affinity import Affinities, Comparer
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
+from tasks import code
 from tasks.artifacts.statistics import write_moments
+from tasks.code import sources_of
 from tasks.files import InvalidArtifact, sha256
+from tasks.studies import affinities
 from tasks.studies.affinities import ModelStatistics, compare, read_affinities, write_affinities
 
 NAMES = ("anna", "berta", "clara", "dora")
@@ -168,10 +169,11 @@ def test_the_code_of_the_comparison_is_part_of_what_is_known(
 ) -> None:
     pair = {name: models[name] for name in NAMES[:2]}
     compare(pair, tmp_path / "pairs.json", said.append)
-    changed = tmp_path / "affinity.py"
-    shutil.copy(Path(str(affinity.__file__)), changed)
-    changed.write_text(changed.read_text() + "\n")
-    monkeypatch.setattr(affinity, "__file__", str(changed))
+    linalg = tmp_path / "linalg.py"
+    linalg.write_bytes(sources_of(affinities.__name__)["mtz_core.statistics.linalg"].read_bytes() + b"\n")
+    monkeypatch.setattr(
+        code, "_file", lambda module, found=code._file: linalg if module.endswith(".linalg") else found(module)
+    )
     compare(pair, tmp_path / "pairs.json", said.append)
     assert any("another version" in line for line in said)
 

@@ -233,7 +233,7 @@ def test_mlflow_has_one_run_for_one_content(
     monkeypatch.setenv("MTZ_HOME", str(home))
     change("storage", **dataclasses.asdict(place))
     change("tracking", experiment="pareto-tests")
-    client = mlflow_client._client(registry, home)
+    client = mlflow_client.connect(registry, home)
 
     def runs() -> list[Any]:
         experiments = [e.experiment_id for e in client.search_experiments() if e.name.startswith("pareto-tests")]
