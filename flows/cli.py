@@ -40,7 +40,7 @@ Groups = Annotated[
 ]
 ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameters of a group.")]
 FleetFile = Annotated[Path, typer.Option("--fleet", metavar="FILE", help="The groups, as changes to the parameters.")]
-Settings = Annotated[
+SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="Change a parameter in all groups; may be repeated."),
 ]
@@ -57,7 +57,7 @@ def run(
     group: Groups = None,
     params: ParamsFile = PARAMS,
     fleet: FleetFile = FLEET,
-    settings: Settings = None,
+    settings: SetOptions = None,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Ask DVC in every group's workspace, rather than trust what is recorded of it."),
@@ -71,7 +71,7 @@ def run(
 
     Example: `mtz run --group lenet5 --set retrain.iterations=50`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.run import run_fleet
 
         run_fleet(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), verify, debug)
@@ -83,23 +83,23 @@ def check(
     group: Groups = None,
     params: ParamsFile = PARAMS,
     fleet: FleetFile = FLEET,
-    settings: Settings = None,
+    settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
     """Check the fleet, its parameters, sources, networks, disk, storage and registry; run nothing.
 
     Example: `mtz fleet check --set storage.endpoint=https://s3.example.org`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.check import check_all
 
-        check_all(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), tell=typer.echo)
+        check_all(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), on_progress=typer.echo)
         typer.echo("All is well: `mtz run` can start.")
 
 
 @fleet_app.command("plan")
 def fleet_plan(
-    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: Settings = None, debug: Debug = False
+    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: SetOptions = None, debug: Debug = False
 ) -> None:
     """Show which groups the fleet has, what the planner chose and why, and what `mtz run` would do; zip nothing.
 
@@ -107,7 +107,7 @@ def fleet_plan(
 
     Example: `mtz fleet plan`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.run import show_plan
 
         show_plan(Path.cwd(), params, fleet, tuple(settings or ()), debug)
@@ -115,13 +115,13 @@ def fleet_plan(
 
 @fleet_app.command("retry")
 def fleet_retry(
-    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: Settings = None, debug: Debug = False
+    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: SetOptions = None, debug: Debug = False
 ) -> None:
     """Run only the groups that failed in the fleet's last run.
 
     Example: `mtz fleet retry`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.run import retry_failed
 
         retry_failed(Path.cwd(), params, fleet, tuple(settings or ()), debug)
@@ -150,7 +150,7 @@ def fleet_deploy(
     ] = "skip",
     params: ParamsFile = PARAMS,
     fleet: FleetFile = FLEET,
-    settings: Settings = None,
+    settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
     """Have a Prefect server run the fleet by the clock; deploying again changes it.
@@ -160,7 +160,7 @@ def fleet_deploy(
 
     Example: `mtz fleet deploy --cron "0 2 * * *" --timezone Europe/Zurich`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.run import deploy_fleet
 
         deploy_fleet(Path.cwd(), params, fleet, name, cron, timezone, pool, overlap, tuple(settings or ()), typer.echo)
@@ -172,7 +172,7 @@ def fleet_pause(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = Fa
 
     Example: `mtz fleet pause`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         deployment = _deployment(name, fleet)
         _schedule().pause(deployment)
         typer.echo(f"{deployment} is paused: `mtz fleet resume` ends that.")
@@ -184,7 +184,7 @@ def fleet_resume(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = F
 
     Example: `mtz fleet resume`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         deployment = _deployment(name, fleet)
         _schedule().resume(deployment)
         typer.echo(f"{deployment} runs by the clock again.")
@@ -194,7 +194,7 @@ def fleet_resume(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = F
 def fleet_start(
     name: Fleets = None,
     group: Groups = None,
-    settings: Settings = None,
+    settings: SetOptions = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end; the status is then 1 if it failed.")] = False,
     fleet: FleetFile = FLEET,
     debug: Debug = False,
@@ -203,7 +203,7 @@ def fleet_start(
 
     Example: `mtz fleet start --group lenet5 --set retrain.iterations=50 --wait`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         changes = {"groups": group, "settings": settings}
         given = {key: list(value) for key, value in changes.items() if value}
         _schedule().start(_deployment(name, fleet), given, wait, typer.echo)
@@ -215,7 +215,7 @@ def fleet_status(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = F
 
     Example: `mtz fleet status`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         _schedule().status(_deployment(name, fleet), typer.echo)
 
 
@@ -229,7 +229,7 @@ def fleet_worker(
 
     Example: `PREFECT_API_URL=http://127.0.0.1:4200/api mtz fleet worker`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         _schedule().worker(pool, limit)
 
 
@@ -254,7 +254,7 @@ def fleet_upgrade(fleet: FleetFile = FLEET) -> None:
 
     Example: `mtz fleet upgrade`
     """
-    with _told():
+    with _errors_in_one_line():
         from flows.spec.fleet_file import upgrade_file
 
         typer.echo(upgrade_file(fleet))
@@ -282,7 +282,7 @@ def pareto(
     ] = False,
     params: ParamsFile = PARAMS,
     fleet: FleetFile = FLEET,
-    settings: Settings = None,
+    settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
     """Show what size costs: one group's test error against its stored bytes, for several methods.
@@ -293,12 +293,12 @@ def pareto(
 
     Example: `mtz pareto --group lenet5 --sizes 0.25,0.5 --methods mixture,paper`
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.pareto import draw_pareto
         from tasks.studies.pareto import Asked
 
         asked = Asked.parse(sizes, methods, retrain)
-        draw_pareto(Path.cwd(), params, fleet, group, asked, tuple(settings or ()), tell=typer.echo)
+        draw_pareto(Path.cwd(), params, fleet, group, asked, tuple(settings or ()), on_progress=typer.echo)
 
 
 @app.command()
@@ -307,10 +307,10 @@ def ui(params: ParamsFile = PARAMS, debug: Debug = False) -> None:
 
     Example: `mtz ui`, then open the addresses that it prints.
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.serve import serve_pages
 
-        serve_pages(Path.cwd(), params, tell=typer.echo)
+        serve_pages(Path.cwd(), params, on_progress=typer.echo)
 
 
 @app.command()
@@ -325,7 +325,7 @@ def s3(
 
     Example: `mtz s3` in one terminal; in another `eval "$(mtz s3 --export)"`, then `dvc pull` or `aws s3 ls`.
     """
-    with _told(debug):
+    with _errors_in_one_line(debug):
         from flows.commands.serve import export_storage, serve_storage
 
         (export_storage if export else serve_storage)(Path.cwd(), params, typer.echo)
@@ -343,14 +343,14 @@ def dvc(
 
     Example: `mtz dvc -- pull`, `mtz dvc --group lenet5 -- metrics show`
     """
-    with _told():
+    with _errors_in_one_line():
         from flows.commands.dvc import run_dvc
 
         raise typer.Exit(run_dvc(Path.cwd(), params, group, context.args))
 
 
 @contextmanager
-def _told(debug: bool = False) -> Iterator[None]:
+def _errors_in_one_line(debug: bool = False) -> Iterator[None]:
     """Tell a known error in one line and end with status 1; a stack trace only if asked for."""
     if debug:
         os.environ["MTZ_DEBUG"] = "1"

@@ -11,7 +11,7 @@ from mtz_core.errors import InvalidConfig
 from mtz_core.merging.compatibility import check_compatible, shared_counts
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, finish, merge, trace_task
-from mtz_core.planning.search import FloorSearch, Spender, Validation
+from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
@@ -47,16 +47,16 @@ def zip_networks(
     check_compatible(traced)
     shared_counts(traced, config)
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    felt = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
+    sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
     if budget is None:
-        matches = list(match(traced, moments, config, felt))
+        matches = list(match(traced, moments, config, sensitivity))
         del moments
         pairings = {found.group: found.pairing for found in matches}
-        return finish(merge(traced, pairings, batches, config, descent(matches), felt=felt))
-    spender = Spender(traced, moments, felt, batches, config, budget)
+        return finish(merge(traced, pairings, batches, config, descent(matches), sensitivity=sensitivity))
+    budget_search = BudgetSearch(traced, moments, sensitivity, batches, config, budget)
     if budget.size is not None:
-        return spender.zip(spender.best(budget.size))
+        return budget_search.zip(budget_search.best(budget.size))
     assert validation is not None
     training = {task: torch.cat(own) for task, own in batches.items()}
-    search = FloorSearch(spender, networks, training, validation, retraining or RetrainConfig())
+    search = FloorSearch(budget_search, networks, training, validation, retraining or RetrainConfig())
     return min((step for step in search.steps() if step.kept), key=lambda step: step.size).zipped

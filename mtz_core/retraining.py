@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.network.graph import INPUT, forget, run_node
+from mtz_core.network.graph import INPUT, free_unused, run_node
 from mtz_core.network.tracing import evaluation_mode
 from mtz_core.settings import RetrainConfig
 from mtz_core.zipped.module import ZippedNetwork
@@ -256,7 +256,7 @@ class Retraining:
         values = {INPUT: x}
         for node in graph.nodes:
             values[node.name] = run_node(node, values, state, len(x), training="running_mean" in node.arguments)
-            forget(graph, values, node)
+            free_unused(graph, values, node)
         return values[graph.output]
 
     @torch.no_grad()

@@ -68,10 +68,10 @@ class ZipConfig:
     layer, or a `Budget` to plan for. `damping`: λ of every Hessian, relative to the mean of its diagonal, or ``auto``:
     chosen by held-out calibration data for every refit (matching takes the default). `balance`: weight of each task in
     the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
-    sampled from its positions with `seed`. `sweeps`: how often ``refit`` fits a layer again after the first time, its
-    targets then relaxed to what the following activation can tell apart. `descents`: how often ``refit`` matches neuron
-    groups again whose pairings depend on each other, or more than two networks. `keep_separate`: paths of submodules
-    that stay task-specific, and whose operators need not be understood.
+    sampled from its positions with `seed`. `refit_rounds`: how often ``refit`` fits a layer again after the first time,
+    its targets then relaxed to what the following activation can tell apart. `matching_rounds`: how often ``refit``
+    matches neuron groups again whose pairings depend on each other, or more than two networks. `keep_separate`: paths
+    of submodules that stay task-specific, and whose operators need not be understood.
     """
 
     method: Method = "refit"
@@ -79,8 +79,8 @@ class ZipConfig:
     damping: float | Literal["auto"] = DEFAULT_DAMPING
     balance: Mapping[str, float] | None = None
     patches: int = 64
-    sweeps: int = 4
-    descents: int = 3
+    refit_rounds: int = 4
+    matching_rounds: int = 3
     keep_separate: Sequence[str] = ()
     seed: int = 0
 
@@ -102,10 +102,10 @@ class ZipConfig:
             )
         if not _is_whole(self.patches) or self.patches < 1:
             raise InvalidConfig(f"patches: {self.patches!r} is impossible. Allowed: 1 or more, whole.")
-        if not _is_whole(self.sweeps) or self.sweeps < 0:
-            raise InvalidConfig(f"sweeps: {self.sweeps!r} is impossible. Allowed: 0 or more, whole.")
-        if not _is_whole(self.descents) or self.descents < 0:
-            raise InvalidConfig(f"descents: {self.descents!r} is impossible. Allowed: 0 or more, whole.")
+        if not _is_whole(self.refit_rounds) or self.refit_rounds < 0:
+            raise InvalidConfig(f"sweeps: {self.refit_rounds!r} is impossible. Allowed: 0 or more, whole.")
+        if not _is_whole(self.matching_rounds) or self.matching_rounds < 0:
+            raise InvalidConfig(f"descents: {self.matching_rounds!r} is impossible. Allowed: 0 or more, whole.")
         if isinstance(self.keep_separate, str) or not all(isinstance(path, str) for path in self.keep_separate):
             raise InvalidConfig(f"keep_separate: {self.keep_separate!r} is no list. Allowed: [path of a submodule, …].")
         if self.balance is not None and not (

@@ -113,7 +113,9 @@ def _message(error: Exception) -> str:
 def _lacks_memory(error: Exception) -> bool:
     """Tell whether an allocation failed; torch says so in a RuntimeError's text only."""
     if isinstance(error, RuntimeError):
-        return any(told in str(error) for told in ("can't allocate memory", "std::bad_alloc", "CUDA out of memory"))
+        return any(
+            message in str(error) for message in ("can't allocate memory", "std::bad_alloc", "CUDA out of memory")
+        )
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
@@ -155,7 +164,7 @@ class MatchParams(_Block):
     budget: BudgetParams | None = None
     damping: float | Literal["auto"] = 5e-3
     balance: dict[str, float] | None = None
-    descents: int = 3
+    matching_rounds: int = Field(default=3, validation_alias=AliasChoices("matching_rounds", "descents"))
 
     @model_validator(mode="before")
     @classmethod
@@ -196,10 +205,10 @@ _WRITE_ONCE = "Write it once: `retrain: &retrain {…}` in match.budget, and bel
 
 
 class MergeParams(_Block):
-    """`patches`: rows that each calibration image gives to a convolution's refit; `sweeps`: refits after the first."""
+    """`patches`: rows of each calibration image in a convolution's refit; `refit_rounds`: refits after the first."""
 
     patches: int = Field(default=64, ge=1)
-    sweeps: int = Field(default=4, ge=0)
+    refit_rounds: int = Field(default=4, ge=0, validation_alias=AliasChoices("refit_rounds", "sweeps"))
 
 
 class EvaluateParams(_Block):

@@ -6,7 +6,7 @@ import resource
 import sys
 
 
-def say(text: str) -> None:
+def show_progress(text: str) -> None:
     """Tell one step."""
     print(text, flush=True)
 

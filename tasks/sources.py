@@ -48,7 +48,7 @@ class Access:
     home: Path
     contents: Contents
     store: Storage
-    registry: mlflow_client.Settings
+    registry: mlflow_client.TrackingSettings
 
 
 def resolve_file(name: str, location: str, access: Access) -> str:
@@ -225,8 +225,8 @@ def _materialise(factory: str, arguments: Mapping[str, Any], folder: Path, proje
     done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}."]
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
-        raise (ServiceFault if done.returncode == EXIT_TRY_AGAIN else SourceError)(said[-1])
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+        raise (ServiceFault if done.returncode == EXIT_TRY_AGAIN else SourceError)(errors[-1])
 
 
 def _bucket_and_key(location: str) -> tuple[str, str]:

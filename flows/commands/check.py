@@ -65,7 +65,7 @@ def check_all(
     fleet: Path,
     groups: Sequence[str],
     settings: Sequence[str],
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> None:
     """Check everything that a run needs, network factories, weights, storage and registry included.
 
@@ -77,31 +77,33 @@ def check_all(
 
     declared, plans = check_project(project, params, fleet, groups, settings)
     home, shared = find_home(project), declared.common()
-    tell(f"fleet '{declared.name}': {len(plans)} groups ({', '.join(plan.name for plan in plans)})")
+    on_progress(f"fleet '{declared.name}': {len(plans)} groups ({', '.join(plan.name for plan in plans)})")
     if declared.file.auto is not None:
-        tell(f"to be grouped: {', '.join(declared.file.free_models())}")
+        on_progress(f"to be grouped: {', '.join(declared.file.free_models())}")
     for plan in plans:
         if problem := _missing_file(project, plan):
             raise NotReady(problem)
         if not plan.models:
             _check_networks(project, plan.params)
-            tell(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+            on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
     with s3.connect(shared.storage, home) as store:
-        tell(f"storage: {store.url()} at {store.endpoint or 'AWS'} is writable")
+        on_progress(f"storage: {store.url()} at {store.endpoint or 'AWS'} is writable")
         access = Access(project, home, Contents(home / "contents", store), store, shared.tracking)
-        _check_declared(declared, plans, access, tell)
+        _check_declared(declared, plans, access, on_progress)
     mlflow_client.prepare(shared.tracking, home)
-    tell(f"registry: {mlflow_client.tracking_uri(shared.tracking, home)} answers")
+    on_progress(f"registry: {mlflow_client.tracking_uri(shared.tracking, home)} answers")
 
 
-def _check_declared(fleet: Fleet, plans: Sequence[GroupPlan], access: Access, tell: Callable[[str], None]) -> None:
+def _check_declared(
+    fleet: Fleet, plans: Sequence[GroupPlan], access: Access, on_progress: Callable[[str], None]
+) -> None:
     """Fetch the sources of all models that the fleet declares; build and trace their networks, group by group."""
     free = fleet.file.free_models() if fleet.file.auto is not None else ()
     for plan in (*(plan for plan in plans if plan.models), *(fleet.model(name) for name in free)):
         with tempfile.TemporaryDirectory() as folder:
             place(sources_of(plan, access), access.contents, Path(folder))
             _check_networks(Path(folder), plan.params)
-        tell(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+        on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
 
 
 def _missing_file(project: Path, plan: GroupPlan) -> str | None:

@@ -40,7 +40,7 @@ def draw_pareto(
     group: str | None,
     asked: Asked,
     settings: Sequence[str] = (),
-    tell: Callable[[str], None] = print,
+    on_progress: Callable[[str], None] = print,
 ) -> None:
     """Bring the group's stages before `match` up to date, measure the curve, and print it as a table.
 
@@ -64,8 +64,8 @@ def draw_pareto(
         cache, remote = workspace.cache_of(home), workspace.remote_of(store)
         pipeline, stages = workspace.prepare(folder, snapshot, contents, plan.content, cache, remote, environment)
         try:
-            _bring_up_to_date(pipeline, stages, tell)
-            _measure(folder, environment, asked, tell)
+            _bring_up_to_date(pipeline, stages, on_progress)
+            _measure(folder, environment, asked, on_progress)
         except KeyboardInterrupt:
             stop_all()
             raise
@@ -79,17 +79,17 @@ def draw_pareto(
     console.print(Text(f"Table and figure: {os.path.relpath(Workspace(folder).pareto)}"), soft_wrap=True)
 
 
-def _bring_up_to_date(pipeline: Pipeline, stages: Sequence[Stage], tell: Callable[[str], None]) -> None:
+def _bring_up_to_date(pipeline: Pipeline, stages: Sequence[Stage], on_progress: Callable[[str], None]) -> None:
     """Restore, or run, those stages that `match` needs and that DVC finds changed."""
     needed = needed_by(stages, MATCH)
     if not pipeline.changed() & needed:
         return
-    tell("looking for earlier results")
+    on_progress("looking for earlier results")
     pipeline.restore()
     for stage in stages:
         if stage.name in needed:
-            result = pipeline.reproduce(stage.name, on_line=tell)
-            tell(f"{stage.name}: {result.outcome}")
+            result = pipeline.reproduce(stage.name, on_progress=on_progress)
+            on_progress(f"{stage.name}: {result.outcome}")
 
 
 def needed_by(stages: Sequence[Stage], name: str) -> frozenset[str]:
@@ -98,7 +98,7 @@ def needed_by(stages: Sequence[Stage], name: str) -> frozenset[str]:
     return frozenset(direct).union(*(needed_by(stages, other) for other in direct))
 
 
-def _measure(folder: Path, environment: Mapping[str, str], asked: Asked, tell: Callable[[str], None]) -> None:
+def _measure(folder: Path, environment: Mapping[str, str], asked: Asked, on_progress: Callable[[str], None]) -> None:
     """Run `python -m tasks pareto` in the workspace: with its code, threads and determinism."""
     sizes = ",".join(map(str, asked.sizes))
     options = ["--sizes", sizes, "--methods", ",".join(asked.methods), *(["--retrain"] if asked.retraining else [])]
@@ -109,7 +109,7 @@ def _measure(folder: Path, environment: Mapping[str, str], asked: Asked, tell: C
         if line.startswith("error: "):
             error = line.removeprefix("error: ")
         else:
-            tell(line)
+            on_progress(line)
     if (status := child.wait()) == 0:
         return
     raise ParetoFailed(error or f"the networks could not be measured: their process ended with status {status}.")

@@ -90,7 +90,7 @@ def deploy_fleet(
     pool: str,
     overlap: Literal["skip", "queue"],
     settings: Sequence[str],
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> None:
     """Have a Prefect server run the fleet by the clock. Raises `MtzError` in its kinds; then nothing was changed."""
     os.environ.update(servers.prefect_environment(find_home(project)))
@@ -110,8 +110,8 @@ def deploy_fleet(
         overlap,
         flow.pool if flow.executor == "pool" else None,
     )
-    tell(f"deployed: {deployed}, {cron} ({timezone})")
-    schedule.status(deployed, tell)
+    on_progress(f"deployed: {deployed}, {cron} ({timezone})")
+    schedule.status(deployed, on_progress)
 
 
 def _named(fleet: Fleet, plans: Sequence[GroupPlan]) -> str:

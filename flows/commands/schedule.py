@@ -55,7 +55,7 @@ _POLL_SECONDS = 2.0
 _SHOWN_RUNS = 5
 
 Overlap = Literal["skip", "queue"]
-Tell = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 _STRATEGIES: dict[Overlap, ConcurrencyLimitStrategy] = {
     "skip": ConcurrencyLimitStrategy.CANCEL_NEW,
@@ -181,7 +181,7 @@ def resume(name: str) -> None:
     _set_paused(name, False)
 
 
-def start(name: str, parameters: Mapping[str, Any], wait: bool, tell: Tell) -> None:
+def start(name: str, parameters: Mapping[str, Any], wait: bool, on_progress: OnProgress) -> None:
     """Have a run started now, and tell which it is.
 
     Args:
@@ -200,16 +200,16 @@ def start(name: str, parameters: Mapping[str, Any], wait: bool, tell: Tell) -> N
             run = client.create_flow_run_from_deployment(found.id, parameters=given)
         except PrefectHTTPStatusError as error:
             raise InvalidSchedule(f"the server refuses these parameters: {error.response.text}") from error
-        tell(f"{run.name}  {url_for(run) or run.id}")
+        on_progress(f"{run.name}  {url_for(run) or run.id}")
         while wait and not (run.state and run.state.is_final()):
             time.sleep(_POLL_SECONDS)
             run = client.read_flow_run(run.id)
     if wait and run.state and not run.state.is_completed():
-        told = (run.state.message or "without a message").rstrip(".")
-        raise RunFailed(f"the run '{run.name}' ended as {run.state.name}: {told}. Its log is in Prefect's pages.")
+        message = (run.state.message or "without a message").rstrip(".")
+        raise RunFailed(f"the run '{run.name}' ended as {run.state.name}: {message}. Its log is in Prefect's pages.")
 
 
-def status(name: str, tell: Tell) -> None:
+def status(name: str, on_progress: OnProgress) -> None:
     """Tell when the next runs are due and how the last ones ended. Raises `NoServer`, `NoSchedule`."""
     with _server() as client:
         found = _read(client, name)
@@ -220,15 +220,17 @@ def status(name: str, tell: Tell) -> None:
         workers = client.read_workers_for_work_pool(found.work_pool_name) if found.work_pool_name else []
     given = [each.schedule for each in found.schedules]
     clocks = [f"{each.cron} ({each.timezone})" for each in given if isinstance(each, CronSchedule)]
-    tell(f"{_full(name)}: {', '.join(clocks) or 'no schedule'}{', paused' if found.paused else ''}")
+    on_progress(f"{_full(name)}: {', '.join(clocks) or 'no schedule'}{', paused' if found.paused else ''}")
     online = sum(worker.status == "ONLINE" for worker in workers)
     remedy = "" if online else f"; start one with `mtz fleet worker --pool {found.work_pool_name}`"
-    tell(f"pool {found.work_pool_name}: {online} {'worker' if online == 1 else 'workers'}{remedy}")
+    on_progress(f"pool {found.work_pool_name}: {online} {'worker' if online == 1 else 'workers'}{remedy}")
     for run in due:
-        tell(f"next  {_at(run.expected_start_time)}  {run.state_name}")
+        on_progress(f"next  {_at(run.expected_start_time)}  {run.state_name}")
     for run in last:
         message = run.state.message if run.state and not run.state.is_completed() else None
-        tell(f"last  {_at(run.start_time or run.expected_start_time)}  {run.name}  {run.state_name}  {message or ''}")
+        on_progress(
+            f"last  {_at(run.start_time or run.expected_start_time)}  {run.name}  {run.state_name}  {message or ''}"
+        )
 
 
 def worker(pool: str, limit: int | None) -> NoReturn:

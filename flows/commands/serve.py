@@ -16,19 +16,19 @@ from tasks.storage import s3
 _PREFECT_PORT = 4200
 _MLFLOW_PORT = 5000
 
-Tell = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 class NotEmbedded(MtzError):
     """The command is about the embedded storage, and the settings name another."""
 
 
-def serve_pages(project: Path, params_file: Path, tell: Tell) -> None:
+def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> None:
     """Serve MLflow's and Prefect's pages, with the storage behind them, until interrupted."""
     params = load_params(project / params_file)
     home = find_home(project)
     home.mkdir(parents=True, exist_ok=True)
-    tell("Starting (half a minute on the first time) …")
+    on_progress("Starting (half a minute on the first time) …")
     with ExitStack() as stack:
         pages: list[tuple[str, str]] = []
         started = []
@@ -48,31 +48,33 @@ def serve_pages(project: Path, params_file: Path, tell: Tell) -> None:
             server.wait()
             pages.append((server.name, server.url))
         for name, url in sorted(pages):
-            tell(f"{name:8} {url}")
-        _until_interrupted(tell)
+            on_progress(f"{name:8} {url}")
+        _until_interrupted(on_progress)
 
 
-def serve_storage(project: Path, params_file: Path, tell: Tell) -> None:
+def serve_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
     """Serve the embedded storage until interrupted; tell how other programs reach it."""
     home, settings = _embedded(project, params_file)
     with s3.connect(settings, home) as store:
-        tell(f"endpoint     {store.endpoint}")
-        tell(f"bucket       {store.bucket}")
-        tell(f"DVC remote   {store.url('dvc')}")
-        tell(f"credentials  {home / 's3' / 'credentials.json'}")
-        tell('In another terminal: eval "$(mtz s3 --export)" sets the variables that DVC, MLflow and AWS tools read.')
-        _until_interrupted(tell)
+        on_progress(f"endpoint     {store.endpoint}")
+        on_progress(f"bucket       {store.bucket}")
+        on_progress(f"DVC remote   {store.url('dvc')}")
+        on_progress(f"credentials  {home / 's3' / 'credentials.json'}")
+        on_progress(
+            'In another terminal: eval "$(mtz s3 --export)" sets the variables that DVC, MLflow and AWS tools read.'
+        )
+        _until_interrupted(on_progress)
 
 
-def export_storage(project: Path, params_file: Path, tell: Tell) -> None:
+def export_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
     """Print shell commands that set the variables with which other programs reach the embedded storage."""
     home, settings = _embedded(project, params_file)
     with s3.connect(settings, home) as store:
         for name, value in store.environment().items():
-            tell(f"export {name}={shlex.quote(value)}")
+            on_progress(f"export {name}={shlex.quote(value)}")
 
 
-def _embedded(project: Path, params_file: Path) -> tuple[Path, s3.Settings]:
+def _embedded(project: Path, params_file: Path) -> tuple[Path, s3.StorageSettings]:
     settings = load_params(project / params_file).storage
     if settings.endpoint != s3.EMBEDDED:
         raise NotEmbedded(
@@ -82,9 +84,9 @@ def _embedded(project: Path, params_file: Path) -> tuple[Path, s3.Settings]:
     return find_home(project), settings
 
 
-def _until_interrupted(tell: Tell) -> None:
-    tell("Ctrl-C stops.")
+def _until_interrupted(on_progress: OnProgress) -> None:
+    on_progress("Ctrl-C stops.")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        tell("\nstopping …")
+        on_progress("\nstopping …")

@@ -16,7 +16,9 @@ from tasks.sources import Access
 from tasks.studies.affinities import ModelStatistics, compare
 
 
-def choose(fleet: Fleet, measured: Mapping[str, Measured], access: Access, tell: Callable[[str], None]) -> Choice:
+def choose(
+    fleet: Fleet, measured: Mapping[str, Measured], access: Access, on_progress: Callable[[str], None]
+) -> Choice:
     """Compare the models and put them into groups, within the limits of the fleet file.
 
     Raises:
@@ -29,10 +31,10 @@ def choose(fleet: Fleet, measured: Mapping[str, Measured], access: Access, tell:
         size=auto.size,
         similarity=LEAST_SIMILARITY if auto.similarity is None else auto.similarity,
         **({} if auto.damage is None else {"damage": auto.damage}),
-        apart=frozenset(auto.apart),
+        separate=frozenset(auto.separate),
     )
     models = {name: _statistics(name, one, access) for name, one in measured.items()}
-    affinities = compare(models, access.home / "plans" / f"{fleet.name}-affinities.json", tell)
+    affinities = compare(models, access.home / "plans" / f"{fleet.name}-affinities.json", on_progress)
     return Choice(affinities, choose_groups(affinities, limits))
 
 

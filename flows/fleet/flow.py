@@ -89,14 +89,14 @@ def zip_fleet(
 
 
 def _keep(result: FleetResult, access: Access) -> str:
-    """Write down what a run came to, here, in the storage and for Prefect's pages; return what `notify.tell` does."""
+    """Write down what a run came to, here, in the storage and for Prefect's pages; return what the webhook says."""
     values = result.as_values()
     write_json(last_run(access.home, result.fleet), values)
     content = json.dumps(values, indent=2).encode()
     for name in (result.run, "last"):
         access.store.put(f"runs/{result.fleet}/{name}.json", content)
     create_table_artifact(values["groups"], key=f"fleet-{result.fleet}".lower().replace("_", "-"))
-    return webhook.tell(values)
+    return webhook.notify(values)
 
 
 @flow(name="plan-fleet", persist_result=False)
@@ -157,7 +157,7 @@ class FleetRun:
 
         measured, failed = self._measure()
         progress.current.get().busy(_PLANNER, "comparing models")
-        choice = choose(self.fleet, measured, self.access, partial(progress.current.get().said, _PLANNER))
+        choice = choose(self.fleet, measured, self.access, partial(progress.current.get().show_line, _PLANNER))
         progress.current.get().ended(_PLANNER, "measured")
         groups = (*listed, *(self.fleet.group(name, models) for name, models in choice.groups().items()))
         check_names(groups)

@@ -39,12 +39,12 @@ def _groups(planned: PlannedFleet) -> Table:
     for group in planned.plan.groups:
         report = planned.reports.get(group.name)
         if report is None:
-            told = "zip it"
+            message = "zip it"
         elif report.status == "unchanged":
-            told = f"leave it: {report.model} version {report.version}" if report.version is not None else "leave it"
+            message = f"leave it: {report.model} version {report.version}" if report.version is not None else "leave it"
         else:
-            told = f"{'refuse it' if report.status == 'refused' else 'fail'}: {report.reason}"
-        table.add_row(group.name, ", ".join(group.params.models), Text(told))
+            message = f"{'refuse it' if report.status == 'refused' else 'fail'}: {report.reason}"
+        table.add_row(group.name, ", ".join(group.params.models), Text(message))
     return table
 
 

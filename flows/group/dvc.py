@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from flows.processes.child import Child, Interrupted, python_environment, stopping
-from flows.results.stage_result import Outcome, StageFailed, StageRefused, StageResult
+from flows.results.stage_result import StageFailed, StageRefused, StageResult, StageStatus
 from mtz_core.errors import MtzError
 from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 
@@ -75,7 +75,7 @@ class Pipeline:
         return frozenset(self._json(("dvc", "--wait-for-lock", "status", "--json")))
 
     def reproduce(
-        self, stage: str, *, force: bool = False, on_line: Callable[[str], None] = lambda line: None
+        self, stage: str, *, force: bool = False, on_progress: Callable[[str], None] = lambda line: None
     ) -> StageResult:
         """Bring one stage up to date: run it, or restore what an earlier run of it made, or leave it.
 
@@ -90,11 +90,11 @@ class Pipeline:
         start = time.monotonic()
         command_start = command_end = start
         running = False
-        said: list[str] = []
-        outcome: Outcome = "unchanged"
+        lines: list[str] = []
+        outcome: StageStatus = "unchanged"
         child = self._start("dvc", "--wait-for-lock", "repro", "--single-item", *options, stage)
         for line in child.lines():
-            on_line(line)
+            on_progress(line)
             if STAGE_STARTS.match(line) and outcome != "executed":
                 outcome, running, command_start = "executed", True, time.monotonic()
             elif _STAGE_IS_OVER.match(line):
@@ -103,15 +103,15 @@ class Pipeline:
             elif _RESTORED.match(line):
                 outcome = "restored"
             if line.strip():
-                said.append(line)
+                lines.append(line)
         if (status := child.wait()) != 0:
-            raise _stage_failure(stage, status, said)
+            raise _stage_failure(stage, status, lines)
         return StageResult(
             stage,
             outcome,
             seconds=round(time.monotonic() - start, 3),
             command_seconds=round(command_end - command_start, 3),
-            last_line=_last_stage_line(said) if outcome == "executed" else "",
+            last_line=_last_stage_line(lines) if outcome == "executed" else "",
         )
 
     def restore(self) -> frozenset[str]:
@@ -200,13 +200,13 @@ def _dvc_reason(lines: list[str]) -> str:
     return errors[-1] if errors else (lines[-1] if lines else "it said nothing.")
 
 
-def _stage_failure(stage: str, status: int, said: list[str]) -> Exception:
+def _stage_failure(stage: str, status: int, lines: list[str]) -> Exception:
     """Return the exception that tells why `dvc repro` failed, from its status and what it and the stage said."""
     if stopping():
         return Interrupted()
     if status < 0:
         return StageFailed(stage, f"DVC was killed (signal {-status}).", can_be_retried=True)
-    reason = _dvc_reason(said)
+    reason = _dvc_reason(lines)
     ended = _EXIT_STATUS.search(reason)
     if ended is None:
         return StageFailed(stage, explain(reason.removeprefix(f"failed to reproduce '{stage}': ")))
@@ -219,18 +219,18 @@ def _stage_failure(stage: str, status: int, said: list[str]) -> Exception:
             "flow.workers or the stage's batch and sample sizes in params.yaml.",
             can_be_retried=True,
         )
-    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    told = errors[-1] if errors else _last_stage_line(said) or f"it ended with status {code}."
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    message = errors[-1] if errors else _last_stage_line(lines) or f"it ended with status {code}."
     if code == EXIT_REFUSED:
-        return StageRefused(stage, told)
-    return StageFailed(stage, explain(told), can_be_retried=code == EXIT_TRY_AGAIN)
+        return StageRefused(stage, message)
+    return StageFailed(stage, explain(message), can_be_retried=code == EXIT_TRY_AGAIN)
 
 
-def _last_stage_line(said: list[str]) -> str:
+def _last_stage_line(lines: list[str]) -> str:
     """Return the last line that came from the stage's own process."""
     last = ""
     running = False
-    for line in said:
+    for line in lines:
         if STAGE_STARTS.match(line):
             running = True
         elif _STAGE_IS_OVER.match(line):

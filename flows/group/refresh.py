@@ -15,7 +15,7 @@ from flows.group import workspace
 from flows.group.dvc import Pipeline, Stage
 from flows.group.stage import reproduce_stage
 from flows.results import progress
-from flows.results.stage_result import Outcome, StageResult
+from flows.results.stage_result import StageResult, StageStatus
 from flows.spec.job import Job
 from flows.spec.snapshot import Snapshot
 from tasks.files import whole_file
@@ -105,7 +105,7 @@ class PipelineRun:
         delay = exponential_backoff(flow.retry_delay_seconds)
         return {"retries": flow.retries, "retry_delay_seconds": delay, "retry_jitter_factor": _JITTER}
 
-    def _done(self, stage: Stage, outcome: Outcome) -> StageResult:
+    def _done(self, stage: Stage, outcome: StageStatus) -> StageResult:
         result = StageResult(stage.name, outcome)
         progress.current.get().finished(self.name, result)
         return result

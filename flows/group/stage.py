@@ -60,15 +60,15 @@ def reproduce_stage(
     shown.busy(group, stage)
     log = _Log(log_file(home, group, stage))
 
-    def on_line(line: str) -> None:
+    def on_progress(line: str) -> None:
         log.add(line)
         if line.strip():
             logger.info(line)
-            shown.said(group, line)
+            shown.show_line(group, line)
 
     try:
         with heavy_place(heavy if stage in HEAVY_STAGES else None):
-            result = pipeline.reproduce(stage, force=force, on_line=on_line)
+            result = pipeline.reproduce(stage, force=force, on_progress=on_progress)
     except Exception:
         log.begin()
         raise

@@ -10,7 +10,7 @@ from flows.jobs.local import LocalExecutor
 from tasks.storage.s3 import Storage
 
 
-class Settings(Protocol):
+class ExecutorSettings(Protocol):
     """What the flow's settings say about where jobs run."""
 
     @property
@@ -25,7 +25,7 @@ class Settings(Protocol):
     def pool(self) -> str: ...
 
 
-def executor_for(settings: Settings, home: Path, store: Storage, environment: Mapping[str, str]) -> Executor:
+def executor_for(settings: ExecutorSettings, home: Path, store: Storage, environment: Mapping[str, str]) -> Executor:
     """Return the executor that the settings name.
 
     Args:

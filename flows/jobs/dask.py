@@ -11,7 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.jobs import capacity
-from flows.jobs.executor import WORK, Done, ExecutorFailed, Report, broken, report_of, threads_of
+from flows.jobs.executor import WORK, Done, ExecutorFailed, ReportValues, broken, report_of, threads_of
 from flows.spec.job import Job
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class DaskExecutor:
 
 
 @task(name="zip-group-job", task_run_name="{job[group]}", cache_policy=NO_CACHE, persist_result=False)
-def run_elsewhere(work: str, job: Job) -> Report:
+def run_elsewhere(work: str, job: Job) -> ReportValues:
     """Run a job on this worker by the function that `work` names."""
-    report: Report = pkgutil.resolve_name(work)(job)
+    report: ReportValues = pkgutil.resolve_name(work)(job)
     return report
 
 
@@ -134,12 +134,12 @@ def _connected(cluster: "Cluster") -> Iterator["DaskTaskRunner"]:
         yield runner
 
 
-def _dask_result(ended: "DaskFuture[Any]") -> Report:
+def _dask_result(ended: "DaskFuture[Any]") -> ReportValues:
     from distributed.client import FutureCancelledError
     from distributed.scheduler import KilledWorker
 
     try:
-        report: Report = ended.result().result(raise_on_failure=True)
+        report: ReportValues = ended.result().result(raise_on_failure=True)
     except KilledWorker as error:
         raise ExecutorFailed(
             f"its worker was lost {error.allowed_failures + 1} times, most likely for want of memory. "

@@ -7,10 +7,10 @@ from flows.results.group_report import GroupReport
 from flows.spec.job import Job
 from mtz_core.errors import MtzError
 
-Report = dict[str, Any]
+ReportValues = dict[str, Any]
 """A `GroupReport` as a mapping."""
 
-Done = Callable[[Job, Report], None]
+Done = Callable[[Job, ReportValues], None]
 WORK = "flows.jobs.run_job:run_job"
 """The function that runs a job, by name: workers in other processes import it."""
 
@@ -36,16 +36,16 @@ def threads_of(jobs: Sequence[Job]) -> int:
     return max(job["settings"].get("runtime", {}).get("threads", 1) for job in jobs)
 
 
-def report_of(job: Job, result: Callable[[], Report]) -> Report:
+def report_of(job: Job, result: Callable[[], ReportValues]) -> ReportValues:
     """Return the result, or a report of the exception that it raises."""
     try:
         return result()
     except Exception as error:
-        told = str(error) if isinstance(error, MtzError) else f"{type(error).__name__}: {error}"
-        return broken(job, told)
+        message = str(error) if isinstance(error, MtzError) else f"{type(error).__name__}: {error}"
+        return broken(job, message)
 
 
-def broken(job: Job, reason: str) -> Report:
+def broken(job: Job, reason: str) -> ReportValues:
     """Return the report of a job that ended without one of its own."""
     return GroupReport(
         job["group"], "failed", reason, fingerprint=job["fingerprint"], kind=job.get("kind", "group")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flows.jobs import capacity
-from flows.jobs.executor import WORK, Done, Report, report_of, threads_of
+from flows.jobs.executor import WORK, Done, ReportValues, report_of, threads_of
 from flows.processes import child
 from flows.spec.job import Job
 
@@ -34,7 +34,7 @@ class LocalExecutor:
         places = min(len(jobs), capacity.places(self.workers, threads_of(jobs), self.memory))
         with ThreadPoolExecutor(places, thread_name_prefix="group") as pool:
             # Each thread needs the flow run that it belongs to, and the progress display.
-            started: dict[Future[Report], Job] = {
+            started: dict[Future[ReportValues], Job] = {
                 pool.submit(contextvars.copy_context().run, run_job, job): job for job in jobs
             }
             try:

@@ -18,7 +18,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from flows.jobs.executor import Done, ExecutorFailed, Report, broken
+from flows.jobs.executor import Done, ExecutorFailed, ReportValues, broken
 from flows.jobs.run_job import run_job
 from flows.results import progress
 from flows.spec.job import Job, shown_as
@@ -46,7 +46,7 @@ def zip_group_job(job: dict[str, Any]) -> None:
     deliver(own, run_job(own), find_home())
 
 
-def deliver(job: Job, report: Report, home: Path) -> None:
+def deliver(job: Job, report: ReportValues, home: Path) -> None:
     """Leave a job's report in the storage, for whoever started the job. Raises `StorageError`."""
     with s3.connect(StorageParams(**job["settings"]["storage"]), home) as store:
         store.put(report_key(job), json.dumps(report).encode())
@@ -165,20 +165,20 @@ class _Runs:
             self._done(run.job, self._report(run.job, found, state))
         return True
 
-    def _report(self, job: Job, found: FlowRun, state: State[Any]) -> Report:
+    def _report(self, job: Job, found: FlowRun, state: State[Any]) -> ReportValues:
         try:
             content = self._store.read_many([report_key(job)])[report_key(job)]
         except MtzError as error:
             return broken(job, f"its report cannot be read: {error}")
         if content is not None:
-            report: Report = json.loads(content)
+            report: ReportValues = json.loads(content)
             return report
-        told = f": {state.message}" if state.message else ""
+        message = f": {state.message}" if state.message else ""
         tries = f" {_TRIES} times" if state.is_crashed() else ""
         return broken(
             job,
-            f"its flow run '{found.name}' ({found.id}) ended as {state.name}{tries} and left no report{told}. Its log "
-            "is in Prefect's pages; run again: finished stages are kept",
+            f"its flow run '{found.name}' ({found.id}) ended as {state.name}{tries} and left no report{message}. "
+            "Its log is in Prefect's pages; run again: finished stages are kept",
         )
 
 

@@ -28,7 +28,7 @@ class Progress(Protocol):
     def busy(self, group: str, what: str) -> None:
         """The group is at a stage, or at something between stages."""
 
-    def said(self, group: str, line: str) -> None:
+    def show_line(self, group: str, line: str) -> None:
         """What it is at has printed a line."""
 
     def finished(self, group: str, result: StageResult) -> None:
@@ -43,7 +43,7 @@ class Silent:
 
     def planned(self, group: str, stages: int) -> None: ...
     def busy(self, group: str, what: str) -> None: ...
-    def said(self, group: str, line: str) -> None: ...
+    def show_line(self, group: str, line: str) -> None: ...
     def finished(self, group: str, result: StageResult) -> None: ...
     def ended(self, group: str, status: Status, reason: str = "") -> None: ...
 
@@ -107,7 +107,7 @@ class Display(Silent):
         row = self._row(group)
         row.what, row.line = what, ""
 
-    def said(self, group: str, line: str) -> None:
+    def show_line(self, group: str, line: str) -> None:
         if line.strip():
             self._row(group).line = line.strip()
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mtz_core.errors import MtzError
 
-Outcome = Literal["executed", "restored", "unchanged"]
+StageStatus = Literal["executed", "restored", "unchanged"]
 
 
 class StageFailed(MtzError):
@@ -31,7 +31,7 @@ class StageResult:
     """What became of a stage."""
 
     stage: str
-    outcome: Outcome
+    outcome: StageStatus
     seconds: float = 0.0
     """Wall time with DVC's part, 0 where the stage needed no process of its own."""
     command_seconds: float = 0.0

@@ -107,12 +107,12 @@ def _groups(reports: Sequence[GroupReport]) -> Table:
 def _what_was_done(reports: Sequence[GroupReport]) -> str:
     groups = Counter(report.status for report in reports)
     outcomes = Counter(stage.outcome for report in reports for stage in report.stages)
-    told = ", ".join(f"{groups[status]} {status}" for status in _STYLES if groups[status])
+    message = ", ".join(f"{groups[status]} {status}" for status in _STYLES if groups[status])
     if set(groups) == {"unchanged"} and set(outcomes) <= {"unchanged"}:
         stages = f", all {outcomes.total()} stages" if outcomes else ""
         return f"Nothing to do: {len(reports)} of {len(reports)} groups unchanged{stages}."
     stages = ", ".join(f"{outcomes[name]} {name}" for name in ("executed", "restored", "unchanged"))
-    return f"Groups: {told}. Stages: {stages}."
+    return f"Groups: {message}. Stages: {stages}."
 
 
 def _short(path: Path) -> str:

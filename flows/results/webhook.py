@@ -16,7 +16,7 @@ _TIMEOUT_SECONDS = 10
 _FIRST_PAUSE_SECONDS = 1.0
 
 
-def tell(result: Mapping[str, Any]) -> str:
+def notify(result: Mapping[str, Any]) -> str:
     """Post what a run came to as JSON, a sentence of it as `text`; return a warning if that did not work.
 
     Without the variable `MTZ_WEBHOOK_URL` nothing is posted. What a run has done counts, whether or not it is heard of.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flows.spec.overrides import InvalidFleet, merge, parse_setting, suggest
 from tasks.files import whole_file
@@ -55,7 +55,7 @@ class Model(_Block):
     `source` is the file of its weights: a path, `s3://BUCKET/KEY`, or `models:/NAME@ALIAS` of the registry. `network`
     is the factory that builds it, called with `arguments`; or `program` is an exported program, local or `s3://…`,
     which also has the weights where no source is given. `data` is a folder with train, validation and test files, or
-    `Splits`, or a `Factory`. `floor`: points of test error that it may lose. `tags` are for `auto.apart`.
+    `Splits`, or a `Factory`. `floor`: points of test error that it may lose. `tags` are for `auto.separate`.
     """
 
     source: str | None = None
@@ -83,13 +83,13 @@ class Auto(_Block):
     """How models are put into groups; see `mtz_core.grouping.groups.Limits`.
 
     At most `size` models in one, each with at least this mean `similarity` to the others, in [0, 1], and with at most
-    this predicted `damage` in nats. A tag of `apart` is had by all models of a group or by none.
+    this predicted `damage` in nats. A tag of `separate` is had by all models of a group or by none.
     """
 
     size: int = Field(default=8, ge=2)
     similarity: float | None = Field(default=None, ge=0, le=1)
     damage: float | None = Field(default=None, gt=0)
-    apart: list[Name] = []
+    separate: list[Name] = Field(default=[], validation_alias=AliasChoices("separate", "apart"))
 
 
 class GroupEntry(_Block):
@@ -138,9 +138,9 @@ class FleetFile(_Block):
             if group.models and (taken := {"models", "pretrain"} & group.params.keys()):
                 raise ValueError(f"groups.{name}.params.{min(taken)}: its models are those of the list 'models'")
         tags = {tag for model in self.models.values() for tag in model.tags}
-        for tag in self.auto.apart if self.auto else ():
+        for tag in self.auto.separate if self.auto else ():
             if tag not in tags:
-                raise ValueError(f"auto.apart: no model has the tag '{tag}'{suggest(tag, tags)}")
+                raise ValueError(f"auto.separate: no model has the tag '{tag}'{suggest(tag, tags)}")
         return self
 
     def free_models(self) -> tuple[str, ...]:

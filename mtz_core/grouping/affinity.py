@@ -6,10 +6,10 @@ As ``P`` is also ``α H_A − α² H_A T⁻¹ H_A``, all its values come from th
 triangular solve and one product for a layer, in single precision, on those inputs that carry anything.
 
 ``½ (aᵀPa + bᵀPb)``, each without its mean, is what two neurons of this strength would cost that have nothing in common.
-What matched neurons cost less than that, all layers weighed by how much the losses feel them, is the *similarity* of
-two networks. The damage to a task is half of what it has at stake, times what is not in common: with equal Hessians the
-mean of two neurons is that far from either. Sums of functional differences themselves predict worse, as later layers
-make good for much of what earlier ones lose.
+What matched neurons cost less than that, all layers weighed by the sensitivities of the losses to them, is the
+*similarity* of two networks. The damage to a task is half of what it has at stake, times what is not in common: with
+equal Hessians the mean of two neurons is that far from either. Sums of functional differences themselves predict worse,
+as later layers make good for much of what earlier ones lose.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mtz_core.merging.difference import felt_balance
+from mtz_core.merging.difference import weigh_by_sensitivity
 from mtz_core.merging.matching import Matcher
 from mtz_core.merging.pairing import Pairing, assign
 from mtz_core.network.graph import Network, Node
@@ -36,7 +36,7 @@ from mtz_core.statistics.sensitivity import Sensitivities
 from mtz_core.zipped.ownership import arrange, positions_of
 
 _LEAST_BALANCE = 1e-3
-"""A task that feels a layer less than that beside the other still has a say in it."""
+"""The least weight of a task in a layer, beside the other."""
 
 _TASKS = ("first", "second")
 
@@ -92,12 +92,12 @@ class Profile:
     """All that comparisons need of a network, for every layer that writes hidden neurons, in single precision.
 
     `images` are ``W H`` (of layers with dense Hessians), `carrying` says which inputs are ever other than 0. `stake` is
-    what the task's loss feels of all that a neuron group says, ``½ Σ F Var(y)`` in nats, on average over the groups.
-    `structure` is a digest of everything but values.
+    what it would cost the task's loss if a neuron group said nothing, ``½ Σ F Var(y)`` in nats, on average over the
+    groups. `structure` is a digest of everything but values.
     """
 
     network: Network
-    felt: Sensitivities
+    sensitivity: Sensitivities
     matrices: Mapping[str, Float[Tensor, "out columns"]]
     hessians: Mapping[str, Hessian]
     images: Mapping[str, Float[Tensor, "out columns"]]
@@ -110,7 +110,7 @@ class Profile:
         cls,
         network: Network,
         moments: Mapping[str, Moments],
-        felt: Sensitivities,
+        sensitivity: Sensitivities,
         damping: float = DEFAULT_DAMPING,
     ) -> Profile:
         """The profile of a traced network, from its statistics. Raises `InvalidCalibration` without rows."""
@@ -126,12 +126,12 @@ class Profile:
             if node.bias is not None:
                 mean = matrix @ hessian.product(_constant(hessian.size)[:, None])[:, 0]
                 variance = (variance - mean.square()).clamp_(min=0)
-            stake += 0.5 * float((felt[node.name] * variance).sum()) / len(hidden)
+            stake += 0.5 * float((sensitivity[node.name] * variance).sum()) / len(hidden)
             matrices[node.name], hessians[node.name] = matrix, hessian
             if isinstance(hessian, DenseHessian):
                 images[node.name] = matrix @ hessian.matrix
             carrying[node.name] = _carrying(hessian, moments[node.name].damping(damping))
-        return cls(network, felt, matrices, hessians, images, carrying, stake, _structure(network))
+        return cls(network, sensitivity, matrices, hessians, images, carrying, stake, _structure(network))
 
     @property
     def bytes(self) -> int:
@@ -202,8 +202,8 @@ class Comparer:
         if outline.why:
             return Affinity(0.0, (0.0, 0.0), 0, outline.why)
         difference, energy = _differences(outline, (first, second))
-        apart = min(max(difference / energy, 0.0), 1.0) if energy > 0 else 0.0
-        return Affinity(1.0 - apart, (0.5 * apart * first.stake, 0.5 * apart * second.stake), outline.saved)
+        distance = min(max(difference / energy, 0.0), 1.0) if energy > 0 else 0.0
+        return Affinity(1.0 - distance, (0.5 * distance * first.stake, 0.5 * distance * second.stake), outline.saved)
 
 
 def _outline(first: Network, second: Network) -> _Outline:
@@ -280,8 +280,8 @@ def _layer(
 ) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
     """The functional difference of all neurons in a layer, and their energy, in nats of both losses together."""
     places = [positions_of(profile.network.graph.rows[node.name], name) for profile in profiles]
-    felt = [profile.felt[node.name] for profile in profiles]
-    alpha = min(max(felt_balance((0.5, 0.5), felt)[0], _LEAST_BALANCE), 1 - _LEAST_BALANCE)
+    sensitivity = [profile.sensitivity[node.name] for profile in profiles]
+    alpha = min(max(weigh_by_sensitivity((0.5, 0.5), sensitivity)[0], _LEAST_BALANCE), 1 - _LEAST_BALANCE)
     own, centred, cross = _products(_sides(profiles, node, pairings, places), alpha, node.bias is not None)
     # With Hessians alike each task's part of αβ δᵀHδ is β² δᵀHδ and α² δᵀHδ: this turns it into nats.
     ratio = (1 - alpha) / alpha, alpha / (1 - alpha)
@@ -290,11 +290,11 @@ def _layer(
         parts = [slice(slot * len(place), (slot + 1) * len(place)) for place in places]
         weigh = [
             (rows[torch.from_numpy(place[:, slot])] * part).to(torch.float32)
-            for rows, place, part in zip(felt, places, ratio, strict=True)
+            for rows, place, part in zip(sensitivity, places, ratio, strict=True)
         ]
         scale = 0.5 * _sums(weigh[0], weigh[1])
-        apart = _sums(own[0][parts[0]], own[1][parts[1]]) - 2 * cross[parts[0], parts[1]]
-        difference = difference + scale * apart.clamp_(min=0)
+        distance = _sums(own[0][parts[0]], own[1][parts[1]]) - 2 * cross[parts[0], parts[1]]
+        difference = difference + scale * distance.clamp_(min=0)
         energy = energy + scale * _sums(centred[0][parts[0]], centred[1][parts[1]])
     return difference, energy
 
@@ -384,7 +384,7 @@ def _common_inputs(
     """The positions of a layer's inputs that correspond in both networks, that of the bias last."""
     members = {group: pairing.members for group, pairing in pairings.items()}
     axes = {task: p.network.graph.columns[node.name] for task, p in zip(_TASKS, profiles, strict=True)}
-    common = [run for run in arrange(_TASKS, axes, members).runs if run.owners == _TASKS]
+    common = [run for run in arrange(_TASKS, axes, members).segments if run.owners == _TASKS]
     shared = []
     for task, profile in zip(_TASKS, profiles, strict=True):
         places = np.concatenate([np.zeros(0, dtype=np.int64), *(run.places[task] for run in common)])

@@ -28,13 +28,13 @@ class Limits:
     """What groups may be.
 
     At most `size` models. Every model's mean similarity to the others of its group is at least `similarity`, its
-    predicted damage at most `damage` nats. A tag of `apart` is had by all models of a group or by none.
+    predicted damage at most `damage` nats. A tag of `separate` is had by all models of a group or by none.
     """
 
     size: int = 8
     similarity: float = LEAST_SIMILARITY
     damage: float = inf
-    apart: frozenset[str] = frozenset()
+    separate: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.size < 2:
@@ -117,7 +117,7 @@ def choose_groups(affinities: Affinities, limits: Limits) -> Grouping:
     )
 
 
-Members = tuple[int, ...]
+ModelIndices = tuple[int, ...]
 """The numbers of a group's models, ascending; models are numbered by name."""
 
 
@@ -135,13 +135,13 @@ class _Table:
             self.similarity[i, j] = self.similarity[j, i] = pair.similarity
             self.saved[i, j] = self.saved[j, i] = pair.saved
             self.damage[i, j], self.damage[j, i] = pair.damage
-        marks = [affinities.tags.get(name, frozenset()) & limits.apart for name in self.names]
+        marks = [affinities.tags.get(name, frozenset()) & limits.separate for name in self.names]
         self.kept_apart = np.array([[one != other for other in marks] for one in marks], dtype=bool).reshape(
             count, count
         )
         self.may_meet = self.comparable & ~self.kept_apart
 
-    def damages(self, own: Members) -> Float[np.ndarray, " own"]:
+    def damages(self, own: ModelIndices) -> Float[np.ndarray, " own"]:
         """What each model of a group loses when all share the mean of their neurons.
 
         Two lose what the pair does; of many that differ alike, each is twice as far from the mean of all, less a part.
@@ -150,12 +150,12 @@ class _Table:
         total: Float[np.ndarray, " own"] = self.damage[np.ix_(own, own)].sum(axis=1)
         return 2 * total / (others + 1)
 
-    def likeness(self, own: Members) -> Float[np.ndarray, " own"]:
+    def likeness(self, own: ModelIndices) -> Float[np.ndarray, " own"]:
         """Every model's mean similarity to the others of a group."""
         total: Float[np.ndarray, " own"] = self.similarity[np.ix_(own, own)].sum(axis=1)
         return total / (len(own) - 1)
 
-    def fits(self, own: Members) -> bool:
+    def fits(self, own: ModelIndices) -> bool:
         """Whether a group of two or more keeps all limits but that of its size."""
         pairs = self.may_meet[np.ix_(own, own)]
         return bool(
@@ -170,12 +170,12 @@ def _told_apart(similarity: float) -> float:
     return round(float(similarity), 5)
 
 
-def _linked(table: _Table) -> list[Members]:
+def _linked(table: _Table) -> list[ModelIndices]:
     """Groups by average linkage."""
-    groups: dict[Members, None] = {(i,): None for i in range(len(table.names))}
-    waiting: list[tuple[float, Members, Members]] = []
+    groups: dict[ModelIndices, None] = {(i,): None for i in range(len(table.names))}
+    waiting: list[tuple[float, ModelIndices, ModelIndices]] = []
 
-    def consider(one: Members, other: Members) -> None:
+    def consider(one: ModelIndices, other: ModelIndices) -> None:
         one, other = sorted((one, other))
         if len(one) + len(other) <= table.limits.size and table.fits(tuple(sorted(one + other))):
             waiting.append((-_told_apart(table.similarity[np.ix_(one, other)].mean()), one, other))
@@ -200,7 +200,7 @@ def _linked(table: _Table) -> list[Members]:
     return sorted(groups)
 
 
-def _spread(table: _Table, members: Sequence[Members]) -> list[Members] | None:
+def _spread(table: _Table, members: Sequence[ModelIndices]) -> list[ModelIndices] | None:
     """The groups with one less, its models spread over others with room, if only the size of groups kept it apart."""
     for own in sorted(members, key=lambda own: (len(own), own)):
         rest = [other for other in members if other != own]
@@ -215,7 +215,7 @@ def _spread(table: _Table, members: Sequence[Members]) -> list[Members] | None:
     return None
 
 
-def _placed(table: _Table, own: Members, groups: Sequence[Members]) -> list[Members] | None:
+def _placed(table: _Table, own: ModelIndices, groups: Sequence[ModelIndices]) -> list[ModelIndices] | None:
     """The groups with every one of these models in the nearest that has room, or None if one finds none."""
     groups = list(groups)
     for model in own:
@@ -231,7 +231,7 @@ def _placed(table: _Table, own: Members, groups: Sequence[Members]) -> list[Memb
     return groups
 
 
-def _group(table: _Table, own: Members) -> Group:
+def _group(table: _Table, own: ModelIndices) -> Group:
     names = [table.names[i] for i in own]
     pairs = list(combinations(own, 2))
     similarity = [float(table.similarity[pair]) for pair in pairs]
@@ -245,7 +245,7 @@ def _group(table: _Table, own: Members) -> Group:
     )
 
 
-def _alone(table: _Table, model: int, members: Iterable[Members]) -> Alone:
+def _alone(table: _Table, model: int, members: Iterable[ModelIndices]) -> Alone:
     name = table.names[model]
     comparable = np.flatnonzero(table.comparable[model])
     bytes_ = table.affinities.bytes[name]
@@ -272,7 +272,7 @@ def _nobody(table: _Table, model: int) -> str:
     return f"no other model can be compared with it; of {reasons.count(counted[0])}: {counted[0]}"
 
 
-def _why_alone(table: _Table, model: int, nearest: int, members: Sequence[Members]) -> str:
+def _why_alone(table: _Table, model: int, nearest: int, members: Sequence[ModelIndices]) -> str:
     """Why a model is in no group, though there are others like it."""
     limits, similarity = table.limits, float(table.similarity[model, nearest])
     there = f"the nearest, {table.names[nearest]}, has {similarity:.1%} in common with it"
@@ -300,4 +300,4 @@ def _why_alone(table: _Table, model: int, nearest: int, members: Sequence[Member
 
 
 def _tags(table: _Table, model: int) -> frozenset[str]:
-    return table.affinities.tags.get(table.names[model], frozenset()) & table.limits.apart
+    return table.affinities.tags.get(table.names[model], frozenset()) & table.limits.separate

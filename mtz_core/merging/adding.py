@@ -17,20 +17,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
-from mtz_core.merging.fitting import Part, following_clip
+from mtz_core.merging.fitting import LayerFit, following_clip
 from mtz_core.merging.pairing import Pairing, assign, assign_greedily
-from mtz_core.merging.walk import Stream, check_task_name, trace_task
+from mtz_core.merging.walk import ActivationStream, check_task_name, trace_task
 from mtz_core.network.graph import Network, Node
-from mtz_core.network.narrowing import Narrowed
+from mtz_core.network.narrowing import Reduced
 from mtz_core.network.topology import first_difference
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian
 from mtz_core.statistics.moments import Moments
 from mtz_core.zipped.module import ZippedNetwork
-from mtz_core.zipped.ownership import NOT_A_MEMBER, Run, positions_of
+from mtz_core.zipped.ownership import NOT_A_MEMBER, Segment, positions_of
 from mtz_core.zipped.report import LayerReport
-from mtz_core.zipped.structure import TaskStructure, ZippedStructure, can_share, cut, own_name
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, can_share, own_name, to_blocks
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def add_network(
     traced = trace_task(task, network, batches[0], config)
     _check(zipped, task, traced)
     structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
-    whole = Narrowed.whole(traced)
-    stream = Stream(whole, batches)
+    whole = Reduced.whole(traced)
+    stream = ActivationStream(whole, batches)
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     before = {report.layer: report for report in zipped.report.layers}
@@ -66,7 +66,7 @@ def add_network(
             stream.advance(node)
             continue
         rows, columns = structure.rows[node.name], structure.columns[node.name]
-        part = Part(
+        part = LayerFit(
             node,
             whole,
             stream.original[node.source],
@@ -79,7 +79,7 @@ def add_network(
         blocks: dict[str, Tensor] = {}
         for other in structure.tasks:
             matrix = part.stored_matrix() if other == task else zipped.matrix(other, node)
-            blocks |= cut(node.name, other, matrix, rows, columns, node.bias is not None, blocks)
+            blocks |= to_blocks(node.name, other, matrix, rows, columns, node.bias is not None, blocks)
         part.release()
         tensors |= blocks
         stream.advance(node, changed)
@@ -135,7 +135,7 @@ def _match(
     members: dict[str, Int64[np.ndarray, "neurons tasks"]] = {}
     for group in traced.graph.hidden_groups:
         width = traced.graph.widths[group.name]
-        known = ZippedStructure(tasks, networks, members, old.report, old.apart)
+        known = ZippedStructure(tasks, networks, members, old.report, old.separate)
         cost = np.zeros((len(alone[group.name]), width))
         writers = [node for node in traced.graph.layers if node.name in group.writers]
         ready = [node for node in writers if {*traced.graph.columns[node.name].groups} & {*alone} <= members.keys()]
@@ -149,7 +149,7 @@ def _match(
         rows[pairs[:, 0], -1] = pairs[:, 1]
         everyone = [network.graph.widths[group.name] for network in networks.values()]
         members[group.name] = Pairing.from_tuples(tasks, everyone, rows).members
-    return ZippedStructure(tasks, networks, members, old.report, old.apart)
+    return ZippedStructure(tasks, networks, members, old.report, old.separate)
 
 
 def _costs(
@@ -170,7 +170,7 @@ def _costs(
     tables = {t: torch.from_numpy(positions_of(n.graph.rows[node.name], group)) for t, n in networks.items()}
     mine = tables[task]
     one_size = len({table.shape[1] for table in tables.values()}) == 1
-    if moments.groups > 1 or not one_size or not can_share(node.name, networks.values()):
+    if moments.conv_groups > 1 or not one_size or not can_share(node.name, networks.values()):
         return None
     hessian = moments.hessian(config.fixed_damping)
     matrix = traced.matrix(node)[mine.flatten()].to(torch.float64)
@@ -234,7 +234,7 @@ class _Common:
         return torch.cat(parts, dim=1).to(torch.float64)
 
 
-def _fit(zipped: ZippedNetwork, structure: ZippedStructure, task: str, part: Part, config: ZipConfig) -> float:
+def _fit(zipped: ZippedNetwork, structure: ZippedStructure, task: str, part: LayerFit, config: ZipConfig) -> float:
     """Refit the newcomer's layer, its shared rows taking the stored weights; returns what that costs it."""
     refit = config.method == "refit"
     clip = following_clip(part.network, part.node) if refit else None
@@ -244,7 +244,7 @@ def _fit(zipped: ZippedNetwork, structure: ZippedStructure, task: str, part: Par
         if len(run.owners) > 1
     ]
     cost = 0.0
-    for sweep in range(1 + (config.sweeps if clip is not None else 0)):
+    for sweep in range(1 + (config.refit_rounds if clip is not None else 0)):
         if refit:
             part.refit(clip if sweep else None)
         cost = sum(adoption.apply() for adoption in adoptions)
@@ -259,8 +259,8 @@ class _Adoption:
         zipped: ZippedNetwork,
         structure: ZippedStructure,
         task: str,
-        part: Part,
-        run: Run,
+        part: LayerFit,
+        run: Segment,
         config: ZipConfig,
     ) -> None:
         assert part.hessian is not None
@@ -270,7 +270,7 @@ class _Adoption:
         self.rows = torch.from_numpy(run.places[task])
         self.weights = common.stored({owner: torch.from_numpy(run.places[owner]) for owner in owners})
         self.left: Elimination | None = None
-        if part.groups == 1:
+        if part.conv_groups == 1:
             self.curvature = common.curvature(part.hessian, config)
             if config.method == "refit" and len(common.own):
                 self.left = part.hessian.eliminate(common.shared, common.own)
@@ -283,8 +283,8 @@ class _Adoption:
         if self.left is not None:
             part.matrix[self.rows[:, None], self.common.own] += self.left.answer(change).T
         part.changed = True
-        if part.groups > 1:
+        if part.conv_groups > 1:
             assert isinstance(part.hessian, DenseHessian)
-            hessians = part.hessian.matrix[self.rows // (len(part.matrix) // part.groups)]
+            hessians = part.hessian.matrix[self.rows // (len(part.matrix) // part.conv_groups)]
             return 0.5 * float(torch.einsum("in,nij,jn->", change, hessians, change))
         return 0.5 * float(self.curvature.energies(change).sum())

@@ -53,11 +53,12 @@ def functional_difference(
     return distance.clamp_(min=0)
 
 
-def felt_balance(balance: Sequence[float], felt: Sequence[Float[Tensor, " out"]]) -> list[float]:
-    """``α_t √(mean F_t)``, made to sum to 1: tasks weigh in a layer by how much their losses feel its outputs.
+def weigh_by_sensitivity(balance: Sequence[float], sensitivity: Sequence[Float[Tensor, " out"]]) -> list[float]:
+    """``α_t √(mean F_t)``, made to sum to 1: tasks weigh in a layer by the sensitivities of their losses to its
+    outputs.
 
     Networks differ in the scale of their activations: without this the loudest would decide for all. The root is a
     hedge: with the Fisher information itself a confident network would give up everything (docs/method.md).
     """
-    weights = [alpha * float(rows.mean()) ** 0.5 for alpha, rows in zip(balance, felt, strict=True)]
+    weights = [alpha * float(rows.mean()) ** 0.5 for alpha, rows in zip(balance, sensitivity, strict=True)]
     return [weight / sum(weights) for weight in weights] if sum(weights) > 0 else list(balance)

@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mtz_core.merging.difference import felt_balance
+from mtz_core.merging.difference import weigh_by_sensitivity
 from mtz_core.network.graph import INPUT, Network, Node, run_node
-from mtz_core.network.narrowing import Narrowed
+from mtz_core.network.narrowing import Reduced
 from mtz_core.network.operations import operation_of
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import layer_rows, sample_positions
 from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
 from mtz_core.statistics.moments import Moments
-from mtz_core.zipped.ownership import Arrangement, Run
+from mtz_core.zipped.ownership import Arrangement, Segment
 
 HELD_OUT = 5
-"""One row in so many is held out where a fit is to be judged."""
+"""One row in so many is held out where the error of a fit is to be measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,32 +81,32 @@ def _only_reader(network: Network, name: str) -> Node | None:
     return readers[0] if len(readers) == 1 and name != network.graph.output else None
 
 
-class Part:
+class LayerFit:
     """One task's side of a layer: its matrix in float64, and the rows that it will be fed in the zipped network.
 
-    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it. `judged`
-    parts are fitted to most rows only, the others tell how well (`held_out_error`).
+    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it.
+    `held_out` parts are fitted to most rows only, the others tell how well (`held_out_error`).
     """
 
     def __init__(
         self,
         node: Node,
-        narrowed: Narrowed,
+        reduced: Reduced,
         original: Sequence[Tensor],
         zipped: Sequence[Tensor],
         shared: bool,
         config: ZipConfig,
-        felt: Float[Tensor, " all_rows"] | None = None,
+        sensitivity: Float[Tensor, " all_rows"] | None = None,
         damping: float | None = None,
-        judged: bool = False,
+        held_out: bool = False,
     ) -> None:
-        network = narrowed.network
+        network = reduced.network
         self.node, self.network, self.zipped = node, network, zipped
-        self.paper, self.judged = config.method == "paper", judged
-        left = narrowed.kept_rows(node)
-        self.felt = felt if felt is None or left is None else felt[left]
+        self.paper, self.held_out = config.method == "paper", held_out
+        left = reduced.kept_rows(node)
+        self.sensitivity = sensitivity if sensitivity is None or left is None else sensitivity[left]
         self.shape = tuple(network.state[node.weight].shape)
-        self.groups = node.layer.groups(node.arguments)
+        self.conv_groups = node.layer.conv_groups(node.arguments)
         self.intact = all(a is b for a, b in zip(original, zipped, strict=True))
         self.changed = False
         self.hessian: Hessian | None = None
@@ -115,16 +115,16 @@ class Part:
             return
         self.matrix = network.matrix(node).to(torch.float64, copy=True)
         self.positions = sample_positions(node, self.shape, original[0], config)
-        before = narrowed.original.graph.node(node.name)
-        target, left = narrowed.original.matrix(before), narrowed.kept_rows(node)
-        if left is not None and self.groups == 1:
+        before = reduced.original.graph.node(node.name)
+        target, left = reduced.original.matrix(before), reduced.kept_rows(node)
+        if left is not None and self.conv_groups == 1:
             target, left = target[left], None
-        moments = Moments(self.matrix.shape[1], self.groups)
+        moments = Moments(self.matrix.shape[1], self.conv_groups)
         for x, x_hat in zip(original, zipped, strict=True):
             rows = self._rows(x, before)
             moments.add(self._fitted(rows if self.paper or x is x_hat else self._rows(x_hat, node)))
             if not self.paper:
-                outputs = _outputs(rows, target, before.layer.groups(before.arguments))
+                outputs = _outputs(rows, target, before.layer.conv_groups(before.arguments))
                 self.targets.append(outputs if left is None else outputs[:, left])
         self.count = moments.count
         relative = config.fixed_damping if damping is None else damping
@@ -136,11 +136,11 @@ class Part:
         return rows.to(self.network.state[self.node.weight].dtype)
 
     def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
-        return matrix.unflatten(0, (self.groups, -1))
+        return matrix.unflatten(0, (self.conv_groups, -1))
 
     def _fitted(self, rows: Float[Tensor, "n columns"]) -> Float[Tensor, "m columns"]:
         """The rows of a batch that are fitted to."""
-        return rows[: len(rows) - len(rows) // HELD_OUT] if self.judged else rows
+        return rows[: len(rows) - len(rows) // HELD_OUT] if self.held_out else rows
 
     def held_out_error(self) -> float:
         """``½ Σ F E‖y − W x̂‖²`` on the rows that were held out, in nats."""
@@ -149,9 +149,9 @@ class Part:
         total, count = 0.0, 0
         for target, x_hat in zip(self.targets, self.zipped, strict=True):
             rows = self._rows(x_hat, self.node)[len(self._fitted(target)) :]
-            errors = target[len(target) - len(rows) :] - _outputs(rows, self.matrix.to(rows.dtype), self.groups)
-            felt = 1.0 if self.felt is None else self.felt.to(errors.dtype)
-            total, count = total + 0.5 * float((felt * errors.square()).sum()), count + len(rows)
+            errors = target[len(target) - len(rows) :] - _outputs(rows, self.matrix.to(rows.dtype), self.conv_groups)
+            sensitivity = 1.0 if self.sensitivity is None else self.sensitivity.to(errors.dtype)
+            total, count = total + 0.5 * float((sensitivity * errors.square()).sum()), count + len(rows)
         return total / max(count, 1)
 
     def refit(self, clip: Clip | None) -> None:
@@ -168,14 +168,14 @@ class Part:
         gradient = torch.zeros_like(self.matrix)
         for target, x_hat in zip(self.targets, self.zipped, strict=True):
             fed, target = self._fitted(self._rows(x_hat, self.node)), self._fitted(target)
-            output = _outputs(fed, present, self.groups)
+            output = _outputs(fed, present, self.conv_groups)
             if clip is not None:
                 target = clip.nearest_target(target, output)
             gradient += self._correlate(target - output, fed)
         gradient.div_(self.count)
         gradient.sub_((self.matrix - prior).mul_(self.damping))
         del present, prior
-        if self.groups == 1:
+        if self.conv_groups == 1:
             for part in chunks(*gradient.shape):
                 self.matrix[part] += self.hessian.solve(gradient[part].T).T
         else:
@@ -183,10 +183,10 @@ class Part:
         self.changed = True
 
     def _correlate(self, outputs: Float[Tensor, "n out"], rows: Tensor) -> Float[Tensor, "out in"]:
-        if self.groups == 1:
+        if self.conv_groups == 1:
             return outputs.T @ rows
-        split = rows.unflatten(1, (self.groups, -1)).transpose(0, 1)
-        return torch.bmm(outputs.unflatten(1, (self.groups, -1)).permute(1, 2, 0), split).flatten(0, 1)
+        split = rows.unflatten(1, (self.conv_groups, -1)).transpose(0, 1)
+        return torch.bmm(outputs.unflatten(1, (self.conv_groups, -1)).permute(1, 2, 0), split).flatten(0, 1)
 
     @property
     def few_rows(self) -> str:
@@ -218,16 +218,16 @@ class Part:
 
 
 def _outputs(
-    rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"], groups: int
+    rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"], conv_groups: int
 ) -> Float[Tensor, "n out"]:
-    if groups == 1:
+    if conv_groups == 1:
         return rows @ matrix.T
-    split = rows.unflatten(1, (groups, -1)).transpose(0, 1)
-    return torch.bmm(split, matrix.unflatten(0, (groups, -1)).mT).transpose(0, 1).flatten(1)
+    split = rows.unflatten(1, (conv_groups, -1)).transpose(0, 1)
+    return torch.bmm(split, matrix.unflatten(0, (conv_groups, -1)).mT).transpose(0, 1).flatten(1)
 
 
 def fit(
-    parts: Mapping[str, Part],
+    parts: Mapping[str, LayerFit],
     rows: Arrangement,
     columns: Arrangement,
     clips: Mapping[str, Clip | None],
@@ -237,15 +237,15 @@ def fit(
     if config.method == "refit":
         for part in parts.values():
             part.refit(None)
-    runs = [run for run in rows.runs if len(run.owners) > 1]
+    segments = [segment for segment in rows.segments if len(segment.owners) > 1]
     balance = dict(zip(parts, config.balance_of(tuple(parts)), strict=True))
     if config.method == "refit":
-        felt = [part.felt for part in parts.values() if part.felt is not None]
-        if len(felt) == len(parts):
-            balance = dict(zip(parts, felt_balance(list(balance.values()), felt), strict=True))
-    sharing = [_sharing(parts, run, columns, balance) for run in runs]
+        sensitivity = [part.sensitivity for part in parts.values() if part.sensitivity is not None]
+        if len(sensitivity) == len(parts):
+            balance = dict(zip(parts, weigh_by_sensitivity(list(balance.values()), sensitivity), strict=True))
+    sharing = [_sharing(parts, segment, columns, balance) for segment in segments]
     cost = sum(one.apply() for one in sharing)
-    for _ in range(config.sweeps if config.method == "refit" and any(clips.values()) else 0):
+    for _ in range(config.refit_rounds if config.method == "refit" and any(clips.values()) else 0):
         for task, part in parts.items():
             part.refit(clips[task])
         cost = sum(one.apply() for one in sharing)
@@ -253,10 +253,10 @@ def fit(
 
 
 def _sharing(
-    parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]
+    parts: Mapping[str, LayerFit], segment: Segment, columns: Arrangement, balance: Mapping[str, float]
 ) -> _Sharing | _GroupedSharing:
-    own = {task: parts[task] for task in run.owners}
-    return (_GroupedSharing if next(iter(own.values())).groups > 1 else _Sharing)(own, run, columns, balance)
+    own = {task: parts[task] for task in segment.owners}
+    return (_GroupedSharing if next(iter(own.values())).conv_groups > 1 else _Sharing)(own, segment, columns, balance)
 
 
 class _Sharing:
@@ -266,10 +266,12 @@ class _Sharing:
     only one of them has answer with ``−H_pp⁻¹ H_ps δ``, unless the method is the paper's.
     """
 
-    def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
-        self.parts, self.run = parts, run
-        self.balance = [balance[task] for task in run.owners]
-        common = [c for c in columns.runs if len(set(c.owners) & set(run.owners)) > 1]
+    def __init__(
+        self, parts: Mapping[str, LayerFit], segment: Segment, columns: Arrangement, balance: Mapping[str, float]
+    ) -> None:
+        self.parts, self.segment = parts, segment
+        self.balance = [balance[task] for task in segment.owners]
+        common = [c for c in columns.segments if len(set(c.owners) & set(segment.owners)) > 1]
         ends = np.cumsum([0, *(c.size for c in common)])
         self.size = int(ends[-1])
         self.shared: dict[str, Int64[Tensor, " s"]] = {}
@@ -310,11 +312,11 @@ class _Sharing:
 
     def apply(self) -> float:
         """Give the rows their common weights; returns the cost."""
-        return sum(self._apply(part) for part in chunks(self.run.size, self.size)) if self.size else 0.0
+        return sum(self._apply(part) for part in chunks(self.segment.size, self.size)) if self.size else 0.0
 
     def _apply(self, some: slice) -> float:
         assert self.total is not None
-        rows = {task: torch.from_numpy(self.run.places[task][some]) for task in self.parts}
+        rows = {task: torch.from_numpy(self.segment.places[task][some]) for task in self.parts}
         weights = {task: part.matrix[rows[task]][:, self.shared[task]] for task, part in self.parts.items()}
         mean = torch.zeros(some.stop - some.start, self.size, dtype=torch.float64)
         owners = torch.zeros(self.size, dtype=torch.float64)
@@ -343,21 +345,23 @@ class _Sharing:
 class _GroupedSharing:
     """The same for a convolution in groups: every row has a Hessian of its own group, and no input is own."""
 
-    def __init__(self, parts: Mapping[str, Part], run: Run, columns: Arrangement, balance: Mapping[str, float]) -> None:
-        self.parts, self.run = parts, run
-        self.balance = [balance[task] for task in run.owners]
+    def __init__(
+        self, parts: Mapping[str, LayerFit], segment: Segment, columns: Arrangement, balance: Mapping[str, float]
+    ) -> None:
+        self.parts, self.segment = parts, segment
+        self.balance = [balance[task] for task in segment.owners]
 
     def apply(self) -> float:
         """Give the rows their common weights; returns the cost."""
         inputs = next(iter(self.parts.values())).matrix.shape[1]
-        return sum(self._apply(part) for part in chunks(self.run.size, inputs**2))
+        return sum(self._apply(part) for part in chunks(self.segment.size, inputs**2))
 
     def _apply(self, some: slice) -> float:
-        rows = {task: torch.from_numpy(self.run.places[task][some]) for task in self.parts}
+        rows = {task: torch.from_numpy(self.segment.places[task][some]) for task in self.parts}
         hessians = []
         for task, part in self.parts.items():
             assert isinstance(part.hessian, DenseHessian)
-            group = rows[task] // (len(part.matrix) // part.groups)
+            group = rows[task] // (len(part.matrix) // part.conv_groups)
             hessians.append(part.hessian.matrix[group])
         own = [part.matrix[rows[task]] for task, part in self.parts.items()]
         mean = torch.stack(own).mean(dim=0)

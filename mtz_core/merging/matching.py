@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mtz_core.merging.compatibility import check_compatible, shared_counts, why_separate, writers_of
-from mtz_core.merging.difference import felt_balance, functional_difference
+from mtz_core.merging.difference import functional_difference, weigh_by_sensitivity
 from mtz_core.merging.pairing import GroupMatch, Pairing, assign, assign_greedily
 from mtz_core.network.graph import Network, Node
 from mtz_core.settings import ZipConfig
@@ -57,9 +57,9 @@ class Matcher:
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
         config: ZipConfig,
-        felt: Mapping[str, Sensitivities] | None = None,
+        sensitivity: Mapping[str, Sensitivities] | None = None,
     ) -> None:
-        self.networks, self.moments, self.config, self.felt = networks, moments, config, felt
+        self.networks, self.moments, self.config, self.sensitivity = networks, moments, config, sensitivity
         self.graph = check_compatible(networks)
         self.tasks = tuple(networks)
         self.counts = shared_counts(networks, config)
@@ -107,23 +107,25 @@ class Matcher:
         """What sharing tuples of a group's neurons would cost the tasks, in nats of their losses."""
         damage = np.zeros(len(tuples))
         for node in self.writers[name]:
-            felt = None
-            if self.felt is not None:
+            sensitivity = None
+            if self.sensitivity is not None:
                 rows = [torch.from_numpy(positions_of(n.graph.rows[node.name], name)) for n in self.networks.values()]
-                felt = [self.felt[task][node.name][own] for task, own in zip(self.tasks, rows, strict=True)]
-            damage += _tuple_costs([self._sides(node, name, pairings)], tuples, felt)
+                sensitivity = [
+                    self.sensitivity[task][node.name][own] for task, own in zip(self.tasks, rows, strict=True)
+                ]
+            damage += _tuple_costs([self._sides(node, name, pairings)], tuples, sensitivity)
         return damage
 
     def _sides(self, node: Node, name: str, pairings: Mapping[str, Pairing]) -> list[_Side]:
         members = {group: pairing.members for group, pairing in pairings.items()}
         columns = arrange(self.tasks, {t: n.graph.columns[node.name] for t, n in self.networks.items()}, members)
-        common = [run for run in columns.runs if run.owners == self.tasks]
+        common = [run for run in columns.segments if run.owners == self.tasks]
         hessians = {
             task: _average(self.moments[task][node.name].hessian(self.config.fixed_damping)) for task in self.tasks
         }
         balance = self.config.balance_of(self.tasks)
-        if self.refit and self.felt is not None:
-            balance = felt_balance(balance, [self.felt[task][node.name] for task in self.tasks])
+        if self.refit and self.sensitivity is not None:
+            balance = weigh_by_sensitivity(balance, [self.sensitivity[task][node.name] for task in self.tasks])
         sides = []
         for (task, network), alpha in zip(self.networks.items(), balance, strict=True):
             hessian = hessians[task]
@@ -167,11 +169,11 @@ def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]], total:
 def _tuple_costs(
     layers: _Layers,
     tuples: Int64[np.ndarray, "k tasks"],
-    felt: Sequence[Float[Tensor, "neurons slots"]] | None = None,
+    sensitivity: Sequence[Float[Tensor, "neurons slots"]] | None = None,
 ) -> Float[np.ndarray, " k"]:
     """The predicted cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
 
-    With `felt`, in its currency: the shared weights are the same, but every row's loss counts as much as it is felt.
+    With `sensitivity`, in nats: the shared weights are the same, but every row's loss counts by its sensitivity.
     """
     costs = torch.zeros(len(tuples), dtype=torch.float64)
     for sides in layers:
@@ -184,7 +186,7 @@ def _tuple_costs(
             centre = _centre(sides, rows, total)
             for t, (side, own) in enumerate(zip(sides, rows, strict=True)):
                 losses = 0.5 * side.curvature.energies((centre - own).T).reshape(-1, slots)
-                weight = side.balance if felt is None else felt[t][torch.from_numpy(tuples[part, t])]
+                weight = side.balance if sensitivity is None else sensitivity[t][torch.from_numpy(tuples[part, t])]
                 costs[part] += (weight * losses).sum(dim=1)
     return costs.numpy()
 
@@ -286,7 +288,7 @@ def _partners(
 def _settle(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"], config: ZipConfig) -> Int64[np.ndarray, "k tasks"]:
     """Match every task anew against what the others share, until nothing gets cheaper."""
     best = float(_tuple_costs(layers, tuples).sum())
-    for _ in range(config.descents):
+    for _ in range(config.matching_rounds):
         before = best
         for t in range(tuples.shape[1]):
             others = [other for other in range(tuples.shape[1]) if other != t]
@@ -309,17 +311,17 @@ def match(
     networks: Mapping[str, Network],
     moments: Mapping[str, Mapping[str, Moments]],
     config: ZipConfig,
-    felt: Mapping[str, Sensitivities] | None = None,
+    sensitivity: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[GroupMatch]:
     """Pair the neurons of every hidden group on the originals' weights and Hessians; the last word on a group counts.
 
-    `moments[task][layer]` are the second moments of the original network's layer inputs, `felt[task]` what the task's
-    loss feels (tasks weigh alike if it is not given). Groups are paired in
-    topological order. Where a group's pairing depends on later ones (a residual sum is written by layers that read it),
-    the groups are matched again in turn, at most `config.descents` times, and a pairing is taken only if the predicted
-    cost of all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
+    `moments[task][layer]` are the second moments of the original network's layer inputs, `sensitivity[task]` the
+    sensitivities of the task's loss (tasks weigh alike if they are not given). Groups are paired in topological order.
+    Where a group's pairing depends on later ones (a residual sum is written by layers that read it), the groups are
+    matched again in turn, at most `config.matching_rounds` times, and a pairing is taken only if the predicted cost of
+    all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
     """
-    matcher = Matcher(dict(sorted(networks.items())), moments, config, felt)
+    matcher = Matcher(dict(sorted(networks.items())), moments, config, sensitivity)
     pairings: dict[str, Pairing] = {}
     coupled = False
     for name in matcher.groups:
@@ -331,7 +333,7 @@ def match(
         return
     costs = {name: matcher.cost(name, pairings) for name in matcher.groups}
     yield replace(found, cost=costs[name], total=sum(costs.values()))
-    for sweep in range(1, config.descents + 1):
+    for sweep in range(1, config.matching_rounds + 1):
         fell = False
         for name in matcher.groups:
             found = matcher.match(name, pairings)

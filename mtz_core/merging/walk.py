@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig, MtzError
 from mtz_core.merging.compatibility import check_compatible, why_separate
-from mtz_core.merging.fitting import Part, fit, following_clip
+from mtz_core.merging.fitting import LayerFit, fit, following_clip
 from mtz_core.merging.pairing import Pairing
-from mtz_core.network.graph import INPUT, Network, Node, forget, run_node
-from mtz_core.network.narrowing import Keep, Narrowed, Narrower
+from mtz_core.network.graph import INPUT, Network, Node, free_unused, run_node
+from mtz_core.network.narrowing import Dropper, Keep, Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport, ZipReport
-from mtz_core.zipped.structure import TASK_NAME, TaskStructure, ZippedStructure, cut, own_name
+from mtz_core.zipped.structure import TASK_NAME, TaskStructure, ZippedStructure, own_name, to_blocks
 
 DAMPINGS = (5e-4, 5e-3, 2e-2, 1e-1)
 """What ``damping="auto"`` chooses from, layer by layer."""
@@ -58,14 +58,14 @@ def finish(steps: Iterator[LayerReport | ZippedNetwork]) -> ZippedNetwork:
     return zipped
 
 
-class Stream:
+class ActivationStream:
     """One task's calibration data on their way through the original and through the zipped network, batch by batch.
 
     A value of the zipped network is the very same object as the original's as long as nothing upstream has changed.
     """
 
-    def __init__(self, narrowed: Narrowed, batches: Iterable[Tensor]) -> None:
-        self.narrowed = narrowed
+    def __init__(self, reduced: Reduced, batches: Iterable[Tensor]) -> None:
+        self.reduced = reduced
         self.original: dict[str, list[Any]] = {INPUT: list(batches)}
         self.zipped: dict[str, list[Any]] = {INPUT: list(self.original[INPUT])}
 
@@ -75,14 +75,14 @@ class Stream:
 
     def advance(self, node: Node, changed: Mapping[str, Tensor] | None = None) -> None:
         """Run a node in both networks; `changed` are the tensors that the zipped network has instead."""
-        whole, narrow = self.narrowed.original, self.narrowed.network
-        same = not changed and all(self.intact(source) for source in node.sources) and not self.narrowed.touches(node)
+        whole, narrow = self.reduced.original, self.reduced.network
+        same = not changed and all(self.intact(source) for source in node.sources) and not self.reduced.touches(node)
         outputs = self._run(whole.graph.node(node.name), self.original, whole.state)
         self.original[node.name] = outputs
         state = {**narrow.state, **(changed or {})}
         self.zipped[node.name] = list(outputs) if same else self._run(node, self.zipped, state)
         for values in (self.original, self.zipped):
-            forget(whole.graph, values, node)
+            free_unused(whole.graph, values, node)
 
     def _run(self, node: Node, values: Mapping[str, list[Any]], state: Mapping[str, Tensor]) -> list[Any]:
         given = [values[source] for source in node.sources]
@@ -101,7 +101,7 @@ class Stream:
         """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, as far as they are left."""
         if self.intact(node.name):
             return 0.0
-        kept = self.narrowed.kept_rows(node)
+        kept = self.reduced.kept_rows(node)
         axis = node.layer.channel_axis(self.original[node.name][0].ndim)
         pairs = [
             (y if kept is None else y.index_select(axis, kept), z)
@@ -120,42 +120,42 @@ def merge(
     config: ZipConfig,
     costs: Sequence[float] = (),
     keep: Mapping[str, Keep] | None = None,
-    felt: Mapping[str, Sensitivities] | None = None,
+    sensitivity: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks, yielding a report as each layer is done and the zipped network at the end.
 
     `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. `keep` names
-    the neurons that are left of groups that lose some; `pairings` then number those. `felt` is what the tasks' losses
-    feel, taken from the calibration data if it is not given. Memory beyond weights: the calibration data at the
-    width of the live values, twice, and the moments of the current layer.
+    the neurons that are left of groups that lose some; `pairings` then number those. `sensitivity` has the
+    sensitivities of the tasks' losses, taken from the calibration data if it is not given. Memory beyond weights: the
+    calibration data at the width of the live values, twice, and the moments of the current layer.
     """
     networks = dict(sorted(networks.items()))
     check_compatible(networks)
-    if felt is None:
-        felt = {task: sensitivities(network, batches[task], config.seed) for task, network in networks.items()}
-    narrowed = {task: Narrower(network).narrow((keep or {}).get(task, {})) for task, network in networks.items()}
+    if sensitivity is None:
+        sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in networks.items()}
+    reduced = {task: Dropper(network).narrow((keep or {}).get(task, {})) for task, network in networks.items()}
     structure = ZippedStructure(
         tasks=tuple(networks),
-        networks={task: TaskStructure.of(narrow.network, narrow.original) for task, narrow in narrowed.items()},
+        networks={task: TaskStructure.of(narrow.network, narrow.original) for task, narrow in reduced.items()},
         members={name: pairing.members for name, pairing in pairings.items()},
         report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
     )
-    streams = {task: Stream(narrow, batches[task]) for task, narrow in narrowed.items()}
+    streams = {task: ActivationStream(narrow, batches[task]) for task, narrow in reduced.items()}
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
-    for steps in zip(*(narrow.network.graph.nodes for narrow in narrowed.values()), strict=True):
-        nodes = dict(zip(narrowed, steps, strict=True))
+    for steps in zip(*(narrow.network.graph.nodes for narrow in reduced.values()), strict=True):
+        nodes = dict(zip(reduced, steps, strict=True))
         if not steps[0].is_layer:
             for task, node in nodes.items():
                 streams[task].advance(node)
             continue
-        report, blocks = _merge_layer(structure, narrowed, nodes, streams, config, felt)
+        report, blocks = _merge_layer(structure, reduced, nodes, streams, config, sensitivity)
         tensors |= blocks
         reports.append(report)
         yield report
     for task, network in structure.networks.items():
         for name in network.own:
-            tensors[own_name(name, task)] = narrowed[task].network.state[name].clone()
+            tensors[own_name(name, task)] = reduced[task].network.state[name].clone()
     finished = structure.reported(tensors, reports)
     names = (*finished.block_shapes(), *finished.own_shapes())
     yield ZippedNetwork(finished, {name: tensors[name] for name in names}).eval()
@@ -163,53 +163,53 @@ def merge(
 
 def _merge_layer(
     structure: ZippedStructure,
-    narrowed: Mapping[str, Narrowed],
+    reduced: Mapping[str, Reduced],
     nodes: Mapping[str, Node],
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, ActivationStream],
     config: ZipConfig,
-    felt: Mapping[str, Sensitivities],
+    sensitivity: Mapping[str, Sensitivities],
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Fit one layer, store its blocks, and run it."""
     (node, *_) = nodes.values()
     rows, columns = structure.rows[node.name], structure.columns[node.name]
-    originals = {task: narrow.original for task, narrow in narrowed.items()}
+    originals = {task: narrow.original for task, narrow in reduced.items()}
 
-    def parts_with(damping: float, judged: bool) -> dict[str, Part]:
+    def parts_with(damping: float, held_out: bool) -> dict[str, LayerFit]:
         return {
-            task: Part(
+            task: LayerFit(
                 nodes[task],
                 narrow,
                 streams[task].original[node.source],
                 streams[task].zipped[node.source],
                 shared=any(len(run.owners) > 1 for run in rows.of(task)),
                 config=config,
-                felt=felt[task][node.name],
+                sensitivity=sensitivity[task][node.name],
                 damping=damping,
-                judged=judged,
+                held_out=held_out,
             )
-            for task, narrow in narrowed.items()
+            for task, narrow in reduced.items()
         }
 
     def held_out_error(damping: float) -> float:
-        trial = parts_with(damping, judged=True)
+        trial = parts_with(damping, held_out=True)
         fit(trial, rows, columns, {}, config)
         return sum(part.held_out_error() for part in trial.values())
 
     choose = config.damping == "auto" and config.method == "refit"
-    parts = parts_with(min(DAMPINGS, key=held_out_error) if choose else config.fixed_damping, judged=False)
-    clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in narrowed.items()}
+    parts = parts_with(min(DAMPINGS, key=held_out_error) if choose else config.fixed_damping, held_out=False)
+    clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in reduced.items()}
     cost = fit(parts, rows, columns, clips, config)
     few = {task: part.few_rows for task, part in parts.items() if part.few_rows}
     blocks: dict[str, Tensor] = {}
     for task, part in parts.items():
         changed = part.tensors()
-        blocks |= cut(node.name, task, part.stored_matrix(), rows, columns, node.bias is not None, blocks)
+        blocks |= to_blocks(node.name, task, part.stored_matrix(), rows, columns, node.bias is not None, blocks)
         part.release()
         streams[task].advance(nodes[task], changed)
     report = LayerReport(
         layer=node.name,
         kind=node.kind,
-        neurons={task: len(rows.order(task)) for task in narrowed},
+        neurons={task: len(rows.order(task)) for task in reduced},
         shared=rows.shared(),
         cost=cost,
         error={task: stream.output_error(node) for task, stream in streams.items()},

@@ -251,12 +251,12 @@ def run(
     values: dict[str, Any] = {INPUT: x}
     for node in graph.nodes:
         values[node.name] = run_node(node, values, state, len(x), training)
-        forget(graph, values, node)
+        free_unused(graph, values, node)
     output: Tensor = values[graph.output]
     return output
 
 
-def forget(graph: LayerGraph, values: dict[str, Any], node: Node) -> None:
+def free_unused(graph: LayerGraph, values: dict[str, Any], node: Node) -> None:
     """Free the values that a node was the last to read."""
     for source in set(node.sources):
         if graph.last_use.get(source) == node.name:

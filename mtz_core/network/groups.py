@@ -77,7 +77,7 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
         alike.setdefault((label in ends, *occurrences[label]), []).append(label)
     names = {node.name for node in layers}
     groups, members = _name_groups(alike, nodes, tables, names)
-    grouped = {n.name for n in layers if n.layer.groups(n.arguments) > 1}
+    grouped = {n.name for n in layers if n.layer.conv_groups(n.arguments) > 1}
     groups = [
         replace(g, readers=tuple(n.name for n in layers if n.name in {*g.readers, *grouped & {*g.writers}}))
         for g in groups

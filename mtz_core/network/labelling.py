@@ -182,10 +182,10 @@ def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out
     layer, ties = LAYERS[node.kind], found.ties
     if {"alpha", "beta"} & node.arguments.keys():
         raise NotUnderstood("it scales what it adds")
-    if isinstance(layer, Convolution) and layer.transposed and layer.groups(node.arguments) > 1:
+    if isinstance(layer, Convolution) and layer.transposed and layer.conv_groups(node.arguments) > 1:
         raise NotUnderstood("it is a transposed convolution in groups")
     x: Value = arguments[layer.input]
-    groups = layer.groups(node.arguments)
+    conv_groups = layer.conv_groups(node.arguments)
     columns, count = layer.matrix(weight.meta).shape[1], out.shape[layer.channel_axis(out.ndim)]
     if node.kind == "embedding":
         read = torch.tensor([THE_INPUT])
@@ -197,12 +197,12 @@ def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out
             found.columns[node.name] = torch.full((columns,), FIXED)
             return labels
         read = ties.uniform(labels, (axis,)).flatten().expand(x.meta.shape[axis])
-    if groups == 1:
+    if conv_groups == 1:
         rows = ties.fresh(count)
         per_channel = columns // len(read) if len(read) > 1 else columns
         found.columns[node.name] = read.repeat_interleave(per_channel) if len(read) > 1 else read.expand(columns)
     else:
-        rows = _grouped(ties, read, groups).repeat_interleave(count // groups)
+        rows = _grouped(ties, read, conv_groups).repeat_interleave(count // conv_groups)
         found.columns[node.name] = torch.full((columns,), THE_KERNEL)
     found.rows[node.name] = rows
     bias = arguments.get(layer.bias) if layer.bias else None
@@ -211,13 +211,13 @@ def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out
     return rows.reshape([count if a == layer.channel_axis(out.ndim) else 1 for a in range(out.ndim)])
 
 
-def _grouped(ties: Ties, read: Int64[Tensor, " channels"], groups: int) -> Int64[Tensor, " groups"]:
+def _grouped(ties: Ties, read: Int64[Tensor, " channels"], conv_groups: int) -> Int64[Tensor, " groups"]:
     """The neuron of each group of a convolution: the channels that it reads, if those are neurons."""
-    channels = read.reshape(groups, -1)
+    channels = read.reshape(conv_groups, -1)
     first = channels[:, :1]
     ties.tie(channels, first)
     neurons = ties.resolve(first[:, 0])
-    own = ties.fresh(groups)
+    own = ties.fresh(conv_groups)
     no_neuron = (neurons == ties.resolve(torch.tensor([THE_INPUT]))) | (neurons < 0)
-    ties.pin(torch.where(no_neuron, own, FIXED), torch.arange(groups))
+    ties.pin(torch.where(no_neuron, own, FIXED), torch.arange(conv_groups))
     return torch.where(no_neuron, own, neurons)

@@ -5,8 +5,8 @@ are its unfolded patches (channel first, then the kernel), an embedding's are on
 one, is the last column of ``W`` and meets a trailing 1 in every row. So later mathematics has no cases: a *neuron* owns
 rows of ``W``, and the neurons that it reads own columns.
 
-A grouped convolution is several such layers side by side, of equal size: `groups` of them, their matrices stacked, the
-rows of their inputs side by side. A depthwise convolution has as many groups as channels.
+A grouped convolution is several such layers side by side, of equal size: `conv_groups` of them, their matrices stacked,
+the rows of their inputs side by side. A depthwise convolution has as many groups as channels.
 
 To teach zipping a new type of layer, add one entry to `LAYERS`.
 """
@@ -57,7 +57,7 @@ class Layer(Protocol):
         """Where the neurons lie in an input or output of that many axes."""
         ...
 
-    def groups(self, arguments: Arguments) -> int:
+    def conv_groups(self, arguments: Arguments) -> int:
         """How many layers stand side by side."""
         ...
 
@@ -94,7 +94,7 @@ class LinearLayer:
     def channel_axis(self, ndim: int) -> int:
         return ndim - 1
 
-    def groups(self, arguments: Arguments) -> int:
+    def conv_groups(self, arguments: Arguments) -> int:
         return 1
 
     def positions(self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments) -> int:
@@ -133,7 +133,7 @@ class EmbeddingLayer:
     def channel_axis(self, ndim: int) -> int:
         return ndim - 1
 
-    def groups(self, arguments: Arguments) -> int:
+    def conv_groups(self, arguments: Arguments) -> int:
         return 1
 
     def positions(self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
@@ -172,7 +172,7 @@ class Convolution:
     def channel_axis(self, ndim: int) -> int:
         return 1
 
-    def groups(self, arguments: Arguments) -> int:
+    def conv_groups(self, arguments: Arguments) -> int:
         return int(arguments.get("groups", 1))
 
     def _all(self, arguments: Arguments, name: str, default: int) -> list[int]:
@@ -270,11 +270,13 @@ LAYERS: dict[str, Layer] = {
 """Layers with weights, by their ATen operator."""
 
 
-def with_ones(rows: Float[Tensor, "n groups*inputs"], groups: int, bias: bool) -> Float[Tensor, "n groups*columns"]:
+def with_ones(
+    rows: Float[Tensor, "n groups*inputs"], conv_groups: int, bias: bool
+) -> Float[Tensor, "n groups*columns"]:
     """Rows with the trailing 1 that a bias meets, in every group."""
     if not bias:
         return rows
-    if groups == 1:
+    if conv_groups == 1:
         return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-    split = rows.unflatten(1, (groups, -1))
-    return torch.cat([split, split.new_ones(len(rows), groups, 1)], dim=2).flatten(1)
+    split = rows.unflatten(1, (conv_groups, -1))
+    return torch.cat([split, split.new_ones(len(rows), conv_groups, 1)], dim=2).flatten(1)

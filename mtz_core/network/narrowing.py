@@ -35,7 +35,7 @@ class CannotDrop(MtzError):
 
 
 @dataclass(frozen=True, eq=False)
-class Narrowed:
+class Reduced:
     """A network without some of its neurons, and the network that it comes from."""
 
     original: Network
@@ -43,7 +43,7 @@ class Narrowed:
     keep: Keep
 
     @classmethod
-    def whole(cls, network: Network) -> Narrowed:
+    def whole(cls, network: Network) -> Reduced:
         """A network that keeps everything."""
         return cls(network, network, {})
 
@@ -67,18 +67,18 @@ def analysis_of(network: Network) -> Analysis:
     return analyse(network.graph.nodes, network.graph.output, *entry)
 
 
-class Narrower:
+class Dropper:
     """Takes neurons out of one network, which it analyses once."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self._analysis = analysis_of(network)
 
-    def narrow(self, keep: Keep) -> Narrowed:
+    def narrow(self, keep: Keep) -> Reduced:
         """The network with only the given neurons of these groups. Raises `CannotDrop`."""
         keep = self._checked(keep)
         if not keep:
-            return Narrowed.whole(self.network)
+            return Reduced.whole(self.network)
         state = {name: self._cut(name, keep) for name in self.network.state}
         graph = replace(self.network.graph, nodes=tuple(self._resized(keep, state)))
         narrow = replace(self.network, graph=graph, state=state)
@@ -86,7 +86,7 @@ class Narrower:
         expected = {name: len(keep.get(name, range(width))) for name, width in graph.widths.items()}
         if narrow.graph.widths != expected:
             raise CannotDrop("its neuron groups change when neurons are dropped")
-        return Narrowed(self.network, narrow, keep)
+        return Reduced(self.network, narrow, keep)
 
     def _checked(self, keep: Keep) -> Keep:
         """The groups that lose neurons. Raises `CannotDrop` for what is no choice of a hidden group's neurons."""
@@ -183,7 +183,7 @@ class Narrower:
                 sizes = sizes[len(sizes) - len(given) :]
             if isinstance(given, list) and sizes is not None and len(given) == len(sizes):
                 arguments[name] = [_size(old, new) for old, new in zip(given, sizes, strict=True)]
-        if node.is_layer and node.layer.groups(arguments) > 1:
+        if node.is_layer and node.layer.conv_groups(arguments) > 1:
             per_group = len(self.network.state[node.weight]) // arguments["groups"]
             arguments["groups"] = len(state[node.weight]) // per_group
         return arguments

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mtz_core.errors import UnsupportedModule
-from mtz_core.network.graph import INPUT, Axis, Network, forget, run_node
+from mtz_core.network.graph import INPUT, Axis, Network, free_unused, run_node
 from mtz_core.network.groups import Analysis
 
 TOLERANCE = 1e-4
@@ -84,7 +84,7 @@ def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: P
             matrix = node.layer.matrix(weight)[rows[:, None], columns]
             state[node.weight] = node.layer.from_matrix(matrix, tuple(weight.shape))
         values[node.name] = run_node(node, values, state, len(examples))
-        forget(graph, values, node)
+        free_unused(graph, values, node)
     return values[graph.output]
 
 

@@ -5,10 +5,10 @@ is left of the damage is (Hassibi and Stork 1993, for a block of inputs and all 
 
     ½ Σ_o f_o w_oSᵀ ([H⁻¹]_SS)⁻¹ w_oS,
 
-with `H` the layer's Hessian and ``f_o`` how much the loss feels row o (`mtz_core.statistics.sensitivity`). What goes is
-a *unit*: a neuron of one task, or neurons that several tasks share, which go in all of them. The units that cost least
-for the bytes that they free go first, a few at a time, `H⁻¹` and the weights brought up to date in between, so that the
-costs of a sequence add up to what dropping them all costs. A group that several layers read costs the sum.
+with `H` the layer's Hessian and ``f_o`` the sensitivity of the loss to row o (`mtz_core.statistics.sensitivity`). What
+goes is a *unit*: a neuron of one task, or neurons that several tasks share, which go in all of them. The units that
+cost least for the bytes that they free go first, a few at a time, `H⁻¹` and the weights brought up to date in between,
+so that the costs of a sequence add up to what dropping them all costs. A group that several layers read costs the sum.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ WIDEST = 8192
 class Reader:
     """One layer that reads a group, as far as neurons have been dropped."""
 
-    def __init__(self, network: Network, node: Node, group: str, hessian: Hessian, felt: Float[Tensor, " out"]) -> None:
+    def __init__(
+        self, network: Network, node: Node, group: str, hessian: Hessian, sensitivity: Float[Tensor, " out"]
+    ) -> None:
         """Raises `SingularHessian`."""
         self.slots = torch.from_numpy(positions_of(network.graph.columns[node.name], group))
-        self.rows = network.matrix(node).to(torch.float64) * felt.sqrt()[:, None]
+        self.rows = network.matrix(node).to(torch.float64) * sensitivity.sqrt()[:, None]
         self.exact = hessian.size <= WIDEST
         if self.exact:
             self.inverse = invert(hessian.dense())
@@ -85,16 +87,16 @@ def _inverse_block(hessian: Hessian, own: Int64[Tensor, " slots"]) -> Float[Tens
 
 
 def readers(
-    network: Network, group: str, moments: Mapping[str, Moments], felt: Sensitivities, damping: float
+    network: Network, group: str, moments: Mapping[str, Moments], sensitivity: Sensitivities, damping: float
 ) -> list[Reader]:
     """The layers that read a group; convolutions in groups keep its neurons apart and say nothing of their worth.
 
     Raises `SingularHessian`.
     """
     return [
-        Reader(network, node, group, moments[node.name].hessian(damping), felt[node.name])
+        Reader(network, node, group, moments[node.name].hessian(damping), sensitivity[node.name])
         for node in network.graph.layers
-        if group in network.graph.columns[node.name].groups and moments[node.name].groups == 1
+        if group in network.graph.columns[node.name].groups and moments[node.name].conv_groups == 1
     ]
 
 

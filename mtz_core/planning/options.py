@@ -28,7 +28,7 @@ SHARES = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class DropPath:
     """A group's units, shared ones first; the damage of sharing each; the order in which they go; what that adds."""
 
     units: Int64[np.ndarray, "units tasks"]
@@ -48,7 +48,7 @@ class Options:
     State i lies on path ``path[i]`` with ``gone[i]`` units dropped. Damage is in nats, by sharing and by dropping.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[DropPath]
     path: Int64[np.ndarray, " states"]
     gone: Int64[np.ndarray, " states"]
     kept: Int64[np.ndarray, "tasks states"]
@@ -57,7 +57,7 @@ class Options:
     dropping: Float64[np.ndarray, " states"]
 
     @classmethod
-    def along(cls, paths: Sequence[Path]) -> Options:
+    def along(cls, paths: Sequence[DropPath]) -> Options:
         """Every state on every path."""
         columns = []
         for number, path in enumerate(paths):
@@ -119,7 +119,7 @@ def options(
         order, dropping = np.zeros(0, dtype=np.int64), np.zeros(0)
         if drop and count in starts:
             order, dropping = eliminate(reading, units, _freed(name, units, sizes, count / max(most, 1)))
-        paths.append(Path(units, sharing, order, dropping))
+        paths.append(DropPath(units, sharing, order, dropping))
     return Options.along(paths)
 
 

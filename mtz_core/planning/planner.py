@@ -20,7 +20,7 @@ from mtz_core.errors import InvalidConfig
 from mtz_core.merging.matching import Matcher, match
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.graph import Network
-from mtz_core.network.narrowing import Keep, Narrower
+from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
 from mtz_core.planning.options import Options, options
 from mtz_core.planning.sizes import Sizes
@@ -77,7 +77,7 @@ class Planner:
         self,
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
-        felt: Mapping[str, Sensitivities],
+        sensitivity: Mapping[str, Sensitivities],
         examples: Mapping[str, Tensor],
         config: ZipConfig,
         moves: Sequence[Move],
@@ -86,22 +86,24 @@ class Planner:
         self.networks = dict(sorted(networks.items()))
         self.tasks = tuple(self.networks)
         self.sizes = Sizes(self.networks)
-        felt = {task: felt[task] for task in self.tasks}
-        matcher = Matcher(self.networks, moments, config, felt)
-        pairings = {m.group: m.pairing for m in match(self.networks, moments, config, felt)} if "share" in moves else {}
+        sensitivity = {task: sensitivity[task] for task in self.tasks}
+        matcher = Matcher(self.networks, moments, config, sensitivity)
+        pairings = (
+            {m.group: m.pairing for m in match(self.networks, moments, config, sensitivity)} if "share" in moves else {}
+        )
         droppable = self._droppable(examples) if "drop" in moves else set()
         self.options: dict[str, Options] = {}
         for name in matcher.groups:
             reading: list[list[Reader]] = [[] for _ in self.tasks]
             if name in droppable:
                 reading = [
-                    readers(n, name, moments[t], felt[t], config.fixed_damping) for t, n in self.networks.items()
+                    readers(n, name, moments[t], sensitivity[t], config.fixed_damping) for t, n in self.networks.items()
                 ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
 
     def _droppable(self, examples: Mapping[str, Tensor]) -> set[str]:
         """The groups that can lose neurons in all networks."""
-        found = [set(Narrower(network).droppable(examples[task])) for task, network in self.networks.items()]
+        found = [set(Dropper(network).droppable(examples[task])) for task, network in self.networks.items()]
         return set.intersection(*found)
 
     @property

@@ -3,7 +3,7 @@
 Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds it can be wrong by
 far, as neither errors that meet in later layers nor those that cancel are in it. So for one size several plans are
 made, with the damage of sharing counted for more or for less, going where it gets better, and with one move alone. Each
-is merged on most of the calibration data and judged on the rest by the distillation loss against the originals. The
+is merged on most of the calibration data and measured on the rest by the distillation loss against the originals. The
 best is taken: a mixture is chosen only where it does better than either move alone.
 """
 
@@ -37,7 +37,7 @@ LEAST_FACTOR = 4.0**-5
 """The search for that factor stays between this and its inverse."""
 
 HELD_OUT = 5
-"""One part in so many of the calibration data judges plans."""
+"""One part in so many of the calibration data is held out to measure plans."""
 
 
 FIRST, SIZES, CLOSE = 0.3, 7, 1.03
@@ -48,74 +48,76 @@ ATTEMPTS, REWEIGHED, BACK = 2, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """A plan that was merged and judged: its held-out distillation loss of every task, in nats."""
+class Candidate:
+    """A plan that was merged and measured: its held-out distillation loss of every task, in nats."""
 
     name: str
     plan: Plan
     loss: Mapping[str, float]
 
 
-class Spender:
+class BudgetSearch:
     """Makes and verifies plans for one group of networks; statistics and matching are computed once for all sizes."""
 
     def __init__(
         self,
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
-        felt: Mapping[str, Sensitivities],
+        sensitivity: Mapping[str, Sensitivities],
         batches: Mapping[str, list[Tensor]],
         config: ZipConfig,
         budget: Budget,
     ) -> None:
         """Raises `InvalidCalibration` if there are too few examples to hold some out, and as matching does."""
-        self.networks, self.moments, self.felt = networks, moments, felt
+        self.networks, self.moments, self.sensitivity = networks, moments, sensitivity
         self.batches, self.config, self.budget = batches, config, budget
-        self.fitting, self.judging = {}, {}
+        self.fitting, self.held_out = {}, {}
         for task, own in batches.items():
             examples = torch.cat(own)
             held = len(examples) // HELD_OUT
             if not held:
                 raise InvalidCalibration(
-                    f"{task!r} has {len(examples)} calibration examples; a budget holds one in {HELD_OUT} out to judge "
-                    f"plans. Give at least {HELD_OUT}."
+                    f"{task!r} has {len(examples)} calibration examples; a budget holds one in {HELD_OUT} out to "
+                    f"measure plans. Give at least {HELD_OUT}."
                 )
             self.fitting[task] = list(torch.split(examples[:-held], len(own[0])))
-            self.judging[task] = list(torch.split(examples[-held:], len(own[0])))
+            self.held_out[task] = list(torch.split(examples[-held:], len(own[0])))
         for task, network in networks.items():
             if run(network.graph, network.state, batches[task][0][:1]).numel() == 1:
                 raise InvalidConfig(
                     f"share: a budget counts damage in the loss of a classifier, but the network of {task!r} has one "
                     "output. Give a fraction or counts."
                 )
-        self._targets = {t: outputs_of(partial(run, n.graph, n.state), self.judging[t]) for t, n in networks.items()}
+        self._targets = {t: outputs_of(partial(run, n.graph, n.state), self.held_out[t]) for t, n in networks.items()}
         self.reweigh(dict.fromkeys(networks, 1.0))
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Count the losses of the tasks with these weights from now on."""
         self.weights = dict(weights)
-        felt = {t: {layer: weights[t] * rows for layer, rows in own.items()} for t, own in self.felt.items()}
+        sensitivity = {
+            t: {layer: weights[t] * rows for layer, rows in own.items()} for t, own in self.sensitivity.items()
+        }
         examples = {task: own[0][:4] for task, own in self.batches.items()}
         moves = self.budget.moves
-        self.planner = Planner(self.networks, self.moments, felt, examples, self.config, moves)
+        self.planner = Planner(self.networks, self.moments, sensitivity, examples, self.config, moves)
 
-    def trials(self, size: float) -> Iterator[Trial]:
-        """Plans for a size, merged and judged. Raises `InvalidConfig` for a size that no plan reaches."""
+    def candidates(self, size: float) -> Iterator[Candidate]:
+        """Plans for a size, merged and measured. Raises `InvalidConfig` for a size that no plan reaches."""
         moves = set(self.budget.moves)
-        done: list[Trial] = []
+        done: list[Candidate] = []
 
-        def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Trial]:
+        def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Candidate]:
             plan = self.planner.plan(size, sharing, dropping)
-            known = next((trial for trial in done if trial.plan.same(plan)), None)
-            done.append(known or Trial(name, plan, self._judge(plan)))
+            known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
+            done.append(known or Candidate(name, plan, self._held_out_loss(plan)))
             if known is None:
                 yield done[-1]
 
-        def mixed(factor: float) -> Iterator[Trial]:
+        def mixed(factor: float) -> Iterator[Candidate]:
             yield from attempt(f"sharing counted {factor:.3g} times", factor)
 
-        def loss(trial: Trial) -> float:
-            return self.weighted(trial.loss)
+        def loss(candidate: Candidate) -> float:
+            return self.weighted(candidate.loss)
 
         if "drop" in moves and self.planner.reaches(size, "drop"):
             yield from attempt("drop only", NEVER)
@@ -135,9 +137,9 @@ class Spender:
         if not done:
             self.planner.plan(size)  # says what the least size is
 
-    def ranked(self, size: float) -> list[Trial]:
+    def ranked(self, size: float) -> list[Candidate]:
         """The plans for a size, the one that does best on held-out data first."""
-        return sorted(self.trials(size), key=lambda trial: self.weighted(trial.loss))
+        return sorted(self.candidates(size), key=lambda candidate: self.weighted(candidate.loss))
 
     def best(self, size: float) -> Plan:
         """The plan for a size that does best on held-out data."""
@@ -148,14 +150,14 @@ class Spender:
         return self._merged(plan, self.batches)
 
     def _merged(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> ZippedNetwork:
-        return finish(merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.felt))
+        return finish(merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.sensitivity))
 
     @torch.no_grad()
-    def _judge(self, plan: Plan) -> dict[str, float]:
+    def _held_out_loss(self, plan: Plan) -> dict[str, float]:
         zipped = self._merged(plan, self.fitting)
         return {
             task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
-            for task, x in self.judging.items()
+            for task, x in self.held_out.items()
         }
 
     def weighted(self, losses: Mapping[str, float]) -> float:
@@ -174,7 +176,7 @@ class Validation:
 
 
 @dataclass(frozen=True, eq=False)
-class FloorStep:
+class FloorCandidate:
     """One network that the search for a floor has tried: stored bytes relative to the originals', points lost.
 
     `kept` says whether it keeps the floor of every task, `iterations` how many of light retraining it was given.
@@ -199,51 +201,51 @@ class FloorSearch:
 
     def __init__(
         self,
-        spender: Spender,
+        budget_search: BudgetSearch,
         originals: Mapping[str, nn.Module],
         training: Mapping[str, Tensor],
         validation: Mapping[str, Validation],
         retraining: RetrainConfig,
     ) -> None:
         """Raises `InvalidConfig` or `InvalidCalibration` for floors, metrics and labels that cannot be, before work."""
-        tasks = tuple(spender.networks)
+        tasks = tuple(budget_search.networks)
         if set(validation) != set(tasks):
             raise InvalidConfig(
                 f"budget.floor: validation data are given for {sorted(validation)}, but the tasks are {sorted(tasks)}."
             )
-        self._spender, self._validation, self._retraining = spender, validation, retraining
+        self._budget_search, self._validation, self._retraining = budget_search, validation, retraining
         self._reweighed = 0
-        self._floors = spender.budget.floors(tasks)
+        self._floors = budget_search.budget.floors(tasks)
         self._originals, self._training = originals, training
         self._before, examples = {}, {task: own.examples for task, own in validation.items()}
         outputs = {}
-        for task, network in spender.networks.items():
+        for task, network in budget_search.networks.items():
             outputs[task] = outputs_of(partial(run, network.graph, network.state), torch.split(examples[task], 500))
             check_labels(validation[task].labels, len(examples[task]), outputs[task].shape[1], task)
             self._before[task] = measure(validation[task].metric, outputs[task], validation[task].labels, task)
         self._targets = Targets(
             {
                 t: outputs_of(partial(run, n.graph, n.state), torch.split(training[t], 500))
-                for t, n in spender.networks.items()
+                for t, n in budget_search.networks.items()
             },
             outputs,
         )
 
-    def steps(self) -> Iterator[FloorStep]:
+    def steps(self) -> Iterator[FloorCandidate]:
         """Try networks; the smallest that is `kept` is what was searched for. The first stores the originals."""
-        spender = self._spender
-        best = self._try("everything kept", spender.planner.whole())
+        budget_search = self._budget_search
+        best = self._try("everything kept", budget_search.planner.whole())
         yield best
-        least = spender.planner.least_bytes / spender.planner.original_bytes
+        least = budget_search.planner.least_bytes / budget_search.planner.original_bytes
         low, size = least, max(least, FIRST)
-        failed: FloorStep | None = None
+        failed: FloorCandidate | None = None
         for _ in range(SIZES):
             tried = []
             for step in self._attempts(size):
                 tried.append(step)
                 yield step
             if not step.kept and self._uneven(tried[0]):
-                spender.reweigh(self._fairer(tried[0]))
+                budget_search.reweigh(self._fairer(tried[0]))
                 for step in self._attempts(size):
                     yield step
             if step.kept:
@@ -254,24 +256,24 @@ class FloorSearch:
                 break
             size = exp((log(low) + log(best.size)) / 2)
         if failed is not None and failed.size < best.size:
-            for group, plan in islice(spender.planner.stepped_back(failed.plan, best.plan), BACK):
+            for group, plan in islice(budget_search.planner.stepped_back(failed.plan, best.plan), BACK):
                 step = self._try(f"{group} stepped back", plan)
                 yield step
                 if step.kept:
                     return
 
-    def _attempts(self, size: float) -> Iterator[FloorStep]:
+    def _attempts(self, size: float) -> Iterator[FloorCandidate]:
         """The likeliest plans for a size, until one keeps the floor."""
-        for trial in self._spender.ranked(size)[:ATTEMPTS]:
-            step = self._try(f"at most {100 * size:.1f} % stored, {trial.name}", trial.plan)
+        for candidate in self._budget_search.ranked(size)[:ATTEMPTS]:
+            step = self._try(f"at most {100 * size:.1f} % stored, {candidate.name}", candidate.plan)
             yield step
             if step.kept:
                 return
 
-    def _try(self, what: str, plan: Plan) -> FloorStep:
-        zipped = self._spender.zip(plan)
+    def _try(self, what: str, plan: Plan) -> FloorCandidate:
+        zipped = self._budget_search.zip(plan)
         iterations = 0
-        if plan.bytes < self._spender.planner.original_bytes:
+        if plan.bytes < self._budget_search.planner.original_bytes:
             examples = {task: own.examples for task, own in self._validation.items()}
             for step in retrain(
                 zipped, self._originals, self._training, examples, self._retraining, outputs=self._targets
@@ -281,21 +283,21 @@ class FloorSearch:
         for task, own in self._validation.items():
             outputs = outputs_of(partial(zipped, task=task), torch.split(own.examples, 500))
             lost[task] = measure(own.metric, outputs, own.labels, task) - self._before[task]
-        size = plan.bytes / self._spender.planner.original_bytes
+        size = plan.bytes / self._budget_search.planner.original_bytes
         kept = all(points <= self._floors[task] + 1e-9 for task, points in lost.items())
-        return FloorStep(what, plan, size, lost, kept, iterations, zipped)
+        return FloorCandidate(what, plan, size, lost, kept, iterations, zipped)
 
-    def _room(self, step: FloorStep) -> dict[str, float]:
+    def _room(self, step: FloorCandidate) -> dict[str, float]:
         """How much of its floor each task has used, 1 being all."""
         return {task: max(points, 0.0) / max(self._floors[task], 0.01) for task, points in step.lost.items()}
 
-    def _uneven(self, step: FloorStep) -> bool:
+    def _uneven(self, step: FloorCandidate) -> bool:
         used = self._room(step).values()
         return min(used) < 0.5 < 1 < max(used) and self._reweighed < REWEIGHED
 
-    def _fairer(self, step: FloorStep) -> dict[str, float]:
+    def _fairer(self, step: FloorCandidate) -> dict[str, float]:
         """Weights that make tasks count more, the more of their floor they have used."""
         self._reweighed += 1
         used = {task: min(max(share, 0.25), 4.0) for task, share in self._room(step).items()}
         mean = exp(sum(log(share) for share in used.values()) / len(used))
-        return {task: self._spender.weights[task] * share / mean for task, share in used.items()}
+        return {task: self._budget_search.weights[task] * share / mean for task, share in used.items()}

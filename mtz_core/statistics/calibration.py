@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import INPUT, Network, Node, forget, run_node
+from mtz_core.network.graph import INPUT, Network, Node, free_unused, run_node
 from mtz_core.network.layers import with_ones
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.moments import Moments
@@ -67,7 +67,7 @@ def layer_rows(
 ) -> Float[Tensor, "n groups*in"]:
     """A layer's input as the rows that meet its matrix, with the trailing 1 if it has a bias; groups side by side."""
     rows = node.layer.rows(x, weight, node.arguments, positions)
-    return with_ones(rows, node.layer.groups(node.arguments), node.bias is not None)
+    return with_ones(rows, node.layer.conv_groups(node.arguments), node.bias is not None)
 
 
 @torch.no_grad()
@@ -92,14 +92,15 @@ def stream_rows(
                     f"layer {node.name!r} puts out NaN or infinite values on the calibration data. "
                     "Check the network's weights and the scale of the data."
                 )
-            forget(network.graph, values, node)
+            free_unused(network.graph, values, node)
         yield rows
 
 
 def original_moments(network: Network, batches: Iterable[Tensor], config: ZipConfig) -> dict[str, Moments]:
     """Second moments of every layer's input in an original network."""
     moments = {
-        node.name: Moments(network.columns(node), node.layer.groups(node.arguments)) for node in network.graph.layers
+        node.name: Moments(network.columns(node), node.layer.conv_groups(node.arguments))
+        for node in network.graph.layers
     }
     for rows in stream_rows(network, batches, config):
         for layer, layer_moments in moments.items():

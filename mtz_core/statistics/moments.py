@@ -18,13 +18,13 @@ from mtz_core.statistics.linalg import DenseHessian, Hessian, RowsHessian
 class Moments:
     """Second moment ``E[x xᵀ]`` of rows ``x``.
 
-    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came. A layer of several `groups`
-    side by side has one moment for each, its rows lie side by side, and they are folded at once.
+    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came. A layer of several
+    `conv_groups` side by side has one moment for each, its rows lie side by side, and they are folded at once.
     """
 
-    def __init__(self, inputs: int, groups: int = 1) -> None:
+    def __init__(self, inputs: int, conv_groups: int = 1) -> None:
         self.inputs = inputs
-        self.groups = groups
+        self.conv_groups = conv_groups
         self.count = 0
         self.gram: Float[Tensor, "... inputs inputs"] | None = None
         self._rows: list[Float[Tensor, "batch inputs"]] = []
@@ -50,7 +50,7 @@ class Moments:
         """Fold a batch of rows in."""
         self.count += rows.shape[0]
         self._rows.append(rows)
-        if self.gram is not None or self.count >= self.inputs or self.groups > 1:
+        if self.gram is not None or self.count >= self.inputs or self.conv_groups > 1:
             self._fold()
 
     def merge(self, other: Moments) -> None:
@@ -65,11 +65,13 @@ class Moments:
 
     def _fold(self) -> None:
         if self.gram is None:
-            shape = (self.inputs, self.inputs) if self.groups == 1 else (self.groups, self.inputs, self.inputs)
+            shape = (
+                (self.inputs, self.inputs) if self.conv_groups == 1 else (self.conv_groups, self.inputs, self.inputs)
+            )
             self.gram = torch.zeros(shape, dtype=torch.float64)
         for rows in self._rows:
-            if self.groups > 1:
-                rows = rows.unflatten(1, (self.groups, self.inputs)).transpose(0, 1)
+            if self.conv_groups > 1:
+                rows = rows.unflatten(1, (self.conv_groups, self.inputs)).transpose(0, 1)
             self.gram += (rows.mT @ rows).to(torch.float64)
         self._rows.clear()
 

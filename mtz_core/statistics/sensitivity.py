@@ -1,4 +1,4 @@
-"""How much a network's loss feels each neuron: the currency in which all damage is counted.
+"""The sensitivity of a network's loss to each neuron: the currency in which all damage is counted.
 
 A small change δy of a layer's outputs costs ``½ E[(g·δy)²]`` of the distillation loss (`mtz_core.retraining`) against
 the network itself, where ``g`` is the gradient of ``log p(c | x)`` and the class ``c`` is drawn from the network's own
@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import INPUT, Network, forget, run_node
+from mtz_core.network.graph import INPUT, Network, free_unused, run_node
 
 Sensitivities = Mapping[str, Float[Tensor, " out"]]
-"""For every layer, how much the loss feels each of its rows."""
+"""For every layer, the sensitivity of the loss to each of its rows."""
 
 TEMPERATURE = 2.0
 """Of the predictions: hard ones would make a confident network look as if it could lose everything."""
@@ -79,6 +79,6 @@ def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Ten
                 value = value if value.requires_grad else value.detach().requires_grad_()
                 outputs[node.name] = value
             values[node.name] = value
-            forget(network.graph, values, node)
+            free_unused(network.graph, values, node)
     result: Tensor = values[network.graph.output]
     return result

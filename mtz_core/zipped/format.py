@@ -46,7 +46,7 @@ def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path
         "format": FORMAT,
         "version": VERSION,
         "networks": {task: _describe(network) for task, network in structure.networks.items()},
-        "apart": {axis: list(groups) for axis, groups in structure.apart.items()},
+        "apart": {axis: list(groups) for axis, groups in structure.separate.items()},
         "members": {name: rows.tolist() for name, rows in structure.members.items()},
         "dtypes": {name: _dtype_name(tensor.dtype) for name, tensor in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -181,9 +181,9 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         members[name] = table
     report = manifest["report"]
     layers = tuple(LayerReport(**layer) for layer in report["layers"])
-    apart = {axis: tuple(groups) for axis, groups in manifest["apart"].items()}
-    told = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
-    return ZippedStructure(tasks, networks, members, told, apart)
+    separate = {axis: tuple(groups) for axis, groups in manifest["apart"].items()}
+    report_read = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
+    return ZippedStructure(tasks, networks, members, report_read, separate)
 
 
 def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:

@@ -12,13 +12,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig, InvalidZippedFile
-from mtz_core.network.graph import INPUT, Network, Node, forget, run, run_node
+from mtz_core.network.graph import INPUT, Network, Node, free_unused, run, run_node
 from mtz_core.network.to_module import build_module
 from mtz_core.zipped import format
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.prefix import Order, Prefix, common_prefix
 from mtz_core.zipped.report import ZipReport
-from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, cut, own_name
+from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, own_name, to_blocks
 
 
 class ZippedNetwork(nn.Module):
@@ -117,7 +117,7 @@ class ZippedNetwork(nn.Module):
         for node in graph.nodes:
             if node.name not in done:
                 values[node.name] = run_node(node, values, state, batch, self.training)
-                forget(graph, values, node)
+                free_unused(graph, values, node)
         output: Tensor = values[graph.output]
         return output
 
@@ -146,14 +146,16 @@ class ZippedNetwork(nn.Module):
         members = {name: rows[:, kept] for name, rows in self.structure.members.items()}
         members = {name: rows[(rows >= 0).any(axis=1)] for name, rows in members.items()}
         networks = {other: self.structure.networks[other] for other in rest}
-        structure = ZippedStructure(rest, networks, members, self.report, self.structure.all_apart())
+        structure = ZippedStructure(rest, networks, members, self.report, self.structure.all_separate())
         tensors: dict[str, Tensor] = {}
         reports = []
         for node, report in zip(self.structure.layers, self.report.layers, strict=True):
             blocks: dict[str, Tensor] = {}
             rows, columns = structure.rows[node.name], structure.columns[node.name]
             for other in rest:
-                blocks |= cut(node.name, other, self.matrix(other, node), rows, columns, node.bias is not None, blocks)
+                blocks |= to_blocks(
+                    node.name, other, self.matrix(other, node), rows, columns, node.bias is not None, blocks
+                )
             tensors |= blocks
             reports.append(report.of(rest, rows.shared(), blocks))
         tensors |= {name: self._get(name).detach().clone() for name in structure.own_shapes()}
@@ -189,8 +191,8 @@ class ZippedNetwork(nn.Module):
 
     def _dense_bias(self, task: str, node: Node) -> Float[Tensor, " out"]:
         """One task's bias of a layer that has one, put together from the blocks."""
-        runs = self.structure.rows[node.name].of(task)
-        bias = _join([self._get(bias_name(node.name, run.owners)) for run in runs], 0)
+        segments = self.structure.rows[node.name].of(task)
+        bias = _join([self._get(bias_name(node.name, run.owners)) for run in segments], 0)
         order, _ = self._order(task, node, bias.device)
         return bias if order is None else bias.index_select(0, order)
 

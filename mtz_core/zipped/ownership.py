@@ -19,7 +19,7 @@ Members = Mapping[str, "Int64[np.ndarray, 'neurons tasks']"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Segment:
     """Positions of one axis of a layer's matrix that the same tasks own.
 
     ``places[task]`` are the positions in that task's own matrix; equal indices correspond.
@@ -37,33 +37,33 @@ class Run:
 class Arrangement:
     """One axis of a layer's matrix in a zipped network: runs of positions, those of more tasks first."""
 
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
 
-    def of(self, task: str) -> tuple[Run, ...]:
+    def of(self, task: str) -> tuple[Segment, ...]:
         """The runs that a task owns a part of."""
-        return tuple(run for run in self.runs if task in run.owners)
+        return tuple(segment for segment in self.segments if task in segment.owners)
 
     def order(self, task: str) -> Int64[np.ndarray, " n"]:
         """The task's own positions in the order of its runs."""
-        parts = [run.places[task] for run in self.of(task)]
+        parts = [segment.places[task] for segment in self.of(task)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def shared(self) -> int:
         """How many positions belong to more than one task."""
-        return sum(run.size for run in self.runs if len(run.owners) > 1)
+        return sum(segment.size for segment in self.segments if len(segment.owners) > 1)
 
 
 def arrange(
     tasks: Sequence[str],
     axes: Mapping[str, Axis],
     members: Members,
-    separate: bool = False,
-    apart: Sequence[str] = (),
+    separate: Sequence[str] = (),
+    all_separate: bool = False,
 ) -> Arrangement:
     """Which positions of the tasks' axes are one, given which of their neurons are.
 
     Groups without an entry in `members`, those whose neurons have different numbers of positions in different tasks
-    (another input size, another head), and those kept `apart` correspond nowhere; with `separate` nothing does.
+    (another input size, another head), and those in `separate` correspond nowhere; with `all_separate` nothing does.
     The input corresponds where it has as many positions in all tasks.
     """
     found: dict[Owners, dict[str, list[np.ndarray]]] = {}
@@ -78,7 +78,7 @@ def arrange(
     for name in names:
         tables = {task: positions_of(axes[task], name) for task in tasks}
         unpaired = name not in members and name not in (INPUT, KERNEL)
-        if separate or unpaired or name in apart or not one_size(tables.values()):
+        if all_separate or unpaired or name in separate or not one_size(tables.values()):
             for task in tasks:
                 rest[task].append(tables[task].flatten())
             continue
@@ -92,13 +92,13 @@ def arrange(
             put(owners, {task: tables[task][own[:, tasks.index(task)]].flatten() for task in owners})
     for task in tasks:
         put((task,), {task: np.concatenate(rest[task])})
-    runs = []
+    segments = []
     for owners in sorted(found, key=lambda owners: (-len(owners), [tasks.index(task) for task in owners])):
         places = {task: np.concatenate(parts) for task, parts in found[owners].items()}
         order = np.argsort(places[owners[0]], kind="stable")
         if len(order):
-            runs.append(Run(owners, {task: part[order] for task, part in places.items()}))
-    return Arrangement(tuple(runs))
+            segments.append(Segment(owners, {task: part[order] for task, part in places.items()}))
+    return Arrangement(tuple(segments))
 
 
 def one_size(tables: Iterable[np.ndarray]) -> bool:

@@ -87,7 +87,7 @@ def _is_common(structure: ZippedStructure, node: Node) -> bool:
 
 
 def _one_run(arrangement: Arrangement, structure: ZippedStructure) -> bool:
-    return [run.owners for run in arrangement.runs] == [structure.tasks]
+    return [run.owners for run in arrangement.segments] == [structure.tasks]
 
 
 def _order(
@@ -99,7 +99,7 @@ def _order(
         arrangement = structure.rows[node.name]
         if not _one_run(arrangement, structure):
             return None
-        (run,) = arrangement.runs
+        (run,) = arrangement.segments
         index = np.empty(run.size, dtype=np.int64)
         index[run.places[task]] = run.places[structure.tasks[0]]
         if not _groups_agree(structure, node, index, given[0]):
@@ -118,15 +118,15 @@ def _order(
 
 def _groups_agree(structure: ZippedStructure, node: Node, index: np.ndarray, source: Order) -> bool:
     """Whether a convolution in groups reads, for every row, the same neurons as the first task's row does."""
-    groups = node.layer.groups(node.arguments)
-    if groups == 1:
+    conv_groups = node.layer.conv_groups(node.arguments)
+    if conv_groups == 1:
         return True
     _, inputs, *_ = structure.networks[structure.tasks[0]].shapes[node.weight]
-    read = np.arange(groups * inputs) if source.index is None else source.index.numpy()
-    group = np.arange(len(index)) // (len(index) // groups)
-    theirs = index // (len(index) // groups)
+    read = np.arange(conv_groups * inputs) if source.index is None else source.index.numpy()
+    group = np.arange(len(index)) // (len(index) // conv_groups)
+    theirs = index // (len(index) // conv_groups)
     expected = theirs[:, None] * inputs + np.arange(inputs)
-    return bool((read.reshape(groups, inputs)[group] == expected).all())
+    return bool((read.reshape(conv_groups, inputs)[group] == expected).all())
 
 
 def _moved(node: Node, order: Order, shape: tuple[int, ...]) -> Order | None:

@@ -74,7 +74,7 @@ class TaskStructure:
 class ZippedStructure:
     """Everything about a zipped network but its values. `members` has an entry for every hidden group.
 
-    `apart` names, for ``rows/LAYER`` and ``columns/LAYER``, groups that stay separate there because they did not
+    `separate` names, for ``rows/LAYER`` and ``columns/LAYER``, groups that stay separate there because they did not
     correspond in a network that has been taken out since.
     """
 
@@ -82,7 +82,7 @@ class ZippedStructure:
     networks: Mapping[str, TaskStructure]
     members: Members
     report: ZipReport
-    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    separate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Node, ...]:
@@ -97,8 +97,8 @@ class ZippedStructure:
                 self.tasks,
                 {task: self.networks[task].graph.rows[node.name] for task in self.tasks},
                 self.members,
-                separate=not can_share(node.name, self.networks.values()),
-                apart=self.apart.get(f"rows/{node.name}", ()),
+                all_separate=not can_share(node.name, self.networks.values()),
+                separate=self.separate.get(f"rows/{node.name}", ()),
             )
             for node in self.layers
         }
@@ -111,12 +111,12 @@ class ZippedStructure:
                 self.tasks,
                 {task: self.networks[task].graph.columns[node.name] for task in self.tasks},
                 self.members,
-                apart=self.apart.get(f"columns/{node.name}", ()),
+                separate=self.separate.get(f"columns/{node.name}", ()),
             )
             for node in self.layers
         }
 
-    def all_apart(self) -> dict[str, tuple[str, ...]]:
+    def all_separate(self) -> dict[str, tuple[str, ...]]:
         """Where groups do not correspond, for whatever reason."""
         found: dict[str, tuple[str, ...]] = {}
         for node in self.layers:
@@ -124,7 +124,7 @@ class ZippedStructure:
                 axes = [getattr(network.graph, side)[node.name] for network in self.networks.values()]
                 whole = side == "rows" and not can_share(node.name, self.networks.values())
                 unequal = {n for n in axes[0].groups if whole or not one_size(positions_of(a, n) for a in axes)}
-                unequal |= set(self.apart.get(f"{side}/{node.name}", ()))
+                unequal |= set(self.separate.get(f"{side}/{node.name}", ()))
                 if unequal:
                     found[f"{side}/{node.name}"] = tuple(sorted(unequal))
         return found
@@ -152,8 +152,8 @@ class ZippedStructure:
         """Name and shape of every block of weights that a zipped network of this structure stores."""
         shapes: dict[str, tuple[int, ...]] = {}
         for node in self.layers:
-            for rows in self.rows[node.name].runs:
-                for columns in self.columns[node.name].runs:
+            for rows in self.rows[node.name].segments:
+                for columns in self.columns[node.name].segments:
                     if set(rows.owners) & set(columns.owners):
                         shapes[block_name(node.name, rows.owners, columns.owners)] = (rows.size, columns.size)
                 if node.bias is not None:
@@ -187,7 +187,7 @@ def same_kernels(layer: str, networks: Iterable[TaskStructure | Network]) -> boo
     for network in networks:
         node = _layer(layer, network)
         shape = network.shapes[node.weight] if isinstance(network, TaskStructure) else network.state[node.weight].shape
-        grouped = node.layer.groups(node.arguments) > 1
+        grouped = node.layer.conv_groups(node.arguments) > 1
         shapes.add((tuple(shape[2:]) if node.kind.startswith("conv") else (), grouped, shape[1] if grouped else 0))
     return len(shapes) == 1
 
@@ -196,7 +196,7 @@ def _layer(name: str, network: TaskStructure | Network) -> Node:
     return next(node for node in network.graph.layers if node.name == name)
 
 
-def cut(
+def to_blocks(
     layer: str,
     task: str,
     matrix: Tensor,
@@ -207,12 +207,12 @@ def cut(
 ) -> dict[str, Tensor]:
     """One task's dense matrix (bias as last column) as the blocks that a zipped network stores, but for `known`."""
     blocks: dict[str, Tensor] = {}
-    for run in rows.of(task):
-        parts = {block_name(layer, run.owners, part.owners): part.places[task] for part in columns.of(task)}
+    for segment in rows.of(task):
+        parts = {block_name(layer, segment.owners, part.owners): part.places[task] for part in columns.of(task)}
         missing = {name: torch.from_numpy(places) for name, places in parts.items() if name not in known}
         if missing:
-            strip = matrix[torch.from_numpy(run.places[task])]
+            strip = matrix[torch.from_numpy(segment.places[task])]
             blocks |= {name: strip[:, places].contiguous() for name, places in missing.items()}
-        if bias and bias_name(layer, run.owners) not in known:
-            blocks[bias_name(layer, run.owners)] = matrix[torch.from_numpy(run.places[task]), -1].clone()
+        if bias and bias_name(layer, segment.owners) not in known:
+            blocks[bias_name(layer, segment.owners)] = matrix[torch.from_numpy(segment.places[task]), -1].clone()
     return blocks

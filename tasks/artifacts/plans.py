@@ -14,7 +14,7 @@ from tasks.files import InvalidArtifact, read_json, write_json, write_table
 
 
 @dataclass(frozen=True)
-class Attempt:
+class CandidateRecord:
     """A network that was tried for a budget: bytes relative to the originals', the damage expected, what was measured.
 
     `damage` is in nats; `loss` of each task is its held-out distillation loss in nats, or for a floor the points that
@@ -39,7 +39,7 @@ class Search:
     bytes: int
     stored: float
     damage: float
-    tried: Sequence[Attempt]
+    tried: Sequence[CandidateRecord]
 
 
 @dataclass(frozen=True, eq=False)

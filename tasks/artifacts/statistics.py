@@ -20,7 +20,7 @@ from tasks.files import InvalidArtifact, whole_file
 ROWS = "rows"
 """The column of an activations file."""
 
-_FELT = "/felt"
+_SENSITIVITY = "/sensitivity"
 """What the names of sensitivities end with, beside the moments of a model."""
 
 
@@ -55,7 +55,7 @@ def sensitivities_file(folder: Path) -> Path:
     return folder / "sensitivities.safetensors"
 
 
-def row_groups(path: Path) -> int:
+def conv_groups_of(path: Path) -> int:
     """How many layers side by side the rows of an activations file belong to. Raises `InvalidArtifact`."""
     try:
         with pa.memory_map(str(path)) as source:
@@ -88,29 +88,29 @@ def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]
         raise InvalidArtifact(f"{path} cannot be read: {error}. Run collect again.") from error
 
 
-def write_sensitivities(path: Path, felt: Sensitivities) -> None:
-    """What a model's loss feels of the rows of its layers."""
-    save_file(_named(felt), path)
+def write_sensitivities(path: Path, sensitivity: Sensitivities) -> None:
+    """The sensitivities of a model's loss to the rows of its layers."""
+    save_file(_named(sensitivity), path)
 
 
 def read_sensitivities(path: Path) -> Sensitivities:
     """The sensitivities that `write_sensitivities` or `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
-    felt = {name.removesuffix(_FELT): rows for name, rows in read_tensors(path, _FELT).items()}
-    if not felt:
+    sensitivity = {name.removesuffix(_SENSITIVITY): rows for name, rows in read_tensors(path, _SENSITIVITY).items()}
+    if not sensitivity:
         raise InvalidArtifact(f"{path} does not hold sensitivities of layers. Run collect and hessians again.")
-    return felt
+    return sensitivity
 
 
-def _named(felt: Sensitivities) -> dict[str, Tensor]:
-    return {f"{layer}{_FELT}": rows for layer, rows in felt.items()}
+def _named(sensitivity: Sensitivities) -> dict[str, Tensor]:
+    return {f"{layer}{_SENSITIVITY}": rows for layer, rows in sensitivity.items()}
 
 
-def write_moments(path: Path, moments: Mapping[str, Moments], felt: Sensitivities) -> None:
+def write_moments(path: Path, moments: Mapping[str, Moments], sensitivity: Sensitivities) -> None:
     """Statistics of one model: sensitivities, and second moments.
 
     These are, per layer, the mean outer product, or the rows while they are fewer than inputs.
     """
-    tensors = _named(felt)
+    tensors = _named(sensitivity)
     for layer, layer_moments in moments.items():
         if layer_moments.gram is None:
             tensors[f"{layer}/rows"] = layer_moments.rows

@@ -53,7 +53,7 @@ class TrackingRefused(TrackingError):
     """The registry answers, and what it says will not change by itself: no such model, no access."""
 
 
-class Settings(Protocol):
+class TrackingSettings(Protocol):
     """Where the registry is; `uri` is `embedded` or any MLflow tracking URI."""
 
     @property
@@ -68,12 +68,12 @@ def preload() -> None:
     import mlflow  # noqa: F401
 
 
-def tracking_uri(settings: Settings, home: Path) -> str:
+def tracking_uri(settings: TrackingSettings, home: Path) -> str:
     """The MLflow tracking URI, which is the registry's too."""
     return f"sqlite:///{_database(home)}" if settings.uri == EMBEDDED else settings.uri
 
 
-def prepare(settings: Settings, home: Path) -> None:
+def prepare(settings: TrackingSettings, home: Path) -> None:
     """Make the registry ready: create or migrate the embedded one, or see that another one answers.
 
     Raises `TrackingError`, within about ten seconds where a server does not answer.
@@ -89,7 +89,7 @@ def prepare(settings: Settings, home: Path) -> None:
 
 
 def find_version(
-    settings: Settings, home: Path, model: str, content_digest: str, store: Storage | None = None
+    settings: TrackingSettings, home: Path, model: str, content_digest: str, store: Storage | None = None
 ) -> int | None:
     """The version of `model` with this content, None where the registry at hand has none.
 
@@ -106,7 +106,7 @@ def find_version(
     return min(numbers, default=None)
 
 
-def find_versions(settings: Settings, home: Path, store: Storage) -> dict[tuple[str, str], int]:
+def find_versions(settings: TrackingSettings, home: Path, store: Storage) -> dict[tuple[str, str], int]:
     """The version of each content of each model, by ``(model, content digest)``: all that `find_version` would find.
 
     Only versions count whose files lie in `store`. Raises `TrackingError` and `StorageError`.
@@ -138,7 +138,7 @@ class ModelVersion:
     location: str
 
 
-def find_model(settings: Settings, home: Path, name: str, number_or_alias: int | str) -> ModelVersion:
+def find_model(settings: TrackingSettings, home: Path, name: str, number_or_alias: int | str) -> ModelVersion:
     """A version of a registered model, by its number or by an alias.
 
     Raises `TrackingRefused` where there is none, `TrackingError` where the registry cannot be used.
@@ -155,7 +155,7 @@ def find_model(settings: Settings, home: Path, name: str, number_or_alias: int |
         return ModelVersion(name, int(version.version), _location(client, name, int(version.version)))
 
 
-def model_files(settings: Settings, home: Path, version: ModelVersion) -> list[str]:
+def model_files(settings: TrackingSettings, home: Path, version: ModelVersion) -> list[str]:
     """The paths of all files of a version. Raises `TrackingError`."""
     with explained(settings, home):
         repository, files, folders = _repository(settings, home, version), list[str](), [""]
@@ -165,7 +165,7 @@ def model_files(settings: Settings, home: Path, version: ModelVersion) -> list[s
     return sorted(files)
 
 
-def fetch_model_file(settings: Settings, home: Path, version: ModelVersion, file: str, target: Path) -> None:
+def fetch_model_file(settings: TrackingSettings, home: Path, version: ModelVersion, file: str, target: Path) -> None:
     """Write a file of a version to `target`. Raises `TrackingError`."""
     with explained(settings, home), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fetched = _repository(settings, home, version).download_artifacts(file, dst_path=folder)
@@ -207,7 +207,7 @@ def _paged(search: Callable[[str | None], Any]) -> Iterator[Any]:
         yield from page
 
 
-def _repository(settings: Settings, home: Path, version: ModelVersion) -> Any:
+def _repository(settings: TrackingSettings, home: Path, version: ModelVersion) -> Any:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     uri = tracking_uri(settings, home)
@@ -264,7 +264,7 @@ def _migrate(partial: Path, file: Path) -> None:
         )
 
 
-def connect(settings: Settings, home: Path) -> Any:
+def connect(settings: TrackingSettings, home: Path) -> Any:
     """MLflow's client. MLflow takes seconds to import, so nothing here does before `explained` is entered."""
     from mlflow import MlflowClient
 
@@ -273,7 +273,7 @@ def connect(settings: Settings, home: Path) -> Any:
 
 
 @contextmanager
-def alone(settings: Settings, home: Path) -> Iterator[None]:
+def alone(settings: TrackingSettings, home: Path) -> Iterator[None]:
     """One process at a time works on an SQLite registry; a server takes care of that by itself."""
     if settings.uri == EMBEDDED:
         with exclusive(home / "mlflow.lock"):
@@ -306,7 +306,7 @@ def ignoring_existing() -> Iterator[None]:
 
 
 @contextmanager
-def explained(settings: Settings, home: Path) -> Iterator[None]:
+def explained(settings: TrackingSettings, home: Path) -> Iterator[None]:
     preload()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -317,7 +317,7 @@ def explained(settings: Settings, home: Path) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
-        uri, said = tracking_uri(settings, home), f"{error}".partition("\n")[0].rstrip(".")
+        uri, reason = tracking_uri(settings, home), f"{error}".partition("\n")[0].rstrip(".")
         refused = _is_refusal(error)
         if refused:
             remedy = "Correct the name, version, alias or path that it was asked for, or ask for access."
@@ -328,7 +328,7 @@ def explained(settings: Settings, home: Path) -> Iterator[None]:
                 "Start that server, set its credentials in the environment, or set tracking.uri in params.yaml to "
                 "'embedded' or to another MLflow."
             )
-        what = f"The MLflow registry at {uri} {'refuses' if refused else 'cannot be used'}: {said}"
+        what = f"The MLflow registry at {uri} {'refuses' if refused else 'cannot be used'}: {reason}"
         without_password = re.sub(r"//[^/@\s]*@", "//", what)
         raise (TrackingRefused if refused else TrackingError)(f"{without_password}. {remedy}") from error
 

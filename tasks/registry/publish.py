@@ -14,8 +14,8 @@ import numpy as np
 
 import mtz_core
 from tasks.registry.mlflow_client import (
-    Settings,
     TrackingError,
+    TrackingSettings,
     alone,
     connect,
     explained,
@@ -35,7 +35,7 @@ _EXAMPLE_ROWS = 2
 _DATASET_DIGEST_LENGTH = 32
 
 
-def register_release(settings: Settings, home: Path, store: Storage, release: Release) -> int:
+def register_release(settings: TrackingSettings, home: Path, store: Storage, release: Release) -> int:
     """Record a run and register the network as a version of `release.model`; returns the version's number.
 
     Content that is registered already gives its version back and changes nothing. Raises `TrackingError`.
@@ -77,7 +77,7 @@ class Study:
     files: Mapping[str, Path]
 
 
-def record_study(settings: Settings, home: Path, store: Storage, study: Study) -> bool:
+def record_study(settings: TrackingSettings, home: Path, store: Storage, study: Study) -> bool:
     """Record a study as a run; False where there is a finished run of that name with the same content already.
 
     Raises `TrackingError`.
@@ -218,7 +218,7 @@ def _example(shape: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).random((_EXAMPLE_ROWS, *shape), dtype=np.float32)
 
 
-def _experiment(client: Any, settings: Settings, store: Storage) -> str:
+def _experiment(client: Any, settings: TrackingSettings, store: Storage) -> str:
     """The experiment's id. An experiment cannot move its artifacts: each storage beyond the first gets its own."""
     location = store.url("mlflow")
     for name in (settings.experiment, f"{settings.experiment} in {location}"):
@@ -236,7 +236,7 @@ def _experiment(client: Any, settings: Settings, store: Storage) -> str:
     raise TrackingError(f"The MLflow experiment '{name}' keeps its artifacts elsewhere. Change tracking.experiment.")
 
 
-def _end_interrupted_runs(client: Any, settings: Settings, content_digest: str) -> None:
+def _end_interrupted_runs(client: Any, settings: TrackingSettings, content_digest: str) -> None:
     """Close what a killed process left open: finished where its version came about, else killed."""
     experiments = client.search_experiments(filter_string=f"name LIKE '{settings.experiment}%'")
     ids = [experiment.experiment_id for experiment in experiments]

@@ -1,4 +1,4 @@
-"""Stage `collect`: sample the inputs of every layer of one network, and what its loss feels, on calibration images."""
+"""Stage `collect`: sample the layer inputs of one network, and its sensitivities, on calibration images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_fil
 from tasks.files import whole_folder
 from tasks.models.load import calibration, load_traced
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
@@ -29,7 +29,7 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
                         layer_file(folder, node.name),
                         node.name,
                         network.columns(node),
-                        node.layer.groups(node.arguments),
+                        node.layer.conv_groups(node.arguments),
                     )
                 )
             )
@@ -40,6 +40,6 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
                 writers[layer].append(values)
             if number % 10 == 0 or number == len(batches):
                 done = sum(len(batch) for batch in batches[:number])
-                say(f"{done} of {sum(map(len, batches))} images")
-        felt = sensitivities(network, batches, params.collect.seed)
-        write_sensitivities(sensitivities_file(folder), felt)
+                show_progress(f"{done} of {sum(map(len, batches))} images")
+        sensitivity = sensitivities(network, batches, params.collect.seed)
+        write_sensitivities(sensitivities_file(folder), sensitivity)

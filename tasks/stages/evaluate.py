@@ -14,7 +14,7 @@ from tasks.data.examples import read_examples
 from tasks.files import write_json, write_table
 from tasks.models.load import load_network
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -37,7 +37,7 @@ def run(params: Params, workspace: Workspace) -> None:
             "agreement_zipped": agreement(zipped.argmax(dim=1), classes),
             "agreement_retrained": agreement(final.argmax(dim=1), classes),
         }
-        say(
+        show_progress(
             f"{model}: {block.metric} {before:.2f} % before, {after:.2f} % zipped, {later:.2f} % after light retraining"
         )
     report = retrained.report

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mtz_core.statistics.moments import Moments
 from tasks.artifacts.paths import Workspace
-from tasks.artifacts.statistics import read_rows, read_sensitivities, row_groups, sensitivities_file, write_moments
+from tasks.artifacts.statistics import conv_groups_of, read_rows, read_sensitivities, sensitivities_file, write_moments
 from tasks.files import InvalidArtifact
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
@@ -20,9 +20,9 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
         raise InvalidArtifact(f"{workspace.activations(model)} has no activations. Run collect {model} first.")
     moments: dict[str, Moments] = {}
     for file in files:
-        groups = row_groups(file)
+        conv_groups = conv_groups_of(file)
         for rows in read_rows(file, params.hessians.batch_rows):
-            moments.setdefault(file.stem, Moments(rows.shape[1] // groups, groups)).add(rows)
-        say(f"{file.stem}: {moments[file.stem].count} rows of {moments[file.stem].inputs} inputs")
-    felt = read_sensitivities(sensitivities_file(workspace.activations(model)))
-    write_moments(workspace.hessians(model), moments, felt)
+            moments.setdefault(file.stem, Moments(rows.shape[1] // conv_groups, conv_groups)).add(rows)
+        show_progress(f"{file.stem}: {moments[file.stem].count} rows of {moments[file.stem].inputs} inputs")
+    sensitivity = read_sensitivities(sensitivities_file(workspace.activations(model)))
+    write_moments(workspace.hessians(model), moments, sensitivity)

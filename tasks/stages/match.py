@@ -14,18 +14,18 @@ from mtz_core.merging import matching
 from mtz_core.merging.compatibility import check_compatible
 from mtz_core.network.graph import Network
 from mtz_core.planning.planner import Plan
-from mtz_core.planning.search import FloorSearch, Spender, Validation
+from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.settings import Budget
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
 from tasks.artifacts.paths import Workspace
-from tasks.artifacts.plans import Attempt, Matched, Search, write_matched
+from tasks.artifacts.plans import CandidateRecord, Matched, Search, write_matched
 from tasks.artifacts.statistics import read_moments, read_sensitivities
 from tasks.data.examples import read_images
 from tasks.models.load import calibration, load_network, trace_on_own_image
 from tasks.params import InvalidParams, Params
-from tasks.progress import say
+from tasks.progress import show_progress
 from tasks.stages.budget_checks import check_budget
 
 
@@ -40,17 +40,17 @@ def run(params: Params, workspace: Workspace) -> None:
     check_compatible(networks)
     validation = check_budget(params, workspace, networks)
     moments = {model: read_moments(workspace.hessians(model)) for model in networks}
-    felt = {model: read_sensitivities(workspace.hessians(model)) for model in networks}
+    sensitivity = {model: read_sensitivities(workspace.hessians(model)) for model in networks}
     budget = params.zip_config().share
     if not isinstance(budget, Budget):
-        found = _match(params, networks, moments, felt)
+        found = _match(params, networks, moments, sensitivity)
     else:
         batches = {model: as_batches(calibration(params, workspace, model), model) for model in networks}
-        spender = Spender(networks, moments, felt, batches, params.zip_config(), budget)
+        budget_search = BudgetSearch(networks, moments, sensitivity, batches, params.zip_config(), budget)
         if budget.size is not None:
-            found = _spend(spender, budget.size)
+            found = _spend(budget_search, budget.size)
         else:
-            found = _search(params, workspace, spender, originals, validation)
+            found = _search(params, workspace, budget_search, originals, validation)
     write_matched(workspace, list(networks), found)
 
 
@@ -58,14 +58,14 @@ def _match(
     params: Params,
     networks: Mapping[str, Network],
     moments: Mapping[str, Mapping[str, Moments]],
-    felt: Mapping[str, Sensitivities],
+    sensitivity: Mapping[str, Sensitivities],
 ) -> Matched:
     """Share as many neurons as the settings say."""
     matches = []
-    for match in matching.match(networks, moments, params.zip_config(), felt):
+    for match in matching.match(networks, moments, params.zip_config(), sensitivity):
         widths = " and ".join(str(network.graph.widths[match.group]) for network in networks.values())
         again = "" if math.isnan(match.total) else f"; all groups {match.total:.4g} (round {match.sweep})"
-        say(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
+        show_progress(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
         matches.append(match)
     last = {match.group: match for match in matches}
     return Matched(
@@ -76,28 +76,31 @@ def _match(
     )
 
 
-def _spend(spender: Spender, size: float) -> Matched:
+def _spend(budget_search: BudgetSearch, size: float) -> Matched:
     """The plan for a size that does best on held-out data."""
-    trials = []
+    candidates = []
     try:
-        for trial in spender.trials(size):
-            say(f"{trial.name}: predicted damage {trial.plan.damage:.4g}, held-out loss {_by_task(trial.loss)}")
-            trials.append(trial)
+        for candidate in budget_search.candidates(size):
+            show_progress(
+                f"{candidate.name}: predicted damage {candidate.plan.damage:.4g}, "
+                f"held-out loss {_by_task(candidate.loss)}"
+            )
+            candidates.append(candidate)
     except InvalidConfig as error:
         raise InvalidConfig(f"match.{error}") from error
-    best = min(trials, key=lambda trial: spender.weighted(trial.loss))
-    size_of = spender.planner.original_bytes
+    best = min(candidates, key=lambda candidate: budget_search.weighted(candidate.loss))
+    size_of = budget_search.planner.original_bytes
     tried = [
-        Attempt(t.name, t.plan.bytes / size_of, t.plan.damage, t.loss, "chosen" if t is best else "worse")
-        for t in trials
+        CandidateRecord(t.name, t.plan.bytes / size_of, t.plan.damage, t.loss, "chosen" if t is best else "worse")
+        for t in candidates
     ]
-    return _planned(spender, best.plan, tried, f"the size asked for, {size:g} of the bytes")
+    return _planned(budget_search, best.plan, tried, f"the size asked for, {size:g} of the bytes")
 
 
 def _search(
     params: Params,
     workspace: Workspace,
-    spender: Spender,
+    budget_search: BudgetSearch,
     originals: Mapping[str, nn.Module],
     validation: Mapping[str, Validation],
 ) -> Matched:
@@ -107,27 +110,27 @@ def _search(
         model: read_images(workspace.root / block.data, "train", settings.images, settings.seed)
         for model, block in params.models.items()
     }
-    search = FloorSearch(spender, originals, training, validation, settings.config())
+    search = FloorSearch(budget_search, originals, training, validation, settings.config())
     plans: list[Plan] = []
-    tried: list[Attempt] = []
+    tried: list[CandidateRecord] = []
     for step in search.steps():
         verdict = _KEEPS if step.kept else "breaks the floor"
-        say(
+        show_progress(
             f"{step.what}: stored {100 * step.size:.1f} %, points lost {_by_task(step.lost)} "
             f"after {step.iterations} iterations; {verdict}"
         )
         plans.append(step.plan)
-        tried.append(Attempt(step.what, step.size, step.plan.damage, step.lost, verdict))
+        tried.append(CandidateRecord(step.what, step.size, step.plan.damage, step.lost, verdict))
     best = min((i for i, one in enumerate(tried) if one.verdict == _KEEPS), key=lambda i: tried[i].stored)
-    limit = _limit(tried, tried[best], spender.budget.floors(tuple(training)))
+    limit = _limit(tried, tried[best], budget_search.budget.floors(tuple(training)))
     tried[best] = replace(tried[best], verdict="chosen")
-    return _planned(spender, plans[best], tried, limit)
+    return _planned(budget_search, plans[best], tried, limit)
 
 
 _KEEPS = "keeps the floor"
 
 
-def _limit(tried: Sequence[Attempt], best: Attempt, floors: Mapping[str, float]) -> str:
+def _limit(tried: Sequence[CandidateRecord], best: CandidateRecord, floors: Mapping[str, float]) -> str:
     """Which task broke its floor in the network next below the best one, and by how much."""
     smaller = [one for one in tried if one.stored < best.stored]
     if not smaller:
@@ -141,29 +144,29 @@ def _limit(tried: Sequence[Attempt], best: Attempt, floors: Mapping[str, float])
     return f"at {nearest.stored:.3f} of the bytes {'; '.join(broken)}"
 
 
-def _planned(spender: Spender, plan: Plan, tried: Sequence[Attempt], limit: str) -> Matched:
+def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateRecord], limit: str) -> Matched:
     """What a plan says, told and ready to be written."""
-    planner = spender.planner
+    planner = budget_search.planner
     stored = plan.bytes / planner.original_bytes
     for name, pairing in plan.pairings.items():
         kept = " and ".join(
             f"{len(plan.keep[task][name])} of {network.graph.widths[name]}"
             for task, network in planner.networks.items()
         )
-        say(f"{name}: {kept} neurons kept, {pairing.shared} shared")
-    say(f"stored {100 * stored:.1f} % of the bytes, predicted damage {plan.damage:.4g}; limit: {limit}")
+        show_progress(f"{name}: {kept} neurons kept, {pairing.shared} shared")
+    show_progress(f"stored {100 * stored:.1f} % of the bytes, predicted damage {plan.damage:.4g}; limit: {limit}")
     return Matched(
         plan.pairings,
         {name: plan.sharing[name] + plan.dropping[name] for name in plan.pairings},
-        list(_curves(spender)),
+        list(_curves(budget_search)),
         keep=plan.keep,
         search=Search(limit, plan.bytes, stored, plan.damage, tried),
     )
 
 
-def _curves(spender: Spender) -> Iterator[tuple[str, int, float]]:
+def _curves(budget_search: BudgetSearch) -> Iterator[tuple[str, int, float]]:
     """What sharing costs in every group while nothing of it is dropped, in nats."""
-    for name, options in spender.planner.options.items():
+    for name, options in budget_search.planner.options.items():
         whole = np.flatnonzero(options.gone == 0)
         for state in whole[np.argsort(options.shared[whole], kind="stable")].tolist():
             yield name, int(options.shared[state]), float(options.sharing[state])

@@ -15,7 +15,7 @@ from tasks.artifacts.plans import read_pairings
 from tasks.files import whole_folder, write_table
 from tasks.models.load import calibration, load_traced
 from tasks.params import Params
-from tasks.progress import peak_memory, say
+from tasks.progress import peak_memory, show_progress
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -32,13 +32,13 @@ def run(params: Params, workspace: Workspace) -> None:
         gone = _dropped(networks, step).values()
         dropped = f", {' and '.join(str(count) for count in gone)} dropped" if any(gone) else ""
         errors = ", ".join(f"{task} {error:.3g}" for task, error in step.error.items())
-        say(
+        show_progress(
             f"{step.layer}: {step.shared} shared of {widths} neurons{dropped}, output error {errors} "
             f"({time.perf_counter() - started:.1f} s, peak {peak_memory() / 2**30:.2f} GiB)"
             + (f"; task-specific, as {step.note}" if step.note else "")
         )
         if step.few_rows:
-            say(
+            show_progress(
                 f"warning: {step.layer} is fitted on few rows: {step.few_rows}; more collect.images would fit it better"
             )
     with whole_folder(workspace.merged) as folder:
@@ -52,7 +52,9 @@ def run(params: Params, workspace: Workspace) -> None:
             for task, dropped in _dropped(networks, layer).items()
         ],
     )
-    say(f"stored {100 * zipped.report.stored_fraction:.1f} % of {zipped.report.original_parameters:,} parameters")
+    show_progress(
+        f"stored {100 * zipped.report.stored_fraction:.1f} % of {zipped.report.original_parameters:,} parameters"
+    )
 
 
 def _dropped(networks: Mapping[str, Network], layer: LayerReport) -> dict[str, int]:

@@ -13,7 +13,7 @@ from tasks.data.examples import read_examples
 from tasks.files import whole_file
 from tasks.models.factories import build_network
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
@@ -39,6 +39,6 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
         network.eval()
         error = error_rate(predict(network, torch.split(held_out[0], 500)), held_out[1])
         network.train()
-        say(f"epoch {epoch}/{settings.epochs}: validation error {error:.2f} %")
+        show_progress(f"epoch {epoch}/{settings.epochs}: validation error {error:.2f} %")
     with whole_file(workspace.root / params.models[model].weights) as temporary:
         save_file(network.state_dict(), temporary)

@@ -10,7 +10,7 @@ from tasks.faults import Refused
 from tasks.files import read_json, write_json
 from tasks.home import find_home
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 from tasks.registry import mlflow_client, publish, upload
 from tasks.registry.build import gather
 from tasks.storage import s3
@@ -26,11 +26,11 @@ def run(params: Params, workspace: Workspace) -> None:
     release = gather(params, workspace)
     with s3.connect(params.storage, home) as store:
         sent = upload.upload(store, release)
-        say(f"bundle: {store.url(release.folder)} ({f'{sent} objects' if sent else 'there already'})")
+        show_progress(f"bundle: {store.url(release.folder)} ({f'{sent} objects' if sent else 'there already'})")
         mlflow_client.prepare(params.tracking, home)
         version = publish.register_release(params.tracking, home, store, release)
     write_json(workspace.registration, release.registration())
-    say(f"registered: {release.model} version {version}, content {release.content_digest[:12]}")
+    show_progress(f"registered: {release.model} version {version}, content {release.content_digest[:12]}")
 
 
 def _check_floors(params: Params, workspace: Workspace) -> None:

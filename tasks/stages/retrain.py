@@ -22,7 +22,7 @@ from tasks.data.examples import file_of
 from tasks.files import sha256, whole_file, whole_folder, write_table
 from tasks.models.load import load_network, read_split
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -39,7 +39,9 @@ def run(params: Params, workspace: Workspace) -> None:
     _resume(retraining, checkpoint, digest)
     for step in retraining.steps():
         losses = ", ".join(f"{task} {loss:.4f}" for task, loss in step.validation_loss.items())
-        say(f"iteration {step.iteration}/{settings.iterations}: validation loss {losses}{' (best)' * step.best}")
+        show_progress(
+            f"iteration {step.iteration}/{settings.iterations}: validation loss {losses}{' (best)' * step.best}"
+        )
         _write(checkpoint, digest, retraining.state())
     with whole_folder(workspace.retrained) as folder:
         zipped.save(folder)
@@ -86,12 +88,14 @@ def _resume(retraining: Retraining, checkpoint: Path, digest: str) -> None:
         with safe_open(checkpoint, framework="pt") as file:
             metadata = file.metadata()
             if metadata["digest"] != digest:
-                say("the checkpoint of an earlier run is ignored: network, data, settings or code have changed since")
+                show_progress(
+                    "the checkpoint of an earlier run is ignored: network, data, settings or code have changed since"
+                )
                 return
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        say(f"the checkpoint of an earlier run is ignored: it cannot be read ({error})")
+        show_progress(f"the checkpoint of an earlier run is ignored: it cannot be read ({error})")
         return
     curve = tuple(RetrainStep(**step) for step in json.loads(metadata["curve"]))
     retraining.resume(RetrainState(tensors, curve))
-    say(f"resumed from the checkpoint of iteration {curve[-1].iteration}")
+    show_progress(f"resumed from the checkpoint of iteration {curve[-1].iteration}")

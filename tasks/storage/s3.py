@@ -91,7 +91,7 @@ class DamagedObject(StorageRefused):
     """An object is not what it was stored as."""
 
 
-class Settings(Protocol):
+class StorageSettings(Protocol):
     """Where the storage is; `endpoint` is `embedded`, `aws`, or a URL."""
 
     @property
@@ -356,7 +356,7 @@ def _reason(error: Exception) -> Exception:
 
 
 @contextmanager
-def connect(settings: Settings, home: Path) -> Iterator[Storage]:
+def connect(settings: StorageSettings, home: Path) -> Iterator[Storage]:
     """Open the storage that `settings` name, checked by storing an object.
 
     With `endpoint: embedded` the server of `home` is started where none runs, and stopped by its last user.
@@ -372,7 +372,7 @@ def connect(settings: Settings, home: Path) -> Iterator[Storage]:
         yield replace(_remote(settings, _PATIENT), patience=_PATIENCE)
 
 
-def _remote(settings: Settings, patience: Mapping[str, Any]) -> Storage:
+def _remote(settings: StorageSettings, patience: Mapping[str, Any]) -> Storage:
     endpoint = None if settings.endpoint == AWS else settings.endpoint
     region = settings.region or _DEFAULT_REGION
     config = Config(s3={"addressing_style": "path" if endpoint else "auto"}, **patience)
@@ -384,7 +384,7 @@ def _remote(settings: Settings, patience: Mapping[str, Any]) -> Storage:
     return Storage(endpoint, settings.bucket, settings.prefix, region, client)
 
 
-def _embedded(settings: Settings, folder: Path, server: embedded.Server, patience: Mapping[str, Any]) -> Storage:
+def _embedded(settings: StorageSettings, folder: Path, server: embedded.Server, patience: Mapping[str, Any]) -> Storage:
     region = settings.region or _DEFAULT_REGION
     config = Config(s3={"addressing_style": "path"}, proxies={}, **patience)
     session = boto3.Session(server.access_key, server.secret_key)

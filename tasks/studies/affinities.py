@@ -13,7 +13,7 @@ from mtz_core.network.graph import Network
 from tasks.artifacts.statistics import read_moments, read_sensitivities
 from tasks.code import code_digest
 from tasks.files import InvalidArtifact, read_json, write_json
-from tasks.progress import say
+from tasks.progress import show_progress
 
 MEMORY = 4 * 2**30
 """Bytes of models that are held at once."""
@@ -38,16 +38,16 @@ class ModelStatistics:
     def profile(self) -> Profile:
         """Everything loaded. Raises `MtzError` in its kinds."""
         network = self.network if isinstance(self.network, Network) else self.network()
-        moments, felt = read_moments(self.hessians), read_sensitivities(self.hessians)
+        moments, sensitivity = read_moments(self.hessians), read_sensitivities(self.hessians)
         for node in network.graph.layers:
-            found = moments[node.name].inputs if node.name in moments and node.name in felt else None
+            found = moments[node.name].inputs if node.name in moments and node.name in sensitivity else None
             inputs = network.columns(node)
             if found != inputs:
                 raise InvalidArtifact(
                     f"{self.hessians} does not fit {self.name}: layer {node.name!r} has {inputs} inputs, but {found} "
                     "in the file (None: not there). Run collect and hessians again."
                 )
-        return Profile.of(network, moments, felt)
+        return Profile.of(network, moments, sensitivity)
 
 
 _Pair = tuple[str, str]
@@ -56,7 +56,7 @@ _Pair = tuple[str, str]
 def compare(
     models: Mapping[str, ModelStatistics],
     cache: Path,
-    on_progress: Callable[[str], None] = say,
+    on_progress: Callable[[str], None] = show_progress,
     memory: int = MEMORY,
 ) -> Affinities:
     """Compare every two models; `cache` keeps what was found, by digests, for as long as a model is there.
@@ -74,7 +74,7 @@ class _Work:
     """What is known already, and what becomes known: by the models' digests."""
 
     def __init__(self, models: Mapping[str, ModelStatistics], cache: Path, on_progress: Callable[[str], None]) -> None:
-        self._models, self._cache, self._tell = models, cache, on_progress
+        self._models, self._cache, self._on_progress = models, cache, on_progress
         known = self._known()
         present = {model.digest for model in models.values()}
         self._pairs = {pair: found for pair, found in known.pairs.items() if present.issuperset(pair)}
@@ -86,7 +86,7 @@ class _Work:
             try:
                 return read_affinities(self._cache, _method())
             except InvalidArtifact as error:
-                self._tell(f"all models are compared anew: {error}")
+                self._on_progress(f"all models are compared anew: {error}")
         return Affinities({}, {}, {})
 
     def _key(self, pair: _Pair) -> _Pair:
@@ -103,7 +103,7 @@ class _Work:
         self._wanted = len(wanted)
         if wanted:
             total = len(self._models) * (len(self._models) - 1) // 2
-            self._tell(f"{len(wanted):,} of {total:,} pairs of models to compare")
+            self._on_progress(f"{len(wanted):,} of {total:,} pairs of models to compare")
         return list(wanted.values())
 
     def load(self, name: str) -> Profile:
@@ -117,7 +117,7 @@ class _Work:
         self._pairs[self._key(pair)] = self._turned(pair, found)
         self._done += 1
         if self._done * _REPORTS // self._wanted > (self._done - 1) * _REPORTS // self._wanted:
-            self._tell(f"{self._done:,} of {self._wanted:,} pairs compared")
+            self._on_progress(f"{self._done:,} of {self._wanted:,} pairs compared")
             write_affinities(self._cache, Affinities(self._bytes, {}, self._pairs), _method())
 
     def result(self) -> Affinities:

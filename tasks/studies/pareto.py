@@ -23,7 +23,7 @@ from mtz_core.errors import MtzError
 from mtz_core.evaluation import Classifier, check_labels, measure, outputs_of
 from mtz_core.merging.compatibility import check_compatible
 from mtz_core.network.graph import run as run_network
-from mtz_core.planning.search import Spender, Trial
+from mtz_core.planning.search import BudgetSearch, Candidate
 from mtz_core.retraining import Targets, retrain
 from mtz_core.settings import Budget, Method, Move
 from mtz_core.statistics.calibration import as_batches
@@ -35,7 +35,7 @@ from tasks.files import InvalidArtifact, sha256, whole_file, write_table
 from tasks.home import find_home
 from tasks.models.load import calibration, load_traced, read_split
 from tasks.params import Params
-from tasks.progress import say
+from tasks.progress import show_progress
 from tasks.registry import mlflow_client, publish
 from tasks.storage import s3
 from tasks.studies.charts import Curve, Panel, draw_curves
@@ -141,7 +141,7 @@ def run(params: Params, workspace: Workspace, asked: Asked) -> None:
     with s3.connect(params.storage, home) as store:
         mlflow_client.prepare(params.tracking, home)
         new = publish.record_study(params.tracking, home, store, study)
-    say(f"MLflow run {study.name}: {'recorded' if new else 'there already'}")
+    show_progress(f"MLflow run {study.name}: {'recorded' if new else 'there already'}")
 
 
 def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row]:
@@ -151,8 +151,8 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
     `InvalidPareto` if no method reaches any size.
     """
     group = _Group(params, workspace)
-    spenders = {method: group.spender(method) for method in asked.methods}
-    least = {method: _least(spender) for method, spender in spenders.items()}
+    spenders = {method: group.budget_search(method) for method in asked.methods}
+    least = {method: _least(budget_search) for method, budget_search in spenders.items()}
     if max(asked.sizes) < min(least.values()):
         known = ", ".join(f"{NAMES[method]} {as_percent(size)} %" for method, size in least.items())
         raise InvalidPareto(
@@ -162,17 +162,17 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
     todo = [(method, size) for method in asked.methods for size in reached(asked.sizes, least[method])]
     for done, (method, size) in enumerate(todo, start=1):
         start = time.monotonic()
-        spender = spenders[method]
-        trial = min(spender.trials(size), key=lambda trial: spender.weighted(trial.loss))
-        zipped = spender.zip(trial.plan)
-        rows = group.rows(method, least[method], trial, zipped, retrained=False)
-        told = _told(rows)
+        budget_search = spenders[method]
+        candidate = min(budget_search.candidates(size), key=lambda candidate: budget_search.weighted(candidate.loss))
+        zipped = budget_search.zip(candidate.plan)
+        rows = group.rows(method, least[method], candidate, zipped, retrained=False)
+        message = _errors_by_task(rows)
         if asked.retraining:
             group.retrain(zipped)
-            rows += group.rows(method, least[method], trial, zipped, retrained=True)
-            told += f"; retrained {_told(rows[len(group.networks) :])}"
+            rows += group.rows(method, least[method], candidate, zipped, retrained=True)
+            message += f"; retrained {_errors_by_task(rows[len(group.networks) :])}"
         stored = f"{NAMES[method]} in {100 * rows[0].stored_fraction:.1f} %, {rows[0].stored_bytes:,} bytes"
-        say(f"{done} of {len(todo)}: {stored}: error {told} ({time.monotonic() - start:.0f} s)")
+        show_progress(f"{done} of {len(todo)}: {stored}: error {message} ({time.monotonic() - start:.0f} s)")
         found += rows
     return sorted(found, key=lambda row: (row.retrained, asked.methods.index(row.method), row.stored_bytes, row.task))
 
@@ -183,13 +183,13 @@ def reached(sizes: Sequence[float], least: float) -> list[float]:
     return found if min(sizes) >= least else [*found, least]
 
 
-def _least(spender: Spender) -> float:
+def _least(budget_search: BudgetSearch) -> float:
     """The smallest size that a method reaches, as a fraction that is no less than its bytes."""
-    planner = spender.planner
+    planner = budget_search.planner
     return (planner.least_bytes + 0.5) / planner.original_bytes
 
 
-def _told(rows: Sequence[Row]) -> str:
+def _errors_by_task(rows: Sequence[Row]) -> str:
     return ", ".join(f"{row.task} {row.error:.2f} ({row.rise:+.2f})" for row in rows)
 
 
@@ -214,16 +214,18 @@ class _Group:
         self._felt = {model: read_sensitivities(workspace.hessians(model)) for model in self.networks}
         self._batches = {model: as_batches(calibration(params, workspace, model), model) for model in self.networks}
 
-    def spender(self, method: str) -> Spender:
+    def budget_search(self, method: str) -> BudgetSearch:
         """What makes plans by a method."""
         kind, moves = METHODS[method]
         budget = Budget(size=1.0, moves=moves)
         config = replace(self._params.zip_config(), method=kind, share=budget)
-        return Spender(self.networks, self._moments, self._felt, self._batches, config, budget)
+        return BudgetSearch(self.networks, self._moments, self._felt, self._batches, config, budget)
 
-    def rows(self, method: str, least: float, trial: Trial, zipped: ZippedNetwork, retrained: bool) -> list[Row]:
+    def rows(
+        self, method: str, least: float, candidate: Candidate, zipped: ZippedNetwork, retrained: bool
+    ) -> list[Row]:
         """What a network stores and how good it is, for every task."""
-        report, plan = zipped.report, trial.plan
+        report, plan = zipped.report, candidate.plan
         shared = sum(pairing.shared for pairing in plan.pairings.values())
         found = []
         for task, network in self.networks.items():
@@ -242,7 +244,7 @@ class _Group:
                     error=error,
                     error_original=before,
                     rise=error - before,
-                    held_out_loss=trial.loss[task],
+                    held_out_loss=candidate.loss[task],
                     original_neurons=sum(network.graph.widths[group.name] for group in network.graph.hidden_groups),
                     kept_neurons=sum(len(neurons) for neurons in plan.keep[task].values()),
                     shared_neurons=shared,

@@ -145,15 +145,15 @@ def measure(pair: Pair, seed: int, data: Mapping[tuple[str, str], Split], record
     todo = [m for m in methods if m not in known and (has_statistics or not m.endswith("re-estimated"))]
     if not todo:
         return
-    networks, calibration, light, judged = {}, {}, {}, {}
+    networks, calibration, light, held_out = {}, {}, {}, {}
     training = {task: data[name, "train"] for task, name in pair.tasks.items()}
     for number, (task, name) in enumerate(pair.tasks.items()):
         own = training[task]
         networks[task] = trained(f"{pair.network}-{name}", pair.build, own, pair.recipe, 10 * seed + number)
         order = torch.randperm(len(own.images), generator=torch.Generator().manual_seed(100 * seed + number))
         calibration[task] = own.images[order[: pair.images]]
-        light[task], judged[task] = own.images[order[:8000]], own.images[order[8000:9000]]
-    outputs = original_outputs(networks, light, judged)
+        light[task], held_out[task] = own.images[order[:8000]], own.images[order[8000:9000]]
+    outputs = original_outputs(networks, light, held_out)
 
     tests = {task: data[name, "t10k"] for task, name in pair.tasks.items()}
 
@@ -161,7 +161,7 @@ def measure(pair: Pair, seed: int, data: Mapping[tuple[str, str], Split], record
         return [test_error(partial(zipped, task=task), test) for task, test in tests.items()]
 
     before = [test_error(networks[task], test) for task, test in tests.items()]
-    shared = zip_networks(networks, {task: x[:20] for task, x in calibration.items()}, ZipConfig(sweeps=0))
+    shared = zip_networks(networks, {task: x[:20] for task, x in calibration.items()}, ZipConfig(refit_rounds=0))
     case = Case(pair, seed, networks, calibration, training, shared.report.stored_bytes / shared.report.original_bytes)
     for method in todo:
         started = time.perf_counter()
@@ -176,7 +176,7 @@ def measure(pair: Pair, seed: int, data: Mapping[tuple[str, str], Split], record
         }
         row |= {"stored": zipped.report.stored_bytes / zipped.report.original_bytes}
         row["error"] = errors(zipped)
-        for _ in retrain(zipped, networks, light, judged, RETRAINING, outputs=outputs):
+        for _ in retrain(zipped, networks, light, held_out, RETRAINING, outputs=outputs):
             pass
         row["retrained"] = errors(zipped)
         records.add(row)

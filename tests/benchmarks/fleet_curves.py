@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.network.tracing import trace
-from mtz_core.planning.search import Spender, Trial
+from mtz_core.planning.search import BudgetSearch, Candidate
 from mtz_core.retraining import original_outputs, retrain
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
@@ -34,26 +34,32 @@ RETRAINING = RetrainConfig(iterations=50)
 MIXTURE, DROP, SHARE, PAPER = "mixture", "drop only", "share only", "paper"
 
 
-def spender(networks: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], config: ZipConfig) -> Spender:
+def budget_search(
+    networks: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], config: ZipConfig
+) -> BudgetSearch:
     """A planner for networks, with everything it needs."""
     batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
     traced = {task: trace(networks[task], own[0]) for task, own in batches.items()}
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    felt = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
+    sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
     assert isinstance(config.share, Budget)
-    return Spender(traced, moments, felt, batches, config, config.share)
+    return BudgetSearch(traced, moments, sensitivity, batches, config, config.share)
 
 
 def plans(
-    networks: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], size: float, ours: Spender, published: Spender
-) -> Iterator[tuple[str, Trial, Spender]]:
+    networks: Mapping[str, nn.Module],
+    calibration: Mapping[str, Tensor],
+    size: float,
+    ours: BudgetSearch,
+    published: BudgetSearch,
+) -> Iterator[tuple[str, Candidate, BudgetSearch]]:
     """The plans of every method that reaches a size (relative to the bytes of all originals)."""
-    trials = list(ours.trials(size))
-    yield MIXTURE, min(trials, key=lambda trial: ours.weighted(trial.loss)), ours
+    candidates = list(ours.candidates(size))
+    yield MIXTURE, min(candidates, key=lambda candidate: ours.weighted(candidate.loss)), ours
     for name in (DROP, SHARE):
-        yield from ((name, trial, ours) for trial in trials if trial.name == name)
+        yield from ((name, candidate, ours) for candidate in candidates if candidate.name == name)
     try:
-        yield PAPER, next(published.trials(size)), published
+        yield PAPER, next(published.candidates(size)), published
     except InvalidConfig:
         return  # sharing alone does not reach this size
 
@@ -65,35 +71,42 @@ def measure(fleet: str, count: int, seed: int, data: Mapping[str, Split], record
     networks = fleet_networks(fleet, count, data["train"], seed)
     training = {task: member_split(fleet, task, data["train"]).images for task in networks}
     test = {task: member_split(fleet, task, data["test"]) for task in networks}
-    calibration, light, judged = {}, {}, {}
+    calibration, light, held_out = {}, {}, {}
     for number, task in enumerate(networks):
         order = torch.randperm(len(training[task]), generator=torch.Generator().manual_seed(1000 * seed + number))
         calibration[task] = training[task][order[:IMAGES]]
-        light[task], judged[task] = training[task][order[:8000]], training[task][order[8000:9000]]
-    outputs = original_outputs(networks, light, judged)
+        light[task], held_out[task] = training[task][order[:8000]], training[task][order[8000:9000]]
+    outputs = original_outputs(networks, light, held_out)
 
     def errors(zipped: ZippedNetwork) -> float:
         return float(np.mean([test_error(partial(zipped, task=task), test[task]) for task in networks]))
 
     before = float(np.mean([test_error(network, test[task]) for task, network in networks.items()]))
-    ours = spender(networks, calibration, ZipConfig(share=Budget(size=1.0), seed=seed))
-    published = spender(
+    ours = budget_search(networks, calibration, ZipConfig(share=Budget(size=1.0), seed=seed))
+    published = budget_search(
         networks, calibration, ZipConfig(method="paper", share=Budget(size=1.0, moves=("share",)), seed=seed)
     )
     for size in SIZES:
         if records.has(fleet=fleet, networks=count, seed=seed, size=size):
             continue
         rows = []
-        for method, trial, by in plans(networks, calibration, size / count, ours, published):
-            zipped = by.zip(trial.plan)
-            row = {"fleet": fleet, "networks": count, "seed": seed, "size": size, "method": method, "plan": trial.name}
-            row |= {"bytes": trial.plan.bytes, "original": before, "error": errors(zipped)}
-            for _ in retrain(zipped, networks, light, judged, RETRAINING, outputs=outputs):
+        for method, candidate, by in plans(networks, calibration, size / count, ours, published):
+            zipped = by.zip(candidate.plan)
+            row = {
+                "fleet": fleet,
+                "networks": count,
+                "seed": seed,
+                "size": size,
+                "method": method,
+                "plan": candidate.name,
+            }
+            row |= {"bytes": candidate.plan.bytes, "original": before, "error": errors(zipped)}
+            for _ in retrain(zipped, networks, light, held_out, RETRAINING, outputs=outputs):
                 pass
             row["retrained"] = errors(zipped)
             rows.append(row)
             print(
-                f"{fleet}, {count} networks, seed {seed}, {size:g} × one: {method} ({trial.name}) "
+                f"{fleet}, {count} networks, seed {seed}, {size:g} × one: {method} ({candidate.name}) "
                 f"{row['original']:.2f} → {row['error']:.2f}, retrained {row['retrained']:.2f}",
                 flush=True,
             )

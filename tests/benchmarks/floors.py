@@ -17,7 +17,7 @@ from mtz_core import Budget, Validation
 from mtz_core.planning.search import FloorSearch
 from mtz_core.settings import Method, Move, RetrainConfig, ZipConfig
 from tests.benchmarks.accuracy import PAIRS, Pair
-from tests.benchmarks.fleet_curves import spender
+from tests.benchmarks.fleet_curves import budget_search
 from tests.benchmarks.full_data import FOLDERS, Split, read_split, test_error
 from tests.benchmarks.records import Records, Setting
 from tests.benchmarks.training import BATCH, trained
@@ -49,7 +49,7 @@ def measure(pair: Pair, seed: int, data: Mapping[tuple[str, str], Split], record
         if records.has(pair=pair.name, seed=seed, method=name):
             continue
         config = ZipConfig(method=method, share=Budget(floor=FLOOR, moves=moves), seed=seed)
-        search = FloorSearch(spender(networks, calibration, config), networks, training, validation, RETRAINING)
+        search = FloorSearch(budget_search(networks, calibration, config), networks, training, validation, RETRAINING)
         steps = list(search.steps())
         best = min((step for step in steps if step.kept), key=lambda step: step.size)
         rise = {

@@ -286,10 +286,10 @@ def test_the_average_of_the_weights_is_judged() -> None:
             expected = {name: (1 - share) * tensor + share * later[name] for name, tensor in expected.items()}
         for name, tensor in expected.items():
             torch.testing.assert_close(parts["average"][name].double(), tensor, atol=1e-6, rtol=1e-5)
-        judged = copy_of(zipped)
-        judged.load_state_dict(parts["average"])
+        held_out = copy_of(zipped)
+        held_out.load_state_dict(parts["average"])
         assert sum(step.validation_loss.values()) == pytest.approx(
-            loss(judged, networks, validation, config.temperature), rel=1e-4
+            loss(held_out, networks, validation, config.temperature), rel=1e-4
         )
         assert step.best == all(torch.equal(parts["best"][name], parts["average"][name]) for name in expected)
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from mtz_core import Budget, ZipConfig
 from mtz_core.network.graph import Network
-from mtz_core.network.narrowing import Narrower
+from mtz_core.network.narrowing import Dropper
 from mtz_core.network.tracing import trace
 from mtz_core.planning.planner import Planner
 from mtz_core.settings import Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
-from tests.support.networks import Residual, felt_traced, lenet5, mlp
+from tests.support.networks import Residual, lenet5, mlp, sensitivities_of_traced
 
 BOTH: tuple[Move, ...] = ("share", "drop")
 
@@ -145,11 +145,11 @@ def traced_fleet(name: str) -> Mapping[str, Network]:
 def droppable(name: str) -> frozenset[str]:
     """The groups that all networks of a fleet can lose neurons of."""
     examples = FLEETS[name].examples(4)
-    found = [Narrower(network).droppable(examples[task]) for task, network in traced_fleet(name).items()]
+    found = [Dropper(network).droppable(examples[task]) for task, network in traced_fleet(name).items()]
     return frozenset.intersection(*map(frozenset, found))
 
 
-CONFIG = ZipConfig(share=Budget(size=0.5), patches=9, sweeps=1)
+CONFIG = ZipConfig(share=Budget(size=0.5), patches=9, refit_rounds=1)
 EXAMPLES = 30
 
 
@@ -157,10 +157,10 @@ EXAMPLES = 30
 def statistics(name: str) -> tuple[dict[str, dict[str, Moments]], dict[str, Sensitivities]]:
     networks, examples = traced_fleet(name), FLEETS[name].examples(EXAMPLES)
     moments = {task: original_moments(n, as_batches(examples[task], task), CONFIG) for task, n in networks.items()}
-    return moments, felt_traced(networks, examples)
+    return moments, sensitivities_of_traced(networks, examples)
 
 
 @cache
 def planner(name: str, moves: tuple[Move, ...] = BOTH) -> Planner:
-    moments, felt = statistics(name)
-    return Planner(traced_fleet(name), moments, felt, FLEETS[name].examples(4), CONFIG, moves)
+    moments, sensitivity = statistics(name)
+    return Planner(traced_fleet(name), moments, sensitivity, FLEETS[name].examples(4), CONFIG, moves)

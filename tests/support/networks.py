@@ -61,10 +61,10 @@ def traced_pair(case: Case) -> Mapping[str, Network]:
     return {task: trace(network, case.examples(2)) for task, network in case.pair().items()}
 
 
-def felt_traced(
+def sensitivities_of_traced(
     networks: Mapping[str, Network], calibration: Mapping[str, Tensor], seed: int = 0
 ) -> dict[str, Sensitivities]:
-    """How much the losses of networks that are traced already feel their rows."""
+    """The sensitivities of networks that are traced already."""
     return {task: sensitivities(n, as_batches(calibration[task], task), seed) for task, n in networks.items()}
 
 
@@ -73,7 +73,7 @@ def match_traced(
 ) -> list[GroupMatch]:
     """All steps of the matching of networks that are traced already."""
     moments = {task: original_moments(n, as_batches(calibration[task], task), config) for task, n in networks.items()}
-    return list(match(networks, moments, config, felt_traced(networks, calibration, config.seed)))
+    return list(match(networks, moments, config, sensitivities_of_traced(networks, calibration, config.seed)))
 
 
 def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig) -> ZippedNetwork:
@@ -81,8 +81,8 @@ def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor
     matches = match_traced(networks, calibration, config)
     pairings = {found.group: found.pairing for found in matches}
     batches = {task: as_batches(x, task) for task, x in calibration.items()}
-    felt = felt_traced(networks, calibration, config.seed)
-    return finish(merge(networks, pairings, batches, config, descent(matches), felt=felt))
+    sensitivity = sensitivities_of_traced(networks, calibration, config.seed)
+    return finish(merge(networks, pairings, batches, config, descent(matches), sensitivity=sensitivity))
 
 
 def mlp(

@@ -24,7 +24,7 @@ from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.ownership import Arrangement, Members
 from mtz_core.zipped.report import LayerReport, ZipReport
-from mtz_core.zipped.structure import TaskStructure, ZippedStructure, cut, own_name
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, own_name, to_blocks
 
 Matrices = Mapping[str, Mapping[str, Tensor]]
 """For every task and layer the dense matrix ``[out, columns]``, the bias (if any) as its last column."""
@@ -106,8 +106,8 @@ def common_parts(networks: Mapping[str, Network], members: Members) -> dict[str,
 
 
 def _common(arrangement: Arrangement, tasks: tuple[str, ...]) -> dict[str, Int64[np.ndarray, " n"]]:
-    runs = [run for run in arrangement.runs if run.owners == tasks]
-    return {t: np.concatenate([np.zeros(0, dtype=np.int64), *(run.places[t] for run in runs)]) for t in tasks}
+    segments = [run for run in arrangement.segments if run.owners == tasks]
+    return {t: np.concatenate([np.zeros(0, dtype=np.int64), *(run.places[t] for run in segments)]) for t in tasks}
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def _blocks(structure: ZippedStructure, node: Node, matrices: Mapping[str, Tenso
     rows, columns = structure.rows[node.name], structure.columns[node.name]
     blocks: dict[str, Tensor] = {}
     for task, matrix in matrices.items():
-        for name, block in cut(node.name, task, matrix, rows, columns, node.bias is not None, {}).items():
+        for name, block in to_blocks(node.name, task, matrix, rows, columns, node.bias is not None, {}).items():
             if not torch.equal(blocks.setdefault(name, block), block):
                 raise IncompatibleNetworks(f"the tasks disagree about {name!r}, which they share.")
     return blocks

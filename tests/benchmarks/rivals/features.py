@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import INPUT, Axis, Network, Node, forget, run_node
+from mtz_core.network.graph import INPUT, Axis, Network, Node, free_unused, run_node
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.ownership import positions_of
 
@@ -77,7 +77,7 @@ def neuron_values(
                 if group in hidden and (name, group) not in seen:
                     seen.add((name, group))
                     yield group, _of_neurons(values[name], node, axis, group)
-        forget(network.graph, values, node)
+        free_unused(network.graph, values, node)
 
 
 def _of_neurons(value: Tensor, node: Node, axis: Axis, group: str) -> Float[Tensor, "samples neurons"]:

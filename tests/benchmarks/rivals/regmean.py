@@ -42,7 +42,7 @@ def regmean(
     matrices = matrices_of(found)
     for layer, part in common_parts(found, members).items():
         weights = [part.of(task, matrices[task][layer]) for task in found]
-        if any(moments[task][layer].groups > 1 for task in found):
+        if any(moments[task][layer].conv_groups > 1 for task in found):
             merged = torch.stack(weights).mean(dim=0)
         else:
             places = [torch.from_numpy(part.columns[task]) for task in found]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig
-from mtz_core.network.narrowing import LEAST, Narrower
+from mtz_core.network.narrowing import LEAST, Dropper
 from mtz_core.network.to_module import build_module
 from mtz_core.network.tracing import trace
 
@@ -29,12 +29,12 @@ def scaling(network: nn.Module, example: Tensor, seed: int = 0) -> Callable[[flo
     They raise `CannotDrop` where an operator is bound to the number of neurons.
     """
     whole = trace(network, example)
-    narrower = Narrower(whole)
+    dropper = Dropper(whole)
     widths = {group.name: whole.graph.widths[group.name] for group in whole.graph.hidden_groups}
 
     def build(fraction: float) -> nn.Module:
         keep = {name: np.arange(min(width, max(LEAST, round(fraction * width)))) for name, width in widths.items()}
-        scaled = copy.deepcopy(build_module(narrower.narrow(keep).network))  # it holds the network's own tensors
+        scaled = copy.deepcopy(build_module(dropper.narrow(keep).network))  # it holds the network's own tensors
         torch.manual_seed(seed)
         for part in scaled.modules():
             if isinstance(part, nn.Linear | nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):

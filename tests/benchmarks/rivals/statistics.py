@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtz_core.network.graph import INPUT, forget, run_node
+from mtz_core.network.graph import INPUT, free_unused, run_node
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.rivals.assemble import graph_of
@@ -33,4 +33,4 @@ def reestimate(zipped: ZippedNetwork, calibration: Mapping[str, Tensor]) -> None
                 state[node.arguments["running_var"]["state"]].copy_(inputs.var(dim=others))
             for part, batch in zip(values, batches, strict=True):
                 part[node.name] = run_node(node, part, state, len(batch))
-                forget(graph, part, node)
+                free_unused(graph, part, node)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidConfig
 from mtz_core.network.graph import Axis, Network, Node
 from mtz_core.network.groups import analyse
-from mtz_core.network.narrowing import Narrower
+from mtz_core.network.narrowing import Dropper
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.ownership import positions_of
 from tests.benchmarks.rivals.assemble import assemble, check_equal_widths, common_parts, matrices_of, traced
@@ -167,7 +167,7 @@ def _merged_networks(networks: Mapping[str, Network], zips: Mapping[str, Zip]) -
     Raises `CannotDrop` where a layer cannot get narrower.
     """
     keep = {name: np.arange(len(found.sizes)) for name, found in zips.items()}
-    narrow = {task: Narrower(network).narrow(keep).network for task, network in networks.items()}
+    narrow = {task: Dropper(network).narrow(keep).network for task, network in networks.items()}
     constants = _mean_constants(networks, zips)
     merged = {}
     for task, network in networks.items():

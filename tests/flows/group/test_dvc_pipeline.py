@@ -19,7 +19,7 @@ def test_executed_unchanged_restored(group: Group) -> None:
     pipeline, stages = group.prepare()
     assert pipeline.changed() == set(STAGES)
     lines: list[str] = []
-    results = [pipeline.reproduce(stage.name, on_line=lines.append) for stage in stages]
+    results = [pipeline.reproduce(stage.name, on_progress=lines.append) for stage in stages]
     assert [result.outcome for result in results] == ["executed"] * 4
     assert results[0].last_line.startswith("collect@digits: wrote ")
     assert 0 < results[0].command_seconds < results[0].seconds

@@ -144,19 +144,19 @@ def children(pid: int) -> str:
 
 
 def test_a_child_is_what_a_process_of_its_own_would_be(folder: Path, served: Path) -> None:
-    def tell(cold: bool = False) -> tuple[dict[str, object], set[str]]:
+    def on_progress(cold: bool = False) -> tuple[dict[str, object], set[str]]:
         status, out, err = run(folder, "tell", "with space", cold=cold, MARK="ä\udcff")
         assert (status, err) == (0, "")
         about, drawn = out.splitlines()
         return json.loads(about), set(drawn.split())
 
-    about, drawn = tell(cold=True)
+    about, drawn = on_progress(cold=True)
     assert about.pop("leader") is False
-    first, second = tell(), tell()
+    first, second = on_progress(), on_progress()
     assert first[0] == about | {"leader": True}
     assert len(drawn | first[1] | second[1]) == 6, "no random number is drawn twice"
     assert run(folder, "spoil")[0] == 0
-    assert tell()[0] == first[0]
+    assert on_progress()[0] == first[0]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_dvc_and_its_stages(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     cold = time.monotonic() - start
     with warm.serving(tmp_path / ".mtz"):
         lines: list[str] = []
-        assert pipeline.reproduce("good", on_line=lines.append).outcome == "executed"
+        assert pipeline.reproduce("good", on_progress=lines.append).outcome == "executed"
         assert not any("warm interpreter" in line for line in lines) and {"thread", "at exit"} <= set(lines)
         assert (project / "out").read_text() == "done"
         for stage in ("killed", "orphan"):

@@ -43,7 +43,7 @@ def test_it_hears_what_a_run_came_to(heard: tuple[str, list[dict[str, Any]]], mo
     url, received = heard
     monkeypatch.setattr(webhook, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setenv(webhook.URL, url)
-    assert webhook.tell(RESULT) == ""
+    assert webhook.notify(RESULT) == ""
     assert len(received) == 2, "one that is away for a moment is tried again"
     assert received[1] == {"text": "Fleet nightly: 1 failed, 1 merged. Failed: bad: no weights", **RESULT}
 
@@ -54,11 +54,11 @@ def test_it_hears_what_a_run_came_to(heard: tuple[str, list[dict[str, Any]]], mo
 def test_nobody_hears_it(url: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setenv(webhook.URL, url)
-    told = webhook.tell(RESULT)
+    told = webhook.notify(RESULT)
     assert told.startswith("warning: nobody was told") and why in told
     assert "secret-token" not in told and "no-address" not in told
 
 
 def test_nobody_wants_to_hear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(webhook.URL, raising=False)
-    assert webhook.tell(RESULT) == ""
+    assert webhook.notify(RESULT) == ""

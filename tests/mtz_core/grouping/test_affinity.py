@@ -36,8 +36,8 @@ def compare(first: Profile, second: Profile) -> Affinity:
 
 @cache
 def fleet_profiles(name: str) -> Mapping[str, Profile]:
-    moments, felt = statistics(name)
-    return {task: Profile.of(network, moments[task], felt[task]) for task, network in traced_fleet(name).items()}
+    moments, sensitivity = statistics(name)
+    return {task: Profile.of(network, moments[task], sensitivity[task]) for task, network in traced_fleet(name).items()}
 
 
 @pytest.mark.parametrize("name", ["mlp", "no bias, float64", "strides, paddings, dilations"])
@@ -116,15 +116,16 @@ def shape(profile: Profile) -> str:
 
 
 def test_the_cost_of_all_that_is_shared_is_the_matching_s_own() -> None:
-    """One hidden layer, tasks that feel all rows alike: similarity is 1 − cost / energy, with `match`'s exact cost."""
+    """One hidden layer, tasks as sensitive to one row as to another: similarity is 1 − cost / energy, with `match`'s
+    exact cost."""
     case = Case("one hidden layer", mlp, (12,), (9,), dtype=torch.float64)
     networks = {task: trace(case.network(seed), case.examples(2)) for seed, task in enumerate("ab")}
     moments = {t: original_moments(n, as_batches(case.examples(60), t), ZipConfig()) for t, n in networks.items()}
-    felt = {
+    sensitivity = {
         t: {node.name: torch.ones(9 if node.name == "0" else 3) for node in n.graph.layers} for t, n in networks.items()
     }
-    (exact,) = match(networks, moments, ZipConfig(), felt)
-    a, b = (Profile.of(networks[t], moments[t], felt[t]) for t in "ab")
+    (exact,) = match(networks, moments, ZipConfig(), sensitivity)
+    a, b = (Profile.of(networks[t], moments[t], sensitivity[t]) for t in "ab")
     found = compare(a, b)
     # Same inputs, so P = H/4; energies without means are those of the stakes: ½ Σ Var.
     energy = 0.25 * (a.stake + b.stake)
@@ -144,9 +145,11 @@ def test_rows_that_are_fewer_than_inputs_give_what_their_dense_hessian_does() ->
     found = compare(*few)
     twice = [profile(network, torch.cat([x] * 4), first) for network, x in zip(networks, examples, strict=True)]
     assert all("0" in one.images for one in twice)
-    dense = compare(*(replace(many, felt=one.felt, stake=one.stake) for many, one in zip(twice, few, strict=True)))
+    dense = compare(
+        *(replace(many, sensitivity=one.sensitivity, stake=one.stake) for many, one in zip(twice, few, strict=True))
+    )
     assert found.similarity == pytest.approx(dense.similarity, abs=0.02)
-    mixed = compare(few[0], replace(twice[1], felt=few[1].felt, stake=few[1].stake))
+    mixed = compare(few[0], replace(twice[1], sensitivity=few[1].sensitivity, stake=few[1].stake))
     assert mixed.similarity == pytest.approx(dense.similarity, abs=0.02)
     assert compare(few[0], few[0]).similarity == pytest.approx(1.0, abs=1e-3)
 
@@ -197,7 +200,9 @@ def test_a_task_that_feels_nothing_loses_nothing() -> None:
     x = torch.randn(30, 12)
     one = profile(mlp((9, 7), 3).eval(), x)
     other = profile(mlp((9, 7), 3).eval(), x, one)
-    numb = replace(other, felt={name: torch.zeros_like(rows) for name, rows in other.felt.items()}, stake=0.0)
+    numb = replace(
+        other, sensitivity={name: torch.zeros_like(rows) for name, rows in other.sensitivity.items()}, stake=0.0
+    )
     found = compare(one, numb)
     assert found.damage[1] == 0.0 < found.damage[0]
     assert compare(numb, numb).similarity == 1.0

@@ -60,7 +60,7 @@ limits = st.builds(
     size=st.integers(2, 5),
     similarity=st.sampled_from([0.0, 0.5, 0.7, 0.95]),
     damage=st.sampled_from([0.5, 1.0, float("inf")]),
-    apart=st.sampled_from([frozenset(), frozenset("x"), frozenset("xyz")]),
+    separate=st.sampled_from([frozenset(), frozenset("x"), frozenset("xyz")]),
 )
 
 
@@ -71,7 +71,7 @@ def test_all_limits_are_kept_and_every_model_is_there_once(affinities: Affinitie
     assert sorted([*grouped, *(one.model for one in found.alone)]) == list(affinities.models)
     for group in found.groups:
         assert 2 <= len(group.models) <= limits.size
-        assert len({affinities.tags[model] & limits.apart for model in group.models}) == 1
+        assert len({affinities.tags[model] & limits.separate for model in group.models}) == 1
         pairs = {pair: affinities.of(*pair) for pair in combinations(group.models, 2)}
         assert all(pair.comparable for pair in pairs.values())
         for model in group.models:
@@ -105,7 +105,7 @@ def test_models_that_could_be_together_are_not_both_alone(affinities: Affinities
             not pair.comparable
             or pair.similarity < limits.similarity
             or max(pair.damage) > limits.damage
-            or affinities.tags[one] & limits.apart != affinities.tags[other] & limits.apart
+            or affinities.tags[one] & limits.separate != affinities.tags[other] & limits.separate
         )
 
 
@@ -208,9 +208,9 @@ def test_who_is_alone_learns_why() -> None:
         full.why == "the nearest, a, has 80.0% in common with it, but every group that it would fit is full (2 models)"
     )
     tags = {"a": frozenset({"x"}), "b": frozenset({"y", "z"})}
-    two = why({("a", "b"): 0.9}, tags=tags, apart=frozenset("xy"))["a"]
+    two = why({("a", "b"): 0.9}, tags=tags, separate=frozenset("xy"))["a"]
     assert two.why.endswith("but the tags x and y keep them apart, as from all others")
-    three = why({("a", "b"): 0.9, ("a", "c"): 0.5}, tags={"b": frozenset("y")}, apart=frozenset("y"))["a"]
+    three = why({("a", "b"): 0.9, ("a", "c"): 0.5}, tags={"b": frozenset("y")}, separate=frozenset("y"))["a"]
     assert three.why.endswith("of the others the nearest, c, has 50.0%; at least 60.0% are asked for")
     costly = why({("a", "b"): 0.7}, damage=0.5)["a"]
     assert costly.why.endswith("but sharing would cost 0.6 nats; at most 0.5 are allowed")

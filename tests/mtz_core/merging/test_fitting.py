@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtz_core import ZipConfig, zip_networks
-from mtz_core.merging.fitting import Clip, Part, fit, following_clip
+from mtz_core.merging.fitting import Clip, LayerFit, fit, following_clip
 from mtz_core.network.graph import Network
-from mtz_core.network.narrowing import Narrowed
+from mtz_core.network.narrowing import Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import Method
-from mtz_core.zipped.ownership import Arrangement, Owners, Run
+from mtz_core.zipped.ownership import Arrangement, Owners, Segment
 
 TASKS = ("a", "b", "c")
 PATTERNS: tuple[Owners, ...] = (TASKS, ("a", "b"), ("a", "c"), ("b", "c"), ("a",), ("b",), ("c",))
@@ -34,8 +34,8 @@ class Problem:
     zipped: Mapping[str, Tensor]
 
     @property
-    def felt(self) -> dict[str, Tensor]:
-        """How much each task's loss feels each of its rows."""
+    def sensitivity(self) -> dict[str, Tensor]:
+        """The sensitivity of each task's loss to each of its rows."""
         widths = {task: len(network.matrix(network.graph.layers[0])) for task, network in self.networks.items()}
         return {
             task: torch.linspace(0.5, 2.0, width, dtype=torch.float64) * 10.0**i
@@ -47,15 +47,15 @@ class Problem:
         alphas = dict(zip(TASKS, config.balance_of(TASKS), strict=True))
         if config.method == "paper":
             return alphas
-        pulls = {task: alphas[task] * float(np.mean(rows.numpy())) ** 0.5 for task, rows in self.felt.items()}
+        pulls = {task: alphas[task] * float(np.mean(rows.numpy())) ** 0.5 for task, rows in self.sensitivity.items()}
         return {task: pull / sum(pulls.values()) for task, pull in pulls.items()}
 
-    def parts(self, config: ZipConfig) -> dict[str, Part]:
+    def parts(self, config: ZipConfig) -> dict[str, LayerFit]:
         found = {}
         for task, network in self.networks.items():
             batches = [self.original[task]], [self.zipped[task]]
-            found[task] = Part(
-                network.graph.layers[0], Narrowed.whole(network), *batches, True, config, self.felt[task]
+            found[task] = LayerFit(
+                network.graph.layers[0], Reduced.whole(network), *batches, True, config, self.sensitivity[task]
             )
         return found
 
@@ -72,11 +72,11 @@ def arrangement(sizes: Mapping[Owners, int], generator: np.random.Generator) -> 
     """Runs of these sizes, at places of each task that are drawn at random."""
     places = {task: generator.permutation(sum(n for o, n in sizes.items() if task in o)) for task in TASKS}
     taken = dict.fromkeys(TASKS, 0)
-    runs = []
+    segments = []
     for owners, size in sizes.items():
-        runs.append(Run(owners, {t: places[t][taken[t] : taken[t] + size] for t in owners}))
+        segments.append(Segment(owners, {t: places[t][taken[t] : taken[t] + size] for t in owners}))
         taken = {t: taken[t] + size * (t in owners) for t in TASKS}
-    return Arrangement(tuple(run for run in runs if run.size))
+    return Arrangement(tuple(segment for segment in segments if segment.size))
 
 
 @cache
@@ -93,7 +93,7 @@ def linear_problem(
     by_rows, by_columns = arrangement(rows, generator), arrangement(columns, generator)
     networks, original, zipped = {}, {}, {}
     for i, task in enumerate(TASKS):
-        inputs, outputs = (sum(run.size for run in axis.of(task)) for axis in (by_columns, by_rows))
+        inputs, outputs = (sum(segment.size for segment in axis.of(task)) for axis in (by_columns, by_rows))
         networks[task] = linear(inputs, outputs, bias, seed=i)
         original[task] = torch.from_numpy(generator.normal(size=(examples + i, inputs)))
         noise = torch.from_numpy(generator.normal(size=original[task].shape))
@@ -147,10 +147,10 @@ def expected_fit(problem: Problem, config: ZipConfig) -> tuple[dict[str, np.ndar
     alone = free(problem, config)
     matrices = {task: part.matrix.copy() for task, part in alone.items()}
     cost = 0.0
-    for run in problem.rows.runs:
-        if len(run.owners) < 2:
+    for segment in problem.rows.segments:
+        if len(segment.owners) < 2:
             continue
-        unknown = unknowns(problem, run)
+        unknown = unknowns(problem, segment)
         count = 1 + max(int(index.max()) for index in unknown.values())
         selections = {task: np.eye(count)[index] for task, index in unknown.items()}
         if config.method == "paper":  # what no other owner has stays as it is
@@ -159,33 +159,33 @@ def expected_fit(problem: Problem, config: ZipConfig) -> tuple[dict[str, np.ndar
             own = {task: ~np.isin(index, common) for task, index in unknown.items()}
         else:
             own = {task: np.zeros(len(index), dtype=bool) for task, index in unknown.items()}
-        normal, right = np.zeros((count, count)), np.zeros((count, run.size))
+        normal, right = np.zeros((count, count)), np.zeros((count, segment.size))
         for task, selection in selections.items():
             hessian = alone[task].hessian.copy()
             hessian[own[task]], hessian[:, own[task]] = 0, 0
-            weights = alone[task].matrix[run.places[task]]
+            weights = alone[task].matrix[segment.places[task]]
             normal += alone[task].alpha * selection.T @ hessian @ selection
             right += alone[task].alpha * selection.T @ hessian @ weights.T
         solution = np.linalg.lstsq(normal, right, rcond=None)[0].T
         for task, index in unknown.items():
-            weights = np.where(own[task], alone[task].matrix[run.places[task]], solution[:, index])
-            change = weights - matrices[task][run.places[task]]
+            weights = np.where(own[task], alone[task].matrix[segment.places[task]], solution[:, index])
+            change = weights - matrices[task][segment.places[task]]
             cost += 0.5 * alone[task].alpha * float(np.einsum("oi,ij,oj->", change, alone[task].hessian, change))
-            matrices[task][run.places[task]] = weights
+            matrices[task][segment.places[task]] = weights
     return matrices, cost
 
 
-def unknowns(problem: Problem, run: Run) -> dict[str, np.ndarray]:
+def unknowns(problem: Problem, segment: Segment) -> dict[str, np.ndarray]:
     """Which unknown each column of each owner is."""
-    inputs = {task: problem.networks[task].columns(problem.networks[task].graph.layers[0]) for task in run.owners}
+    inputs = {task: problem.networks[task].columns(problem.networks[task].graph.layers[0]) for task in segment.owners}
     index = {task: np.full(size, -1) for task, size in inputs.items()}
     count = 0
-    for part in problem.columns.runs:
-        both = [task for task in run.owners if task in part.owners]
+    for part in problem.columns.segments:
+        both = [task for task in segment.owners if task in part.owners]
         for task in both:
             index[task][part.places[task]] = np.arange(count, count + part.size)
         count += part.size
-    for task in run.owners:  # the bias
+    for task in segment.owners:  # the bias
         index[task][index[task] < 0] = count
     return index
 
@@ -207,7 +207,7 @@ COLUMNS: dict[str, dict[Owners, int]] = {
 def test_three_tasks_get_the_solution_of_the_joint_normal_equations(
     method: Method, name: str, examples: int, bias: bool
 ) -> None:
-    config = ZipConfig(method=method, damping=0.05, sweeps=0, balance={"a": 0.5, "b": 0.2, "c": 0.3})
+    config = ZipConfig(method=method, damping=0.05, refit_rounds=0, balance={"a": 0.5, "b": 0.2, "c": 0.3})
     problem = linear_problem(COLUMNS[name], MIXED, examples, bias)
     found, cost = problem.fitted(config)
     expected, expected_cost = expected_fit(problem, config)
@@ -219,20 +219,22 @@ def test_three_tasks_get_the_solution_of_the_joint_normal_equations(
 @pytest.mark.parametrize("method", ["paper", "refit"])
 def test_what_is_shared_is_equal_and_what_a_row_of_one_task_has_is_its_own(method: Method) -> None:
     problem = linear_problem(COLUMNS["everything"], MIXED, 40)
-    config = ZipConfig(method=method, sweeps=0)
+    config = ZipConfig(method=method, refit_rounds=0)
     found, _ = problem.fitted(config)
     alone = free(problem, config)
-    for run in problem.rows.runs:
-        strips = {task: found[task][run.places[task]] for task in run.owners}
-        for part in problem.columns.runs:
-            both = [task for task in run.owners if task in part.owners]
+    for segment in problem.rows.segments:
+        strips = {task: found[task][segment.places[task]] for task in segment.owners}
+        for part in problem.columns.segments:
+            both = [task for task in segment.owners if task in part.owners]
             for task in both:
                 one, other = (strips[owner][:, part.places[owner]] for owner in (both[0], task))
                 assert np.array_equal(one, other)
-        for task in run.owners:
-            if len(run.owners) == 1:
-                np.testing.assert_allclose(strips[task], alone[task].matrix[run.places[task]], rtol=1e-9, atol=1e-12)
-            assert np.array_equal(strips[task][:, -1], strips[run.owners[0]][:, -1])
+        for task in segment.owners:
+            if len(segment.owners) == 1:
+                np.testing.assert_allclose(
+                    strips[task], alone[task].matrix[segment.places[task]], rtol=1e-9, atol=1e-12
+                )
+            assert np.array_equal(strips[task][:, -1], strips[segment.owners[0]][:, -1])
 
 
 def relaxed_loss(
@@ -260,8 +262,8 @@ def test_sweeps_never_raise_the_loss_of_three_tasks(name: str) -> None:
         threshold = torch.randn(width, generator=generator, dtype=torch.float64)
         clips[task] = Clip(threshold, torch.rand(width, generator=generator) > 0.5)
     losses = []
-    for sweeps in (0, 1, 2, 5):
-        config = ZipConfig(sweeps=sweeps)
+    for refit_rounds in (0, 1, 2, 5):
+        config = ZipConfig(refit_rounds=refit_rounds)
         losses.append(relaxed_loss(problem, problem.fitted(config, clips)[0], config, clips))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
@@ -284,8 +286,8 @@ def grouped_problem(per_group: tuple[int, int], groups: Sequence[int], bias: boo
     inputs, outputs = per_group
     places = {task: generator.permutation(outputs * count) for task, count in zip(TASKS, groups, strict=True)}
     shared = {TASKS: slice(0, 3), ("a", "c"): slice(3, 5)}
-    rows = [Run(owners, {task: places[task][part] for task in owners}) for owners, part in shared.items()]
-    rows += [Run((task,), {task: places[task][3 if task == "b" else 5 :]}) for task in TASKS]
+    rows = [Segment(owners, {task: places[task][part] for task in owners}) for owners, part in shared.items()]
+    rows += [Segment((task,), {task: places[task][3 if task == "b" else 5 :]}) for task in TASKS]
     kernel = np.arange(inputs * 9)
     networks = {
         task: grouped(inputs * count, outputs * count, count, bias, seed)
@@ -296,7 +298,7 @@ def grouped_problem(per_group: tuple[int, int], groups: Sequence[int], bias: boo
         for task, count in zip(TASKS, groups, strict=True)
     }
     zipped = {task: x + 0.3 * torch.from_numpy(generator.normal(size=x.shape)) for task, x in original.items()}
-    columns = Arrangement((Run(TASKS, dict.fromkeys(TASKS, kernel)),))
+    columns = Arrangement((Segment(TASKS, dict.fromkeys(TASKS, kernel)),))
     return Problem(networks, Arrangement(tuple(rows)), columns, original, zipped)
 
 
@@ -322,11 +324,11 @@ def expected_grouped_fit(
                 target = x_hat.T @ (x @ weights) / len(x) + damping * weights
                 matrices[task][row] = np.linalg.solve(hessian, target)
     cost = 0.0
-    for run in problem.rows.runs:
-        for i in range(run.size if len(run.owners) > 1 else 0):
+    for segment in problem.rows.segments:
+        for i in range(segment.size if len(segment.owners) > 1 else 0):
             terms = []
-            for task in run.owners:
-                row = int(run.places[task][i])
+            for task in segment.owners:
+                row = int(segment.places[task][i])
                 group = row // (len(matrices[task]) // groups[TASKS.index(task)])
                 terms.append((task, row, alphas[task] * hessians[task][group]))
             left = sum(hessian for _, _, hessian in terms)
@@ -357,7 +359,7 @@ def unfolded(x: Tensor, groups: int, bias: bool) -> np.ndarray:
 def test_convolutions_in_groups_are_shared_row_by_row(
     method: Method, per_group: tuple[int, int], groups: Sequence[int], bias: bool
 ) -> None:
-    config = ZipConfig(method=method, damping=0.05, sweeps=0, patches=10_000)
+    config = ZipConfig(method=method, damping=0.05, refit_rounds=0, patches=10_000)
     problem = grouped_problem(per_group, groups, bias)
     found, cost = problem.fitted(config)
     expected, expected_cost = expected_grouped_fit(problem, config, groups)

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import InvalidConfig
-from mtz_core.merging.difference import felt_balance
+from mtz_core.merging.difference import weigh_by_sensitivity
 from mtz_core.network.graph import FIXED, KERNEL, Axis, Network
 from mtz_core.network.tracing import trace
 from mtz_core.settings import Method
-from tests.support.networks import Case, Residual, felt_traced, lenet5, match_traced, mlp, permuted, zip_traced
+from tests.support.networks import (
+    Case,
+    Residual,
+    lenet5,
+    match_traced,
+    mlp,
+    permuted,
+    sensitivities_of_traced,
+    zip_traced,
+)
 
 TASKS = ("a", "b", "c", "d", "e")
 MLP = Case("mlp", mlp, (12,), (9, 7), dtype=torch.float64)
@@ -197,7 +206,10 @@ def test_permuted_copies_find_each_other(method: Method) -> None:
 def test_matching_anew_against_the_others_never_costs_more(case: Case) -> None:
     networks, data = group(case, 4), calibration(case, 4)
     once, again = (
-        {found.group: found for found in match_traced(networks, data, ZipConfig(share=0.7, descents=n, patches=4))}
+        {
+            found.group: found
+            for found in match_traced(networks, data, ZipConfig(share=0.7, matching_rounds=n, patches=4))
+        }
         for n in (0, 3)
     )
     first = next(iter(once))  # what later groups cost depends on the pairings before them
@@ -210,8 +222,10 @@ def test_what_one_of_three_shares_is_the_tuples_best_common_weights() -> None:
     damping = 0.01
     found, *_ = match_traced(networks, data, ZipConfig(damping=damping, share=0.6))
     terms = []
-    felt = felt_traced(networks, data)
-    weights = dict(zip(networks, felt_balance([1 / 3] * 3, [felt[task]["0"] for task in networks]), strict=True))
+    sensitivity = sensitivities_of_traced(networks, data)
+    weights = dict(
+        zip(networks, weigh_by_sensitivity([1 / 3] * 3, [sensitivity[task]["0"] for task in networks]), strict=True)
+    )
     for task, network in networks.items():
         matrix = network.matrix(network.graph.layers[0]).numpy()
         x = torch.cat([data[task], torch.ones(len(data[task]), 1, dtype=torch.float64)], dim=1).numpy()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtz_core import ZipConfig
 from mtz_core.errors import IncompatibleNetworks
 from mtz_core.merging.compatibility import check_compatible
-from mtz_core.merging.difference import felt_balance, functional_difference
+from mtz_core.merging.difference import functional_difference, weigh_by_sensitivity
 from mtz_core.merging.matching import Matcher, descent
 from mtz_core.merging.pairing import GroupMatch, Pairing, assign, assign_greedily
 from mtz_core.network.graph import Network
@@ -29,12 +29,12 @@ from tests.support.networks import (
     TASKS,
     Case,
     Residual,
-    felt_traced,
     hidden_layers,
     lenet5,
     match_traced,
     mlp,
     permuted,
+    sensitivities_of_traced,
     traced_pair,
 )
 
@@ -96,18 +96,18 @@ def test_functional_difference_of_neurons_with_several_rows_is_the_sum_over_thei
 @given(st.lists(st.tuples(st.floats(0.1, 9.0), st.floats(1e-6, 1e6)), min_size=2, max_size=4), st.integers(1, 5))
 def test_tasks_weigh_by_the_root_of_what_their_losses_feel(sides: list[tuple[float, float]], rows: int) -> None:
     balance = [alpha for alpha, _ in sides]
-    felt = [level * torch.rand(rows, dtype=torch.float64) for _, level in sides]
-    found = felt_balance(balance, felt)
-    pulls = [alpha * float(np.sqrt(own.numpy().mean())) for alpha, own in zip(balance, felt, strict=True)]
+    sensitivity = [level * torch.rand(rows, dtype=torch.float64) for _, level in sides]
+    found = weigh_by_sensitivity(balance, sensitivity)
+    pulls = [alpha * float(np.sqrt(own.numpy().mean())) for alpha, own in zip(balance, sensitivity, strict=True)]
     assert found == pytest.approx([pull / sum(pulls) for pull in pulls])
     assert sum(found) == pytest.approx(1)
-    assert felt_balance(balance, [9.0 * own for own in felt]) == pytest.approx(found)
+    assert weigh_by_sensitivity(balance, [9.0 * own for own in sensitivity]) == pytest.approx(found)
 
 
 def test_tasks_that_feel_nothing_weigh_as_they_were_given() -> None:
     silent = torch.zeros(4, dtype=torch.float64)
-    assert felt_balance([0.3, 0.7], [silent, silent]) == [0.3, 0.7]
-    assert felt_balance([0.3, 0.7], [silent, silent + 1]) == [0.0, 1.0]
+    assert weigh_by_sensitivity([0.3, 0.7], [silent, silent]) == [0.3, 0.7]
+    assert weigh_by_sensitivity([0.3, 0.7], [silent, silent + 1]) == [0.0, 1.0]
 
 
 small_costs = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9999), st.booleans())
@@ -276,8 +276,8 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
         matrix = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
         matrices.append(matrix)
         hessians.append(hessian)
-    felt = felt_traced(traced_pair(MLP), calibration)
-    weights = felt_balance([0.5, 0.5], [felt[task]["0"] for task in TASKS])
+    sensitivity = sensitivities_of_traced(traced_pair(MLP), calibration)
+    weights = weigh_by_sensitivity([0.5, 0.5], [sensitivity[task]["0"] for task in TASKS])
     assert abs(weights[0] - weights[1]) > 0.02
     inverse = torch.linalg.inv
     parallel = inverse(sum(inverse(h) / alpha for h, alpha in zip(hessians, weights, strict=True)))
@@ -320,7 +320,7 @@ def expected_cost(
     pairings: Mapping[str, Pairing],
     group: str,
     config: ZipConfig,
-    felt: Mapping[str, Sensitivities],
+    sensitivity: Mapping[str, Sensitivities],
 ) -> float:
     """``Σ ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)`` , layer by layer and neuron by neuron."""
     inverse, total = np.linalg.inv, 0.0
@@ -329,7 +329,7 @@ def expected_cost(
         sides = []
         alphas = config.balance_of(tuple(modules))
         if config.method == "refit":
-            alphas = felt_balance(alphas, [felt[task][name] for task in modules])
+            alphas = weigh_by_sensitivity(alphas, [sensitivity[task][name] for task in modules])
         for t, (task, module) in enumerate(modules.items()):
             layer = module.get_submodule(name)
             assert isinstance(layer, nn.Conv2d)
@@ -386,12 +386,12 @@ def test_the_cost_of_a_pairing_is_summed_over_all_layers_that_write_it(method: M
     data = {task: RESIDUAL.examples(12, seed=i) for i, task in enumerate(modules)}
     config = ZipConfig(method=method, damping=0.02, patches=10_000)
     moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
-    felt = felt_traced(networks, data)
-    matcher = Matcher(networks, moments, config, felt)
+    sensitivity = sensitivities_of_traced(networks, data)
+    matcher = Matcher(networks, moments, config, sensitivity)
     assert {name: [node.name for node in matcher.writers[name]] for name in GROUPS} == GROUPS
     for share in (1.0, 0.5):
         pairings = random_pairings(networks, share, seed=2)
-        expected = expected_cost(modules, data, pairings, group, config, felt)
+        expected = expected_cost(modules, data, pairings, group, config, sensitivity)
         assert matcher.cost(group, pairings) == pytest.approx(expected, rel=1e-6)
 
 
@@ -399,12 +399,12 @@ def test_the_cost_of_a_pairing_is_summed_over_all_layers_that_write_it(method: M
 def test_the_descent_ends_where_no_single_pairing_can_be_improved(count: int) -> None:
     networks = residual_case("three" if count == 3 else "two")[1]
     data = {task: RESIDUAL.examples(30, seed=i) for i, task in enumerate(networks)}
-    config = ZipConfig(share=0.7, descents=50, patches=20)
+    config = ZipConfig(share=0.7, matching_rounds=50, patches=20)
     matches = match_traced(networks, data, config)
     costs = descent(matches)
     assert list(costs) == sorted(costs, reverse=True)
     moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
-    matcher = Matcher(networks, moments, config, felt_traced(networks, data))
+    matcher = Matcher(networks, moments, config, sensitivities_of_traced(networks, data))
     pairings = {found.group: found.pairing for found in matches}
     total_cost = sum(matcher.cost(name, pairings) for name in pairings)
     assert total_cost == pytest.approx(costs[-1])

@@ -19,7 +19,7 @@ from mtz_core.errors import (
     InvalidWeights,
     UnsupportedModule,
 )
-from mtz_core.merging.difference import felt_balance
+from mtz_core.merging.difference import weigh_by_sensitivity
 from mtz_core.merging.pairing import Pairing
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import Network
@@ -31,11 +31,11 @@ from tests.support.networks import (
     TASKS,
     Case,
     Residual,
-    felt_traced,
     hidden_layers,
     lenet5,
     mlp,
     permuted,
+    sensitivities_of_traced,
     strided,
     traced_pair,
     zip_traced,
@@ -190,7 +190,7 @@ def test_counts_per_layer_are_honoured(method: Method) -> None:
     config = ZipConfig(method=method, share={"3": 2, "7": 9})
     zipped = zip_traced(traced_pair(LENET5), LENET5.calibration(), config)
     assert {layer.layer: layer.shared for layer in zipped.report.layers} == {"0": 0, "3": 2, "7": 9, "9": 0}
-    assert [(run.owners, run.size) for run in zipped.structure.rows["3"].runs] == [
+    assert [(run.owners, run.size) for run in zipped.structure.rows["3"].segments] == [
         (TASKS, 2),
         (TASKS[:1], 4),
         (TASKS[1:], 2),
@@ -228,7 +228,7 @@ def test_few_calibration_examples_are_enough(count: int, share: float, method: M
 
 def test_few_examples_are_fitted_almost_exactly() -> None:
     networks, calibration = MLP.pair(), MLP.calibration(3)
-    zipped = zip_traced(traced_pair(MLP), calibration, ZipConfig(damping=1e-9, sweeps=0))
+    zipped = zip_traced(traced_pair(MLP), calibration, ZipConfig(damping=1e-9, refit_rounds=0))
     for task, network in networks.items():
         torch.testing.assert_close(zipped(calibration[task], task), network(calibration[task]), rtol=1e-4, atol=1e-4)
 
@@ -272,7 +272,7 @@ class Side:
     prior: np.ndarray
     zipped: np.ndarray
     shared: np.ndarray
-    felt: Tensor
+    sensitivity: Tensor
 
     def damping(self, rows: np.ndarray, relative: float) -> float:
         return relative * float((rows**2).sum() / rows.size)
@@ -313,7 +313,7 @@ def side(
     zipped: ZippedNetwork,
     pairings: Mapping[str, Pairing],
     x: Tensor,
-    felt: Tensor,
+    sensitivity: Tensor,
 ) -> Side:
     """Rows and columns in the order of the pairing, shared ones first, the bias (if any) last."""
     layer = zipped.network(task).get_submodule(name)
@@ -335,7 +335,7 @@ def side(
         prior=original[neurons][:, index],
         zipped=matrix(layer)[neurons][:, index],
         shared=np.concatenate([np.arange(shared * table.shape[1]), bias]),
-        felt=felt,
+        sensitivity=sensitivity,
     )
 
 
@@ -349,7 +349,7 @@ def own_order(pairing: Pairing | None, task: str, width: int) -> tuple[np.ndarra
 
 def effective_balance(sides: list[Side], config: ZipConfig) -> list[float]:
     balance = config.balance_of(TASKS)
-    return balance if config.method == "paper" else felt_balance(balance, [part.felt for part in sides])
+    return balance if config.method == "paper" else weigh_by_sensitivity(balance, [part.sensitivity for part in sides])
 
 
 def ridge(part: Side, config: ZipConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -422,11 +422,11 @@ def merged(
     batches = {task: as_batches(data, task) for task, data in calibration.items()}
     pairings = random_pairings(traced, share, seed=3)
     zipped = finish(merge(traced, pairings, batches, config))
-    felt = felt_traced(traced, calibration, config.seed)
+    sensitivity = sensitivities_of_traced(traced, calibration, config.seed)
     layers = []
     for report in zipped.report.layers:
         name = report.layer
-        sides = [side(t, name, modules[t], zipped, pairings, calibration[t], felt[t][name]) for t in TASKS]
+        sides = [side(t, name, modules[t], zipped, pairings, calibration[t], sensitivity[t][name]) for t in TASKS]
         layers.append((report, sides))
     return zipped, pairings, layers
 
@@ -439,7 +439,9 @@ def merged(
 def test_merged_layers_are_the_least_squares_solution(
     method: Method, case: Case, share: float, count: int, damping: float
 ) -> None:
-    config = ZipConfig(method=method, damping=damping, balance={TASKS[0]: 0.3, TASKS[1]: 0.7}, patches=10_000, sweeps=0)
+    config = ZipConfig(
+        method=method, damping=damping, balance={TASKS[0]: 0.3, TASKS[1]: 0.7}, patches=10_000, refit_rounds=0
+    )
     oracle = expected_refit if method == "refit" else expected_paper
     examples = count if case is MLP else count // 4  # an image is many rows
     for report, sides in merged(case, share, examples, config)[2]:
@@ -466,8 +468,8 @@ def relaxed_loss(sides: list[Side], balance: list[float], config: ZipConfig) -> 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 60), (0.5, 60), (1.0, 4)])
 def test_sweeps_never_raise_the_loss_behind_a_relu(share: float, count: int) -> None:
     losses = []
-    for sweeps in (0, 1, 2, 5):
-        config = ZipConfig(sweeps=sweeps)
+    for refit_rounds in (0, 1, 2, 5):
+        config = ZipConfig(refit_rounds=refit_rounds)
         report, sides = merged(MLP, share, count, config)[2][0]
         assert report.layer == "0"
         losses.append(relaxed_loss(sides, effective_balance(sides, config), config))

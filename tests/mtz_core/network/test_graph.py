@@ -15,7 +15,7 @@ from mtz_core.network.graph import (
     LayerGraph,
     Network,
     Node,
-    forget,
+    free_unused,
     leaves,
     operator,
     resolve,
@@ -100,9 +100,9 @@ def test_values_are_freed_after_their_last_use() -> None:
     chain = graph(first, second, third)
     assert chain.last_use == {INPUT: "b", "a": "b", "b": "c"}
     values: dict[str, Any] = {INPUT: 1, "a": 2, "b": 3}
-    forget(chain, values, first)
+    free_unused(chain, values, first)
     assert values.keys() == {INPUT, "a", "b"}
-    forget(chain, values, second)
+    free_unused(chain, values, second)
     assert values.keys() == {"b"}
     x = torch.randn(2, 3)
     assert torch.equal(run(chain, {}, x), (x.relu() + x) ** 2)

@@ -158,7 +158,7 @@ def test_rows_times_the_matrix_are_the_outputs(name: str) -> None:
     assert y.shape[layer.channel_axis(y.ndim)] == matrix.shape[0]
     for positions in (torch.arange(count), torch.randperm(count)[: max(1, count // 3)].sort().values):
         rows = layer.rows(x, kernel, node.arguments, positions).double()
-        found = product(rows, matrix, bias, layer.groups(node.arguments))
+        found = product(rows, matrix, bias, layer.conv_groups(node.arguments))
         torch.testing.assert_close(found, layer.output_rows(y, positions))
 
 
@@ -183,8 +183,8 @@ def test_a_matrix_of_fewer_neurons_becomes_a_weight_of_fewer_neurons(kind: str) 
     fewer = layer.from_matrix(matrix[:2], shape)
     assert torch.equal(layer.matrix(fewer), matrix[:2])
     assert fewer.ndim == len(shape)
-    narrower = layer.from_matrix(matrix[:, : matrix.shape[1] // 2], shape)
-    assert torch.equal(layer.matrix(narrower), matrix[:, : matrix.shape[1] // 2])
+    dropper = layer.from_matrix(matrix[:, : matrix.shape[1] // 2], shape)
+    assert torch.equal(layer.matrix(dropper), matrix[:, : matrix.shape[1] // 2])
 
 
 def test_settings_as_one_number_are_those_of_every_axis() -> None:
@@ -214,4 +214,4 @@ def test_a_node_of_a_graph_finds_its_layer() -> None:
     node = Node("c", "conv3d", {"groups": 2})
     assert isinstance(node.layer, Convolution)
     assert node.layer.spatial == 3
-    assert node.layer.groups(node.arguments) == 2
+    assert node.layer.conv_groups(node.arguments) == 2

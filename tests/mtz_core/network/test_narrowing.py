@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtz_core.network.graph import Axis, Network, run
-from mtz_core.network.narrowing import LEAST, CannotDrop, Keep, Narrowed, Narrower
+from mtz_core.network.narrowing import LEAST, CannotDrop, Dropper, Keep, Reduced
 from mtz_core.network.to_module import build_module
 from mtz_core.network.tracing import trace
 from mtz_core.zipped.ownership import positions_of
@@ -45,14 +45,14 @@ on_some_networks = pytest.mark.parametrize("name", ["lenet-5", "mobilenet-v2", "
 
 
 @cache
-def narrower(name: str) -> Narrower:
-    return Narrower(traced(CASES[name], "narrow"))
+def dropper(name: str) -> Dropper:
+    return Dropper(traced(CASES[name], "narrow"))
 
 
 def random_keep(name: str, seed: int) -> dict[str, np.ndarray]:
     """For some of the groups that can lose neurons, some that stay, at least `LEAST`; for one of them in any case."""
     generator = np.random.default_rng(seed)
-    network = narrower(name).network
+    network = dropper(name).network
     groups = [g.name for g in network.graph.hidden_groups if g.name not in BOUND[name]]
     chosen = [group for group in groups if generator.random() < 0.7] or groups[:1]
     keep = {}
@@ -87,11 +87,11 @@ def unread(network: Network, keep: Keep) -> dict[str, Tensor]:
 @on_free_networks
 @plain_attention()
 def test_a_narrower_network_computes_what_the_whole_one_does_with_unread_neurons(name: str) -> None:
-    case, network, keep = CASES[name], narrower(name).network, random_keep(name, 0)
+    case, network, keep = CASES[name], dropper(name).network, random_keep(name, 0)
     x = case.examples(5, seed=9)
     original = copy.deepcopy(module(case, "narrow"))
     original.load_state_dict(unread(network, keep), strict=False)
-    narrow = narrower(name).narrow(keep).network
+    narrow = dropper(name).narrow(keep).network
     expected = original(x)
     assert_close(run(narrow.graph, narrow.state, x), expected)
     plain = build_module(narrow).eval()
@@ -104,8 +104,8 @@ def test_a_narrower_network_computes_what_the_whole_one_does_with_unread_neurons
 
 @on_some_networks
 def test_the_graph_says_how_many_neurons_are_left(name: str) -> None:
-    network, keep = narrower(name).network, random_keep(name, 2)
-    narrow = narrower(name).narrow(keep)
+    network, keep = dropper(name).network, random_keep(name, 2)
+    narrow = dropper(name).narrow(keep)
     assert narrow.original is network
     graph = narrow.network.graph
     assert graph.widths == {**network.graph.widths, **{group: len(kept) for group, kept in keep.items()}}
@@ -117,15 +117,15 @@ def test_the_graph_says_how_many_neurons_are_left(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lenet-5", "mobilenet-v2", "vit"])
 def test_a_narrower_network_is_traced_anew_with_the_same_groups(name: str) -> None:
-    narrow = narrower(name).narrow(random_keep(name, 2)).network
+    narrow = dropper(name).narrow(random_keep(name, 2)).network
     again = trace(build_module(narrow).eval(), CASES[name].examples(2))
     assert sorted(again.graph.widths.values()) == sorted(narrow.graph.widths.values())
 
 
 @on_some_networks
 def test_what_is_left_of_a_layer_are_the_rows_and_columns_of_the_neurons_that_stay(name: str) -> None:
-    network, keep = narrower(name).network, random_keep(name, 3)
-    narrow = narrower(name).narrow(keep)
+    network, keep = dropper(name).network, random_keep(name, 3)
+    narrow = dropper(name).narrow(keep)
     for node in network.graph.layers:
         matrix = network.matrix(node)
         lost = [
@@ -143,10 +143,10 @@ def test_what_is_left_of_a_layer_are_the_rows_and_columns_of_the_neurons_that_st
 
 @on_some_networks
 def test_the_original_is_never_modified_and_shares_no_memory_that_changes(name: str) -> None:
-    network = narrower(name).network
+    network = dropper(name).network
     before, graph = {key: tensor.clone() for key, tensor in network.state.items()}, network.graph
     nodes = copy.deepcopy(network.graph.nodes)
-    narrow = narrower(name).narrow(random_keep(name, 4)).network
+    narrow = dropper(name).narrow(random_keep(name, 4)).network
     with torch.no_grad():
         for key, tensor in narrow.state.items():
             if tensor is not network.state[key] and tensor.is_floating_point():
@@ -158,26 +158,26 @@ def test_the_original_is_never_modified_and_shares_no_memory_that_changes(name: 
 
 @pytest.mark.parametrize("name", ["mlp", "mobilenet-v2", "vit"])
 def test_narrowing_nothing_gives_back_the_network_itself(name: str) -> None:
-    network = narrower(name).network
+    network = dropper(name).network
     everything = {group.name: np.arange(network.graph.widths[group.name]) for group in network.graph.hidden_groups}
     for keep in ({}, everything):
-        narrow = narrower(name).narrow(keep)
+        narrow = dropper(name).narrow(keep)
         assert narrow.network is narrow.original is network
         assert narrow.keep == {}
         assert not any(narrow.touches(node) for node in network.graph.nodes)
         assert all(narrow.kept_rows(node) is None for node in network.graph.layers)
-    whole = Narrowed.whole(network)
+    whole = Reduced.whole(network)
     assert whole.network is whole.original is network
 
 
 @on_some_networks
 def test_dropping_twice_is_dropping_once(name: str) -> None:
-    network, first = narrower(name).network, random_keep(name, 5)
-    halfway = narrower(name).narrow(first).network
+    network, first = dropper(name).network, random_keep(name, 5)
+    halfway = dropper(name).narrow(first).network
     second = {group: np.arange(width)[: max(LEAST, width - 1)] for group, width in halfway.graph.widths.items()}
     second = {group: kept for group, kept in second.items() if group in first}
-    twice = Narrower(halfway).narrow(second).network
-    once = narrower(name).narrow({group: kept[second[group]] for group, kept in first.items()}).network
+    twice = Dropper(halfway).narrow(second).network
+    once = dropper(name).narrow({group: kept[second[group]] for group, kept in first.items()}).network
     assert twice.graph.widths == once.graph.widths
     assert all(torch.equal(tensor, once.state[key]) for key, tensor in twice.state.items())
     assert [node.arguments for node in twice.graph.nodes] == [node.arguments for node in once.graph.nodes]
@@ -187,8 +187,8 @@ def test_dropping_twice_is_dropping_once(name: str) -> None:
 @pytest.mark.parametrize("name", BOUND)
 @plain_attention()
 def test_which_groups_can_lose_neurons(name: str) -> None:
-    network, x = narrower(name).network, CASES[name].examples(3)
-    droppable = narrower(name).droppable(x)
+    network, x = dropper(name).network, CASES[name].examples(3)
+    droppable = dropper(name).droppable(x)
     assert set(droppable) == {group.name for group in network.graph.hidden_groups} - set(BOUND[name])
     for group in droppable:
         assert network.graph.widths[group] > LEAST
@@ -202,7 +202,7 @@ def test_which_groups_can_lose_neurons(name: str) -> None:
 def test_parameters_and_statistics_of_a_batch_normalisation_follow(stream: set[int], inner: set[int]) -> None:
     network = residual()
     keep = {"stem.0": np.array(sorted(stream)), "branches.0.0": np.array(sorted(inner))}
-    state = Narrower(network).narrow(keep).network.state
+    state = Dropper(network).narrow(keep).network.state
     where = {"stem.1": keep["stem.0"], "branches.0.1": keep["branches.0.0"], "branches.0.4": keep["stem.0"]}
     where |= {"branches.1.4": keep["stem.0"], "branches.1.1": np.arange(6)}
     for norm, kept in where.items():
@@ -245,7 +245,7 @@ class Normalised(nn.Module):
 )
 def test_neurons_behind_a_normalisation_across_neurons_stay(norm: nn.Module, free: bool) -> None:
     x = torch.randn(4, 2, 7, 7)
-    found = Narrower(trace(Normalised(norm).eval(), x)).droppable(x)
+    found = Dropper(trace(Normalised(norm).eval(), x)).droppable(x)
     assert found == (("first", "hidden") if free else ("hidden",))
 
 
@@ -270,9 +270,9 @@ def test_neurons_behind_a_normalisation_across_neurons_stay(norm: nn.Module, fre
 )
 def test_what_cannot_be_kept_alone_is_refused(name: str, keep: Mapping[str, list[int]]) -> None:
     with pytest.raises(CannotDrop):
-        narrower(name).narrow({group: np.array(kept, dtype=np.int64) for group, kept in keep.items()})
+        dropper(name).narrow({group: np.array(kept, dtype=np.int64) for group, kept in keep.items()})
 
 
 def test_a_refusal_names_the_operator_and_its_module() -> None:
     with pytest.raises(CannotDrop, match=r"group_norm of '1\.branch\.0' is bound to the number of neurons"):
-        narrower("groupnorm").narrow({"0": np.array([0, 1, 2])})
+        dropper("groupnorm").narrow({"0": np.array([0, 1, 2])})

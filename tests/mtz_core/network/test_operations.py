@@ -291,8 +291,8 @@ def test_a_registered_operator_can_be_zipped(
     register_operation("cumsum", Operation(window(1), keeps=True))
     assert operations["cumsum"].keeps
     for task, module in networks.items():
-        apart = zip_networks(networks, data, ZipConfig(share=0.0))
-        assert torch.equal(apart(data[task], task=task), module(data[task]))
+        separate = zip_networks(networks, data, ZipConfig(share=0.0))
+        assert torch.equal(separate(data[task], task=task), module(data[task]))
     zipped = zip_networks(networks, data)
     assert [layer.shared for layer in zipped.report.layers] == [5, 0]
     folder = tmp_path_factory.mktemp("zipped")

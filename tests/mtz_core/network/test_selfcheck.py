@@ -130,8 +130,8 @@ def test_the_check_compares_with_the_module() -> None:
 def test_neurons_of_different_classes_are_left_in_their_places() -> None:
     register_operation("cumsum", Operation(pointwise))
     network, analysis = traced(residual(), torch.randn(5, 4))
-    apart = {name: np.arange(len(classes)) for name, classes in analysis.classes.items()}
-    unpermuted = replace(analysis, rows={}, columns={}, constants={}, classes=apart)
+    separate = {name: np.arange(len(classes)) for name, classes in analysis.classes.items()}
+    unpermuted = replace(analysis, rows={}, columns={}, constants={}, classes=separate)
     x = torch.randn(5, 4)
     with torch.no_grad():
         y = residual_of(network, x)

@@ -20,10 +20,10 @@ from tests.support.networks import CASES, Case
 
 def plain(module: nn.Module, x: Tensor) -> nn.Module:
     """The module traced and built again, with values of its own."""
-    return build_module(apart(trace(module, x)))
+    return build_module(separate(trace(module, x)))
 
 
-def apart(network: Network) -> Network:
+def separate(network: Network) -> Network:
     state = {name: tensor.clone() for name, tensor in network.state.items()}
     return Network(network.graph, state, network.trainable, network.input_shape, network.input_dtype)
 
@@ -156,7 +156,7 @@ def traced(name: str) -> Network:
 def test_names_shapes_and_outputs_are_the_originals(name: str) -> None:
     module, draw = NETWORKS[name]
     module.eval()
-    again = build_module(apart(traced(name))).eval()
+    again = build_module(separate(traced(name))).eval()
     assert_same_state(again, module)
     assert {n for n, _ in again.named_parameters()} == {n for n, _ in module.named_parameters()}
     for count in (1, 2, 5):
@@ -169,7 +169,7 @@ def test_names_shapes_and_outputs_are_the_originals(name: str) -> None:
 )
 def test_training_is_the_originals(name: str) -> None:
     module, draw = copy.deepcopy(NETWORKS[name][0]), NETWORKS[name][1]
-    again = build_module(apart(traced(name)))
+    again = build_module(separate(traced(name)))
     torch.manual_seed(1)
     batches = [draw(6) for _ in range(3)]
     for network in (module, again):
@@ -184,7 +184,7 @@ def test_training_is_the_originals(name: str) -> None:
 
 
 def test_batches_are_counted_as_in_the_original() -> None:
-    again = build_module(apart(traced("residual"))).train()
+    again = build_module(separate(traced("residual"))).train()
     again(torch.randn(4, 2, 6, 6))
     counts = {name: int(value) for name, value in again.state_dict().items() if name.endswith("num_batches_tracked")}
     assert counts == {f"{path}.num_batches_tracked": 1 for path in ("stem.1", "block.norm", "head.1")}
@@ -192,20 +192,20 @@ def test_batches_are_counted_as_in_the_original() -> None:
 
 def test_standard_parts_are_torchs_own_modules_at_their_paths() -> None:
     module = NETWORKS["residual"][0]
-    again = build_module(apart(traced("residual")))
+    again = build_module(separate(traced("residual")))
     for name, part in module.named_modules():
         if isinstance(part, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.BatchNorm2d)):
             assert repr(again.get_submodule(name)) == repr(part)
     drops = sorted(repr(part) for part in again.modules() if isinstance(part, nn.modules.dropout._DropoutNd))
     assert drops == ["Dropout(p=0.3, inplace=False)", "Dropout2d(p=0.4, inplace=False)"]
-    tokens = build_module(apart(traced("tokens")))
+    tokens = build_module(separate(traced("tokens")))
     assert repr(tokens.get_submodule("tokens")) == "Embedding(9, 8)"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_plain_module_needs_nothing_of_ours(name: str) -> None:
     draw = NETWORKS[name][1]
-    again = build_module(apart(traced(name))).eval()
+    again = build_module(separate(traced(name))).eval()
     assert all(type(part).__module__.startswith("torch.") for part in again.modules())
     stored = pickle.dumps(again)
     assert b"mtz" not in stored

@@ -49,13 +49,13 @@ def given_network(case: Case, examples: int = 40) -> tuple[Network, dict[str, Mo
 
 def reading(name: str) -> list[Reader]:
     case, group = GROUPS[name]
-    network, moments, felt = given_network(case)
-    return readers(network, group, moments, felt, CONFIG.fixed_damping)
+    network, moments, sensitivity = given_network(case)
+    return readers(network, group, moments, sensitivity, CONFIG.fixed_damping)
 
 
 def brute_force(case: Case, group: str, neurons: Sequence[int]) -> float:
     """``½ Σ_o f_o min_w E(w)`` over all readers: the columns of the neurons zeroed, the other weights solved anew."""
-    network, moments, felt = given_network(case)
+    network, moments, sensitivity = given_network(case)
     total = 0.0
     for node in network.graph.layers:
         if group not in network.graph.columns[node.name].groups:
@@ -63,7 +63,7 @@ def brute_force(case: Case, group: str, neurons: Sequence[int]) -> float:
         hessian = moments[node.name].hessian(CONFIG.fixed_damping).dense().numpy()
         lost = positions_of(network.graph.columns[node.name], group)[list(neurons)].ravel()
         left = np.setdiff1d(np.arange(len(hessian)), lost)
-        for row, weight in zip(network.matrix(node).numpy(), felt[node.name].numpy(), strict=True):
+        for row, weight in zip(network.matrix(node).numpy(), sensitivity[node.name].numpy(), strict=True):
             best = np.zeros_like(row)
             best[left] = np.linalg.solve(hessian[np.ix_(left, left)], hessian[left] @ row)
             total += 0.5 * weight * float((best - row) @ hessian @ (best - row))
@@ -104,9 +104,9 @@ def test_a_block_of_neurons_costs_what_all_of_them_do_together(name: str, data: 
 @on_all_groups
 def test_costs_count_as_much_as_the_rows_are_felt(name: str) -> None:
     case, group = GROUPS[name]
-    network, moments, felt = given_network(case)
-    tenfold = {layer: 10 * rows for layer, rows in felt.items()}
-    nothing = {layer: 0 * rows for layer, rows in felt.items()}
+    network, moments, sensitivity = given_network(case)
+    tenfold = {layer: 10 * rows for layer, rows in sensitivity.items()}
+    nothing = {layer: 0 * rows for layer, rows in sensitivity.items()}
     before = sum(float(reader.damages(index(1))) for reader in reading(name))
     for other, expected in ((tenfold, 10 * before), (nothing, 0.0)):
         found = readers(network, group, moments, other, CONFIG.fixed_damping)
@@ -114,19 +114,19 @@ def test_costs_count_as_much_as_the_rows_are_felt(name: str) -> None:
 
 
 def test_all_readers_of_a_stream_are_asked() -> None:
-    network, moments, felt = given_network(RESIDUAL)
-    assert len(readers(network, "stem.0", moments, felt, 0.1)) == 3
-    assert len(readers(network, "branches.0.0", moments, felt, 0.1)) == 1
+    network, moments, sensitivity = given_network(RESIDUAL)
+    assert len(readers(network, "stem.0", moments, sensitivity, 0.1)) == 3
+    assert len(readers(network, "branches.0.0", moments, sensitivity, 0.1)) == 1
 
 
 def test_convolutions_in_groups_say_nothing() -> None:
     (case,) = (case for case in OWN if case.name == "mobilenet-v2")
     network = traced_zoo(case, "narrow")
     batches = as_batches(case.examples(6), "a")
-    moments, felt = original_moments(network, batches, CONFIG), sensitivities(network, batches)
+    moments, sensitivity = original_moments(network, batches, CONFIG), sensitivities(network, batches)
     (depthwise,) = [n for n in network.graph.layers if n.name == "3.conv.1.0"]
-    assert depthwise.layer.groups(depthwise.arguments) > 1
-    found = readers(network, "3.conv.0.0", moments, felt, 0.1)
+    assert depthwise.layer.conv_groups(depthwise.arguments) > 1
+    found = readers(network, "3.conv.0.0", moments, sensitivity, 0.1)
     assert len(found) == 1
     assert found[0].rows.shape[0] == len(network.matrix(network.graph.node("3.conv.2.0")))
 
@@ -153,14 +153,14 @@ def test_neurons_of_wide_layers_are_judged_alone_and_exactly(name: str, monkeypa
 
 
 def test_few_rows_of_a_wide_layer_and_the_dense_form_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, moments, felt = given_network(WIDE, examples=30)
+    network, moments, sensitivity = given_network(WIDE, examples=30)
     (node,) = [node for node in network.graph.layers if node.name == "2"]
     rows = moments["2"].hessian(0.1)
     assert isinstance(rows, RowsHessian)
     hessians: list[Hessian] = [rows, DenseHessian(rows.dense())]
-    exact = [Reader(network, node, "0", hessian, felt["2"]).damages(torch.arange(200)) for hessian in hessians]
+    exact = [Reader(network, node, "0", hessian, sensitivity["2"]).damages(torch.arange(200)) for hessian in hessians]
     monkeypatch.setattr(dropping, "WIDEST", 0)
-    once = [Reader(network, node, "0", hessian, felt["2"]).damages(torch.arange(200)) for hessian in hessians]
+    once = [Reader(network, node, "0", hessian, sensitivity["2"]).damages(torch.arange(200)) for hessian in hessians]
     for found in (exact[1], *once):
         torch.testing.assert_close(found, exact[0], rtol=1e-7, atol=0)
 
@@ -201,8 +201,8 @@ def test_what_costs_least_for_the_bytes_that_it_frees_goes_next(name: str, uneve
 
 
 def test_a_few_of_many_go_at_once_and_their_damage_is_exact_together() -> None:
-    network, moments, felt = given_network(WIDE, examples=400)
-    found = readers(network, "0", moments, felt, CONFIG.fixed_damping)
+    network, moments, sensitivity = given_network(WIDE, examples=400)
+    found = readers(network, "0", moments, sensitivity, CONFIG.fixed_damping)
     order, damage = eliminate([found], alone(200), np.ones(200))
     assert len(order) == 200 - LEAST
     at_once = int(AT_ONCE * 200)
@@ -230,8 +230,8 @@ def test_shared_neurons_go_in_all_tasks_and_cost_the_sum(name: str) -> None:
     cases = [Case(task, mlp, (12,), (width, 3), dtype=torch.float64) for task, width in zip("ab", widths, strict=True)]
     tasks = []
     for case in cases:
-        network, moments, felt = given_network(case)
-        tasks.append(readers(network, "0", moments, felt, CONFIG.fixed_damping))
+        network, moments, sensitivity = given_network(case)
+        tasks.append(readers(network, "0", moments, sensitivity, CONFIG.fixed_damping))
     freed = np.random.default_rng(1).uniform(1, 3, len(units))
     before = [reader.damages(index(0)) for task in tasks for reader in task]
     order, damage = eliminate(tasks, units, freed)
@@ -248,14 +248,14 @@ def test_shared_neurons_go_in_all_tasks_and_cost_the_sum(name: str) -> None:
 @pytest.mark.parametrize("width", [1, LEAST])
 def test_a_group_that_is_as_small_as_can_be_loses_nothing(width: int) -> None:
     case = Case("narrow", mlp, (12,), (width, 5), dtype=torch.float64)
-    network, moments, felt = given_network(case)
-    order, damage = eliminate([readers(network, "0", moments, felt, 0.1)], alone(width), np.ones(width))
+    network, moments, sensitivity = given_network(case)
+    order, damage = eliminate([readers(network, "0", moments, sensitivity, 0.1)], alone(width), np.ones(width))
     assert len(order) == len(damage) == 0
 
 
 def test_a_task_that_feels_nothing_loses_neurons_for_free() -> None:
-    network, moments, felt = given_network(MLP)
-    silent = {layer: 0 * rows for layer, rows in felt.items()}
+    network, moments, sensitivity = given_network(MLP)
+    silent = {layer: 0 * rows for layer, rows in sensitivity.items()}
     order, damage = eliminate([readers(network, "0", moments, silent, 0.1)], alone(9), np.ones(9))
     assert len(order) == 9 - LEAST
     assert damage.tolist() == [0.0] * len(order)

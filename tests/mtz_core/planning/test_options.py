@@ -12,7 +12,7 @@ from mtz_core.merging.matching import Matcher, match
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.dropping import Reader, readers
-from mtz_core.planning.options import STARTS, Options, Path
+from mtz_core.planning.options import STARTS, DropPath, Options
 from mtz_core.settings import Move
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from tests.support.fleets import BOTH, CONFIG, FLEETS, droppable, planner, statistics, traced_fleet
@@ -82,9 +82,9 @@ def test_damage_adds_up_along_a_path_and_never_falls_by_dropping(name: str) -> N
 
 @on_all_fleets
 def test_the_damage_of_sharing_is_that_of_the_tuples_that_are_left(name: str) -> None:
-    networks, (moments, felt) = traced_fleet(name), statistics(name)
-    matcher = Matcher(networks, moments, CONFIG, felt)
-    pairings = {found.group: found.pairing for found in match(networks, moments, CONFIG, felt)}
+    networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
+    matcher = Matcher(networks, moments, CONFIG, sensitivity)
+    pairings = {found.group: found.pairing for found in match(networks, moments, CONFIG, sensitivity)}
     for group, table in planner(name).options.items():
         for state in list(states(table))[:: max(1, len(states(table)) // 15)]:
             members = table.members(state)
@@ -96,13 +96,13 @@ def test_the_damage_of_sharing_is_that_of_the_tuples_that_are_left(name: str) ->
 @on_all_fleets
 def test_the_damage_of_dropping_is_that_of_all_the_neurons_that_are_gone(name: str) -> None:
     """One block of all that goes, out of layers that nothing was taken from yet."""
-    networks, (moments, felt) = traced_fleet(name), statistics(name)
+    networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
     planned = planner(name)
     for group, table in planned.options.items():
         if group not in droppable(name):
             continue
         found: list[Sequence[Reader]] = [
-            readers(network, group, moments[task], felt[task], CONFIG.fixed_damping)
+            readers(network, group, moments[task], sensitivity[task], CONFIG.fixed_damping)
             for task, network in networks.items()
         ]
         for state in list(states(table))[:: max(1, len(states(table)) // 9)]:
@@ -117,8 +117,8 @@ def test_the_damage_of_dropping_is_that_of_all_the_neurons_that_are_gone(name: s
 
 @on_all_fleets
 def test_everything_can_be_shared_and_every_start_drops_as_much_as_it_may(name: str) -> None:
-    networks, (moments, felt) = traced_fleet(name), statistics(name)
-    counts = Matcher(networks, moments, CONFIG, felt).counts
+    networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
+    counts = Matcher(networks, moments, CONFIG, sensitivity).counts
     for group, table in planner(name).options.items():
         most = counts[group]
         untouched = set(table.shared[table.gone == 0].tolist())
@@ -163,7 +163,7 @@ def test_states_of_any_path_are_what_their_members_say(shared: int, own: list[in
     units = Pairing.from_tuples(tasks, widths, tuples).members
     sharing = np.where((units >= 0).all(axis=1), generator.random(len(units)), 0.0)
     order = generator.permutation(len(units))[: generator.integers(0, len(units) + 1)]
-    path = Path(units, sharing, order, generator.random(len(order)))
+    path = DropPath(units, sharing, order, generator.random(len(order)))
     table = Options.along([path, path])
     assert table.path.tolist() == [0] * (len(order) + 1) + [1] * (len(order) + 1)
     for state in states(table):

@@ -44,7 +44,7 @@ def planned(name: str, size: float = 0.5) -> Plan:
 def merged(name: str) -> ZippedNetwork:
     plan = planned(name)
     batches = {task: as_batches(x, task) for task, x in FLEETS[name].examples(EXAMPLES).items()}
-    steps = merge(traced_fleet(name), plan.pairings, batches, CONFIG, keep=plan.keep, felt=statistics(name)[1])
+    steps = merge(traced_fleet(name), plan.pairings, batches, CONFIG, keep=plan.keep, sensitivity=statistics(name)[1])
     return finish(steps)
 
 
@@ -258,12 +258,12 @@ def test_taking_a_task_out_changes_no_other(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["two mlps", "other widths and classes"])
 def test_the_order_of_the_tasks_makes_no_difference(name: str) -> None:
-    networks, (moments, felt) = traced_fleet(name), statistics(name)
+    networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
     reversed_tasks = sorted(networks, reverse=True)
     other = Planner(
         {task: networks[task] for task in reversed_tasks},
         {task: moments[task] for task in reversed_tasks},
-        {task: felt[task] for task in reversed_tasks},
+        {task: sensitivity[task] for task in reversed_tasks},
         FLEETS[name].examples(4),
         CONFIG,
         BOTH,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtz_core import Budget, MtzError, RetrainConfig, Validation, ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.network.tracing import trace
-from mtz_core.planning.search import FloorSearch, FloorStep, Spender
+from mtz_core.planning.search import BudgetSearch, FloorCandidate, FloorSearch
 from mtz_core.settings import Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
@@ -47,13 +47,13 @@ def images(tasks: Mapping[str, object], count: int = 120, seed: int = 5) -> dict
     return {task: torch.randn(count, 12, generator=generator) for task in tasks}
 
 
-def spender(found: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], config: ZipConfig) -> Spender:
+def budget_search(found: Mapping[str, nn.Module], calibration: Mapping[str, Tensor], config: ZipConfig) -> BudgetSearch:
     batches = {task: as_batches(x, task) for task, x in calibration.items()}
     traced = {task: trace(network, batches[task][0]) for task, network in found.items()}
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    felt = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
+    sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
     assert isinstance(config.share, Budget)
-    return Spender(traced, moments, felt, batches, config, config.share)
+    return BudgetSearch(traced, moments, sensitivity, batches, config, config.share)
 
 
 def stored(zipped: ZippedNetwork) -> float:
@@ -64,7 +64,7 @@ def stored(zipped: ZippedNetwork) -> float:
 @pytest.mark.parametrize("moves", [("share", "drop"), ("drop",)])
 def test_a_size_is_kept_and_nearly_used_up(size: float, moves: tuple[Move, ...]) -> None:
     found = networks()
-    zipped = zip_networks(found, images(found), ZipConfig(share=Budget(size=size, moves=moves), sweeps=1))
+    zipped = zip_networks(found, images(found), ZipConfig(share=Budget(size=size, moves=moves), refit_rounds=1))
     assert size - 0.05 < stored(zipped) <= size
     for task in found:
         assert zipped(images(found)[task][:3], task).shape == (3, CLASSES)
@@ -89,7 +89,7 @@ def test_equal_networks_cost_the_bytes_of_one_and_no_accuracy() -> None:
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_order() -> None:
     found = networks()
-    config = ZipConfig(share=Budget(size=0.4), sweeps=1)
+    config = ZipConfig(share=Budget(size=0.4), refit_rounds=1)
     one = zip_networks(found, images(found), config)
     backwards = dict(reversed(found.items()))
     other = zip_networks(backwards, dict(reversed(images(found).items())), config)
@@ -101,27 +101,34 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_order() -> None:
 @pytest.mark.parametrize("size", [0.25, 0.4, 0.6])
 def test_the_best_plan_is_behind_neither_move_alone_on_held_out_data(related: bool, size: float) -> None:
     found = networks(("a", "b", "c"), related)
-    trials = list(spender(found, images(found), ZipConfig(share=Budget(size=size), sweeps=1)).trials(size))
-    by_name = {trial.name: sum(trial.loss.values()) for trial in trials}
+    candidates = list(
+        budget_search(found, images(found), ZipConfig(share=Budget(size=size), refit_rounds=1)).candidates(size)
+    )
+    by_name = {candidate.name: sum(candidate.loss.values()) for candidate in candidates}
     assert "drop only" in by_name and len(by_name) > 1
     assert ("share only" in by_name) == (size >= 0.4)
-    assert all(trial.plan.bytes <= size * 3 * 4 * sum(p.numel() for p in found["a"].parameters()) for trial in trials)
+    assert all(
+        candidate.plan.bytes <= size * 3 * 4 * sum(p.numel() for p in found["a"].parameters())
+        for candidate in candidates
+    )
 
 
 def test_related_networks_share_and_unrelated_ones_drop() -> None:
     for related in (True, False):
         found = networks(("a", "b", "c", "d"), related)
-        trials = list(spender(found, images(found), ZipConfig(share=Budget(size=0.25), sweeps=1)).trials(0.25))
-        best = min(trials, key=lambda trial: sum(trial.loss.values()))
+        candidates = list(
+            budget_search(found, images(found), ZipConfig(share=Budget(size=0.25), refit_rounds=1)).candidates(0.25)
+        )
+        best = min(candidates, key=lambda candidate: sum(candidate.loss.values()))
         assert (sum(pairing.shared for pairing in best.plan.pairings.values()) >= 12) == related
 
 
 def test_one_move_alone_is_taken_at_its_word() -> None:
     found = networks()
-    dropped = spender(found, images(found), ZipConfig(share=Budget(size=0.5, moves=("drop",))))
+    dropped = budget_search(found, images(found), ZipConfig(share=Budget(size=0.5, moves=("drop",))))
     plan = dropped.best(0.5)
     assert all(pairing.shared == 0 for pairing in plan.pairings.values())
-    shared = spender(found, images(found), ZipConfig(share=Budget(size=0.8, moves=("share",))))
+    shared = budget_search(found, images(found), ZipConfig(share=Budget(size=0.8, moves=("share",))))
     plan = shared.best(0.8)
     assert all(
         len(kept) == width for own in plan.keep.values() for kept, width in zip(own.values(), (16, 12), strict=True)
@@ -164,10 +171,10 @@ def labelled(found: Mapping[str, nn.Module], metric: str = "error") -> dict[str,
     return validation
 
 
-def search(found: Mapping[str, nn.Module], floor: float | dict[str, float], **budget: object) -> list[FloorStep]:
-    config = ZipConfig(share=Budget(floor=floor, **budget), sweeps=1)  # type: ignore[arg-type]
+def search(found: Mapping[str, nn.Module], floor: float | dict[str, float], **budget: object) -> list[FloorCandidate]:
+    config = ZipConfig(share=Budget(floor=floor, **budget), refit_rounds=1)  # type: ignore[arg-type]
     calibration = images(found)
-    steps = FloorSearch(spender(found, calibration, config), found, calibration, labelled(found), LIGHT).steps()
+    steps = FloorSearch(budget_search(found, calibration, config), found, calibration, labelled(found), LIGHT).steps()
     return list(steps)
 
 
@@ -183,7 +190,7 @@ def lost(zipped: ZippedNetwork, found: Mapping[str, nn.Module], task: str) -> fl
 @pytest.mark.parametrize("floor", [0.0, 2.0, 10.0])
 def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
     found = networks()
-    config = ZipConfig(share=Budget(floor=floor), sweeps=1)
+    config = ZipConfig(share=Budget(floor=floor), refit_rounds=1)
     zipped = zip_networks(found, images(found), config, validation=labelled(found), retraining=LIGHT)
     for task in found:
         assert lost(zipped, found, task) <= floor

@@ -53,8 +53,8 @@ def test_the_bytes_are_those_of_the_zipped_network(name: str, seed: int) -> None
     networks, examples = traced_fleet(name), FLEETS[name].examples(6)
     keep, pairings = drawn(name, seed)
     batches = {task: as_batches(x, task) for task, x in examples.items()}
-    config = ZipConfig(patches=2, sweeps=0, damping=0.1)
-    zipped = finish(merge(networks, pairings, batches, config, keep=keep, felt=statistics(name)[1]))
+    config = ZipConfig(patches=2, refit_rounds=0, damping=0.1)
+    zipped = finish(merge(networks, pairings, batches, config, keep=keep, sensitivity=statistics(name)[1]))
     sizes = Sizes(networks)
     assert sizes.stored(*counts(keep, pairings)) == zipped.report.stored_bytes
     assert zipped.report.stored_bytes == sum(t.numel() * t.element_size() for t in zipped.tensors().values())

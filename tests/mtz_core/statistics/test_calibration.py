@@ -136,7 +136,7 @@ class Sizes(nn.Module):
 
 def outputs_of_rows(network: Network, node: Node, rows: Tensor) -> Tensor:
     """Every group's rows times its part of the layer's matrix."""
-    groups = node.layer.groups(node.arguments)
+    groups = node.layer.conv_groups(node.arguments)
     parts = zip(rows.chunk(groups, 1), network.matrix(node).chunk(groups), strict=True)
     return torch.cat([x @ m.T for x, m in parts], 1)
 
@@ -157,7 +157,7 @@ def test_rows_meet_the_matrix_of_every_kind_of_layer() -> None:
     sampled = {name: len(part) for name, part in next(stream_rows(network, [data], ZipConfig(patches=7))).items()}
     assert sampled == {"first": 28, "grouped": 28, "wider": 28, "tokens": 28, "head": 4}
     moments = original_moments(network, [data], ZipConfig(patches=10_000))
-    assert [(m.inputs, m.groups) for m in moments.values()] == [(19, 1), (19, 2), (24, 1), (4, 1), (6, 1)]
+    assert [(m.inputs, m.conv_groups) for m in moments.values()] == [(19, 1), (19, 2), (24, 1), (4, 1), (6, 1)]
     gram = moments["grouped"].gram
     assert gram is not None
     for group, mine in zip(gram, rows["grouped"].chunk(2, 1), strict=True):

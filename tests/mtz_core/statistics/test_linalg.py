@@ -20,8 +20,8 @@ def draw(size: tuple[int, int, int]) -> tuple[RowsHessian, Tensor, Tensor, Tenso
     hessian = RowsHessian(torch.randn(rows, inputs, generator=generator, dtype=torch.float64), 0.1 + seed % 7)
     vectors = torch.randn(inputs, 3, generator=generator, dtype=torch.float64)
     order = torch.randperm(inputs, generator=generator)
-    cut = int(torch.randint(0, inputs + 1, (), generator=generator))
-    return hessian, vectors, order[:cut], order[cut:]
+    to_blocks = int(torch.randint(0, inputs + 1, (), generator=generator))
+    return hessian, vectors, order[:to_blocks], order[to_blocks:]
 
 
 def dense(hessian: RowsHessian) -> Tensor:

@@ -24,7 +24,7 @@ def data(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def folded(rows: Tensor, at: Sequence[int] = ()) -> Moments:
     moments = Moments(INPUTS)
-    edges = [0, *sorted(min(cut, len(rows)) for cut in at), len(rows)]
+    edges = [0, *sorted(min(to_blocks, len(rows)) for to_blocks in at), len(rows)]
     for start, end in itertools.pairwise(edges):
         moments.add(rows[start:end])
     return moments
@@ -126,7 +126,7 @@ def test_groups_side_by_side_are_moments_each_by_itself(count: int, groups: int,
     generator = torch.Generator().manual_seed(count)
     rows = torch.randn(count, groups * INPUTS, generator=generator, dtype=torch.float64)
     moments = Moments(INPUTS, groups)
-    edges = [0, *sorted(min(cut, count) for cut in at), count]
+    edges = [0, *sorted(min(to_blocks, count) for to_blocks in at), count]
     for start, end in itertools.pairwise(edges):
         moments.add(rows[start:end])
     assert moments.count == count
@@ -150,7 +150,7 @@ def test_moments_of_groups_merge_and_come_back() -> None:
     assert whole.gram is not None
     torch.testing.assert_close(whole.gram, torch.stack([data(8).T @ data(8)] * 2))
     again = Moments.from_gram(whole.gram, whole.count)
-    assert (again.inputs, again.groups, again.count) == (INPUTS, 2, 8)
+    assert (again.inputs, again.conv_groups, again.count) == (INPUTS, 2, 8)
     assert torch.equal(again.hessian(0.1).dense(), whole.hessian(0.1).dense())
 
 

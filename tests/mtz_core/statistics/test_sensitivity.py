@@ -1,4 +1,4 @@
-"""What the losses feel, against per-example gradients with every class enumerated."""
+"""Sensitivities, against per-example gradients with every class enumerated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

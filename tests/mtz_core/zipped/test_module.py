@@ -283,8 +283,8 @@ def test_training_with_shared_neurons_is_training_of_plain_networks_whose_gradie
     gradients = {name.rpartition(".")[2].replace("|", "."): p.grad for name, p in zipped.named_parameters()}
     for layer in zipped.structure.layers:
         dense = {task: matrix_gradient(network.get_submodule(layer.name)) for task, network in plain.items()}
-        for rows in zipped.structure.rows[layer.name].runs:
-            for columns in zipped.structure.columns[layer.name].runs:
+        for rows in zipped.structure.rows[layer.name].segments:
+            for columns in zipped.structure.columns[layer.name].segments:
                 owners = [task for task in rows.owners if task in columns.owners]
                 if owners:
                     expected = sum(dense[t][rows.places[t]][:, columns.places[t]] for t in owners)

@@ -141,7 +141,7 @@ def test_two_of_three_tasks_are_no_prefix() -> None:
     zipped = zip_traced(
         networks, {t: LENET5.examples(20, seed=i) for i, t in enumerate(networks)}, ZipConfig(patches=4)
     )
-    assert [run.owners for run in zipped.structure.rows["0"].runs] == [("a", "b", "c"), ("a", "c")]
+    assert [run.owners for run in zipped.structure.rows["0"].segments] == [("a", "b", "c"), ("a", "c")]
     x = LENET5.examples(6)
     outputs, calls = counted(zipped, x)
     assert_equal_to_single_calls(zipped, outputs, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, Network
 from mtz_core.network.tracing import trace
-from mtz_core.zipped.ownership import NOT_A_MEMBER, Arrangement, Run, arrange, positions_of
+from mtz_core.zipped.ownership import NOT_A_MEMBER, Arrangement, Segment, arrange, positions_of
 from mtz_core.zipped.report import LayerReport, ZipReport
 from mtz_core.zipped.structure import (
     TASK_NAME,
@@ -21,8 +21,8 @@ from mtz_core.zipped.structure import (
     bias_name,
     block_name,
     can_share,
-    cut,
     own_name,
+    to_blocks,
 )
 
 NO = NOT_A_MEMBER
@@ -43,7 +43,7 @@ def members(*rows: Sequence[int]) -> np.ndarray:
 
 
 def described(arrangement: Arrangement) -> list[tuple[str, Mapping[str, list[int]]]]:
-    return [("+".join(r.owners), {task: p.tolist() for task, p in r.places.items()}) for r in arrangement.runs]
+    return [("+".join(r.owners), {task: p.tolist() for task, p in r.places.items()}) for r in arrangement.segments]
 
 
 def test_positions_of_every_neuron_in_order() -> None:
@@ -59,7 +59,7 @@ def test_paired_neurons_lie_together_each_task_in_its_own_order() -> None:
     assert described(found) == [("a+b", {"a": [0, 2], "b": [3, 0]}), ("a", {"a": [1]}), ("b", {"b": [1, 2]})]
     assert found.shared() == 2
     assert found.order("b").tolist() == [3, 0, 1, 2]
-    assert [run.owners for run in found.of("a")] == [("a", "b"), ("a",)]
+    assert [segment.owners for segment in found.of("a")] == [("a", "b"), ("a",)]
 
 
 def test_neurons_of_some_tasks_among_many() -> None:
@@ -106,7 +106,7 @@ def test_heads_correspond_as_a_whole() -> None:
 
 def test_separate_layers_have_nothing_in_common() -> None:
     axes = {task: axis(("g", 0), ("g", 1), (INPUT, 0)) for task in "ab"}
-    found = arrange(("a", "b"), axes, {"g": members([0, 0], [1, 1])}, separate=True)
+    found = arrange(("a", "b"), axes, {"g": members([0, 0], [1, 1])}, all_separate=True)
     assert found.shared() == 0
     assert sorted(found.order("a").tolist()) == [0, 1, 2]
 
@@ -139,10 +139,10 @@ def test_every_position_lies_in_one_run(drawn: tuple[tuple[str, ...], dict[str, 
     found = arrange(tasks, axes, table)
     for task in tasks:
         assert sorted(found.order(task).tolist()) == list(range(len(axes[task].group)))
-        assert len(found.order(task)) == sum(run.size for run in found.of(task))
-    for run in found.runs:
-        for position in range(run.size) if len(run.owners) > 1 else ():
-            where = {task: int(run.places[task][position]) for task in run.owners}
+        assert len(found.order(task)) == sum(segment.size for segment in found.of(task))
+    for segment in found.segments:
+        for position in range(segment.size) if len(segment.owners) > 1 else ():
+            where = {task: int(segment.places[task][position]) for task in segment.owners}
             names = {axes[task].groups[axes[task].group[place]] for task, place in where.items()}
             assert len(names) == 1
             rows = table[names.pop()]
@@ -160,7 +160,7 @@ def test_a_matrix_is_its_blocks(drawn: Any, other: Any, bias: bool) -> None:
     blocks: dict[str, Tensor] = {}
     for task in tasks:
         known = dict(blocks)
-        found = cut("fc", task, matrices[task], rows, columns, bias, known)
+        found = to_blocks("fc", task, matrices[task], rows, columns, bias, known)
         assert not found.keys() & known.keys()
         blocks |= found
     for task in tasks:
@@ -301,4 +301,4 @@ def test_names() -> None:
     assert own_name("norm.weight", "b") == "norm.weight/own/b"
     assert all(TASK_NAME.fullmatch(name) for name in ("digits", "Fashion-2", "a_b"))
     assert not any(TASK_NAME.fullmatch(name) for name in ("", "a+b", "a/b", "a b", "ä"))
-    assert Run(("a",), {"a": np.arange(3)}).size == 3
+    assert Segment(("a",), {"a": np.arange(3)}).size == 3

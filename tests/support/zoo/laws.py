@@ -56,13 +56,13 @@ def moments(case: ZooCase) -> dict[str, dict[str, Moments]]:
 
 
 @cache
-def felt(case: ZooCase) -> dict[str, Sensitivities]:
+def sensitivity(case: ZooCase) -> dict[str, Sensitivities]:
     return {task: sensitivities(network, batches(case, task)) for task, network in pair(case).items()}
 
 
 @cache
 def matches(case: ZooCase, share: float) -> list[GroupMatch]:
-    return list(match(pair(case), moments(case), ZipConfig(share=share, patches=PATCHES), felt(case)))
+    return list(match(pair(case), moments(case), ZipConfig(share=share, patches=PATCHES), sensitivity(case)))
 
 
 @cache
@@ -72,7 +72,7 @@ def zipped_pair(case: ZooCase, share: float) -> ZippedNetwork:
     data = {task: batches(case, task) for task in TASKS}
     config = ZipConfig(share=share, patches=PATCHES)
     costs = descent(matches(case, share))
-    return finish(merge(pair(case), pairings, data, config, costs, felt=felt(case)))
+    return finish(merge(pair(case), pairings, data, config, costs, sensitivity=sensitivity(case)))
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def matching_never_accepts_an_increase(case: ZooCase) -> None:
     if not costs:
         return  # no pairing depends on a later one
     assert all(after < before for before, after in itertools.pairwise(costs))
-    matcher = Matcher(pair(case), moments(case), ZipConfig(share=0.6, patches=PATCHES), felt(case))
+    matcher = Matcher(pair(case), moments(case), ZipConfig(share=0.6, patches=PATCHES), sensitivity(case))
     pairings = {one.group: one.pairing for one in found}
     recounted = sum(matcher.cost(name, pairings) for name in pairings)
     assert abs(recounted - costs[-1]) <= 1e-6 * recounted

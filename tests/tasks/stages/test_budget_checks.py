@@ -19,7 +19,7 @@ from torch import nn
 import mtz_core
 from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import error_rate
-from mtz_core.planning.search import Spender
+from mtz_core.planning.search import BudgetSearch
 from mtz_core.settings import Budget
 from mtz_core.statistics.calibration import as_batches
 from tasks.__main__ import main
@@ -151,12 +151,12 @@ def test_merging_makes_the_network_that_was_judged(project: Path) -> None:
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
     networks = {name: load_traced(params, workspace, name) for name in "ab"}
     moments = {name: read_moments(workspace.hessians(name)) for name in "ab"}
-    felt = {name: read_sensitivities(workspace.hessians(name)) for name in "ab"}
+    sensitivity = {name: read_sensitivities(workspace.hessians(name)) for name in "ab"}
     batches = {name: as_batches(calibration(params, workspace, name), name) for name in "ab"}
-    spender = Spender(networks, moments, felt, batches, params.zip_config(), Budget(size=0.3))
-    judged, merged = spender.zip(spender.best(0.3)), mtz_core.load("merged")
-    assert judged.state_dict().keys() == merged.state_dict().keys()
-    assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in judged.state_dict().items())
+    budget_search = BudgetSearch(networks, moments, sensitivity, batches, params.zip_config(), Budget(size=0.3))
+    held_out, merged = budget_search.zip(budget_search.best(0.3)), mtz_core.load("merged")
+    assert held_out.state_dict().keys() == merged.state_dict().keys()
+    assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in held_out.state_dict().items())
 
 
 @pytest.mark.parametrize("move", ["share", "drop"])
@@ -241,7 +241,7 @@ def test_sensitivities_go_from_collect_to_match(project: Path) -> None:
 
 def test_moments_without_sensitivities(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file("hessians/a.safetensors")
-    save_file({n: t for n, t in tensors.items() if not n.endswith("/felt")}, "hessians/a.safetensors")
+    save_file({n: t for n, t in tensors.items() if not n.endswith("/sensitivity")}, "hessians/a.safetensors")
     assert "hessians/a.safetensors does not hold sensitivities of layers. Run collect" in refused(capsys, "match")
     Path("activations/b/sensitivities.safetensors").unlink()
     assert "activations/b/sensitivities.safetensors: " in refused(capsys, "hessians", "b")
@@ -263,7 +263,7 @@ def test_a_size_that_no_network_has(
 def test_a_size_that_no_plan_has(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """What only the planner knows is refused before anything is merged, with the least size."""
     monkeypatch.setattr("tasks.stages.budget_checks._check_size", lambda *_: None)
-    monkeypatch.setattr(Spender, "_judge", None)
+    monkeypatch.setattr(BudgetSearch, "_judge", None)
     spend(project, size=0.01)
     message = refused(capsys, "match", status=EXIT_REFUSED)
     assert "match.budget.size: 0.01 is impossible: the least that these networks can be stored in is 0.0" in message

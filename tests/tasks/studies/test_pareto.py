@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mtz_core.planning.search import Spender
+from mtz_core.planning.search import BudgetSearch
 from mtz_core.retraining import retrain
 from mtz_core.settings import Budget
 from mtz_core.statistics.calibration import as_batches
@@ -86,9 +86,9 @@ def measured(sizes: str, methods: str, retraining: bool = False) -> list[Row]:
     return measure_rows(load_params(Path("params.yaml")), Workspace(Path()), asked)
 
 
-def spender_by_hand(**config: Any) -> Spender:
+def spender_by_hand(**config: Any) -> BudgetSearch:
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    return Spender(
+    return BudgetSearch(
         {name: load_traced(params, workspace, name) for name in "ab"},
         {name: read_moments(workspace.hessians(name)) for name in "ab"},
         {name: read_sensitivities(workspace.hessians(name)) for name in "ab"},
@@ -118,13 +118,13 @@ def wrong(network: Any, name: str) -> float:
 )
 def test_the_table_says_what_evaluating_by_hand_says(project: Path, method: str, config: dict[str, Any]) -> None:
     rows = measured("0.7,0.85", method)
-    spender = spender_by_hand(**config)
+    budget_search = spender_by_hand(**config)
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
     assert [row.task for row in rows] == ["a", "b", "a", "b"]
     assert rows[0].stored_fraction <= 0.7 < rows[2].stored_fraction <= 0.85
     for row in rows:
-        plan = spender.best(0.85 if row.stored_fraction > 0.7 else 0.7)
-        zipped = spender.zip(plan)
+        plan = budget_search.best(0.85 if row.stored_fraction > 0.7 else 0.7)
+        zipped = budget_search.zip(plan)
         assert row.stored_bytes == plan.bytes == sum(t.nbytes for t in zipped.state_dict().values())
         assert row.error == pytest.approx(wrong(partial(zipped, task=row.task), row.task))
         assert row.error_original == pytest.approx(wrong(load_network(params, workspace, row.task), row.task))
@@ -134,7 +134,7 @@ def test_the_table_says_what_evaluating_by_hand_says(project: Path, method: str,
         assert method != "drop" or row.shared_neurons == 0
         assert method != "paper" or row.shared_neurons > 0 == row.original_neurons - row.kept_neurons
         assert row.stored_fraction == row.stored_bytes / row.original_bytes
-        assert row.original_bytes == sum(network.bytes for network in spender.networks.values())
+        assert row.original_bytes == sum(network.bytes for network in budget_search.networks.values())
 
 
 def test_retrained_rows_are_those_of_the_retrained_network(project: Path) -> None:
@@ -142,8 +142,8 @@ def test_retrained_rows_are_those_of_the_retrained_network(project: Path) -> Non
     assert retrained[:2] == plain
     assert [row.retrained for row in retrained] == [False, False, True, True]
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    spender = spender_by_hand(share=Budget(size=1.0, moves=("drop",)))
-    zipped = spender.zip(spender.best(0.5))
+    budget_search = spender_by_hand(share=Budget(size=1.0, moves=("drop",)))
+    zipped = budget_search.zip(budget_search.best(0.5))
     originals = {name: load_network(params, workspace, name) for name in "ab"}
     data = [{name: read_images(Path("data") / name, split) for name in "ab"} for split in ("train", "validation")]
     assert len(list(retrain(zipped, originals, data[0], data[1], params.retrain.config()))) == 3
@@ -156,7 +156,7 @@ def test_the_models_own_metric_counts(project: Path) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(content))
     first, second = measured("0.9", "share")
     assert (first.metric, second.metric) == ("error", "balanced_error")
-    zipped = (spender := spender_by_hand(share=Budget(size=1.0, moves=("share",)))).zip(spender.best(0.9))
+    zipped = (budget_search := spender_by_hand(share=Budget(size=1.0, moves=("share",)))).zip(budget_search.best(0.9))
     images, labels = read_examples(Path("data/b"), "test")
     with torch.no_grad():
         correct = zipped(images, "b").argmax(dim=1) == labels
