@@ -4,7 +4,6 @@ PYTHON    ?= python3
 FULL_DATA ?= $(or $(MTZ_FULL_DATA),../shared/data)
 
 UV_VERSION := 0.13.9
-TORCH      := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 BIN := .venv/bin
 UV  := $(BIN)/uv --quiet --no-progress
@@ -33,9 +32,9 @@ setup: .venv/.ready ## make .venv from the lock (does nothing when it is up to d
 	@$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes --no-deps -r requirements.lock
 	@touch $@
 
-.venv/.ready: .venv/.packages pyproject.toml
+.venv/.ready: .venv/.packages requirements-torch.txt pyproject.toml
 	@# pip, not uv: only pip looks into the wheel folders that a machine may be configured with.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
 	@$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@$(UV) pip check --python $(BIN)/python
 	@touch $@
@@ -84,8 +83,8 @@ format: setup ## format the code and mend what can be mended
 	@$(BIN)/ruff check --fix .
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml, keeping versions that still fit
-	@$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-package torch --no-emit-index-url --no-annotate \
+	@$(UV) pip compile pyproject.toml --all-extras --group dev --constraint requirements-torch.txt \
+		--universal --python-version 3.11 --generate-hashes --no-emit-package torch --no-emit-index-url --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock
 
 data: setup ## rebuild the example data from the full sets (MTZ_FULL_DATA or ../shared/data)

@@ -52,6 +52,23 @@ FLEETS_POOL = "mtz-fleets"
 _GARBAGE_THRESHOLD = 100_000
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from mtz_core import __version__
+
+        typer.echo(f"mtz {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def mtz(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Multi-task zipping: one compact network out of several pre-trained ones, as a versioned pipeline."""
+
+
 @app.command()
 def run(
     group: Groups = None,

@@ -53,6 +53,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a part of the façade when it is first asked for: settings and errors come without torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mtz")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,23 @@
+"""The command `mtz`, also `python -m flows`; without the extra `[pipeline]` it ends with one line that says so."""
+
+import sys
+from importlib.util import find_spec
+
+_PIPELINE = ("boto3", "dvc", "mlflow", "prefect", "typer")
+
+
+def main() -> None:
+    """Run the command line, if what it needs is installed."""
+    missing = [name for name in _PIPELINE if find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f'error: the command mtz needs the pipeline ({", ".join(missing)} not installed): pip install "mtz[pipeline]", '
+            'or pip install ".[pipeline]" in a checkout'
+        )
+    from flows.cli import main as run_command_line
+
+    run_command_line()
+
+
+if __name__ == "__main__":
+    main()
