@@ -68,7 +68,7 @@ def schema_of(file: str) -> Schema:
     """Return the JSON schema of a settings file."""
     from pydantic import TypeAdapter
 
-    from flows.fleet_file import FleetFile
+    from flows.spec.fleet_file import FleetFile
     from tasks.params import Params
 
     return TypeAdapter({"params.yaml": Params, "fleet.yaml": FleetFile}[file]).json_schema()
