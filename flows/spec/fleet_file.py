@@ -29,6 +29,11 @@ FLEET_WIDE = ("storage", "tracking", "flow")
 
 VERSION = 2
 
+_VERSIONED = tuple(
+    block for block in Params.__dataclass_fields__ if block not in (*FLEET_WIDE, "group", "models", "register")
+)
+"""Blocks that may be left out of params.yaml, but that DVC wants to find there."""
+
 
 class _Block(BaseModel):
     """A block of the file. The text below a field is its meaning in the reference that the documentation prints."""
@@ -236,7 +241,8 @@ class Fleet:
                 content["register"]["floors"] = floors
         for change in (self.file.defaults, own, *self.changes):
             content = merge(content, change)
-        return {**content, "group": name}
+        missing: dict[str, Any] = {block: {} for block in _VERSIONED if block not in content}
+        return {**content, **missing, "group": name}
 
 
 def _as_params(name: str, model: Model) -> dict[str, Any]:
