@@ -110,7 +110,7 @@ def _default(field: Schema) -> str:
     if value is None or value == {} or value == []:
         return "none"
     if "$ref" in field:
-        return "that of its keys"
+        return "as below"
     return f"`{value}`" if value and isinstance(value, str) else f"`{json.dumps(value)}`"
 
 
