@@ -17,7 +17,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run ui test bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format lock data clean
+.PHONY: help setup run ui test bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format docs docs-serve lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +82,12 @@ format: setup ## format the code and mend what can be mended
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+docs: setup ## build the documentation site into site/, with every link checked
+	@$(WITH_ENV) python -m mkdocs build --strict
+
+docs-serve: setup ## show the documentation site on this machine while you write, until Ctrl-C
+	@$(WITH_ENV) python -m mkdocs serve
+
 lock: setup ## resolve requirements.lock anew from pyproject.toml, keeping versions that still fit
 	@$(UV) pip compile pyproject.toml --all-extras --group dev --constraint requirements-torch.txt \
 		--universal --python-version 3.11 --generate-hashes --no-emit-package torch --no-emit-index-url --no-annotate \
@@ -91,5 +97,5 @@ data: setup ## rebuild the example data from the full sets (MTZ_FULL_DATA or ../
 	@$(BIN)/python data/build.py --source "$(FULL_DATA)" --out data
 
 clean: ## remove the environment and caches; results stay
-	rm -rf .venv *.egg-info build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv *.egg-info build site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find mtz_core tasks flows tests data -name __pycache__ -type d -prune -exec rm -rf {} +

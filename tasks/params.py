@@ -38,7 +38,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """A block of settings. The text below a field is its meaning in the reference that the documentation prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _as_value_error(build: Callable[[], object]) -> None:
@@ -75,64 +77,87 @@ def importable_name(value: str) -> str:
 
 
 class ModelParams(_Block):
-    """One pre-trained network: the factory that builds it, the file of its weights, and the folder of its data.
-
-    `weights` lie under `networks/` and `data` under `data/`, where DVC versions them. `keep_separate` are paths of
-    submodules that stay task-specific, whatever they do. `metric` measures errors; see `mtz_core.evaluation.METRICS`.
-    """
+    """One pre-trained network of the group: how to build it, its weights and its data."""
 
     network: Annotated[str, AfterValidator(importable_name)]
+    """The function that builds the network, as `package.module:function`. It returns a `torch.nn.Module`."""
     arguments: dict[str, Any] = {}
+    """Keyword arguments for that function."""
     weights: Annotated[str, AfterValidator(_below("networks"))]
+    """The weights: a `state_dict` as safetensors. Allowed: a path below `networks/`."""
     data: Annotated[str, AfterValidator(_below("data"))]
+    """The folder with `train`, `validation` and `test`, each `.parquet` or `.arrow`. Allowed: a path below `data/`."""
     keep_separate: list[str] = []
+    """Paths of submodules that stay task-specific, whatever they do."""
     metric: Literal["error", "top5_error", "balanced_error"] = "error"
+    """How errors of this model are counted."""
 
 
 class RuntimeParams(_Block):
-    """`threads` of each stage's process; results depend on it in their last bits, so it is a versioned parameter."""
+    """The process of each stage."""
 
     threads: int = Field(default=1, ge=1)
+    """Threads of each stage. Results depend on it in their last bits, so a change runs all stages again."""
 
 
 class PretrainParams(_Block):
-    """Training of one of the models: Adam with a one-cycle schedule on the training split of `data`."""
+    """Training of one of the example's networks: Adam with a one-cycle schedule."""
 
     data: Annotated[str, AfterValidator(_below("data"))]
+    """The folder of the training data. Allowed: a path below `data/`."""
     epochs: int = Field(default=8, ge=1)
+    """Passes over the training split."""
     batch_size: int = Field(default=64, ge=1)
+    """Examples per step."""
     learning_rate: float = Field(default=2e-3, gt=0)
+    """The highest rate of the schedule."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights and of the order of examples."""
 
 
 class CollectParams(_Block):
-    """Calibration data: `images` of the training split; `patches` rows that each gives to a convolution."""
+    """Calibration: which inputs of each layer are recorded."""
 
     images: int = Field(default=2000, ge=1)
+    """Calibration examples per model, from the training split. Labels are not read."""
     patches: int = Field(default=8, ge=1)
+    """Positions that one example gives to the Hessian of a convolution."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the choice of examples and positions."""
 
 
 class HessiansParams(_Block):
-    """`batch_rows` rows are folded at once."""
+    """Layer-wise Hessians."""
 
     batch_rows: int = Field(default=8192, ge=1)
+    """Rows that are added at a time. It changes memory and speed only."""
 
 
 class RetrainParams(_Block):
-    """Light retraining on `images` of each training split; see `mtz_core.settings.RetrainConfig`."""
+    """Light retraining: distillation from the originals. See `mtz_core.RetrainConfig`."""
 
     images: int = Field(default=8000, ge=1)
+    """Examples of each training split."""
     iterations: int = 100
+    """Steps of Adam. Allowed: 0 or more."""
     batch_size: int = 128
+    """Examples per task and step. Allowed: 1 or more."""
     learning_rate: float = 1e-3
+    """Constant after a rise over five steps. Allowed: above 0."""
     labels: float = 0.0
+    """Weight of cross-entropy with labels beside distillation. At 0 no labels are read. Allowed: 0 to 1."""
     temperature: float = 4.0
+    """Temperature of distillation. Allowed: above 0."""
     balance: dict[str, float] | None = None
+    """Weight of each task's loss, `{task: weight}`. Without it all tasks count equally."""
     statistics: Literal["updated", "kept"] = "updated"
+    """Statistics of batch normalisation: `updated` follow each task's batches, `kept` stay as they are."""
     validate_every: int = 20
+    """Steps between two validations. Allowed: 1 or more."""
     patience: int = 3
+    """Validations without improvement after which training stops. Allowed: 1 or more."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the order of examples."""
 
     @model_validator(mode="after")
     def _possible(self) -> RetrainParams:
@@ -145,26 +170,36 @@ class RetrainParams(_Block):
 
 
 class BudgetParams(_Block):
-    """What the zipped network may cost, in place of `match.share`; see `mtz_core.Budget`.
-
-    `retrain` is the light retraining with which a floor is to be kept: the same as the block `retrain`.
-    """
+    """What the zipped network may cost, in place of `match.share`: a size or a floor. See `mtz_core.Budget`."""
 
     size: float | None = None
+    """The largest part of the originals' bytes. Allowed: above 0, at most 1."""
     floor: float | dict[str, float] | None = None
+    """Percentage points of error that each task may lose on validation data: one number, or `{task: points}`. The
+    smallest network that keeps it is searched for. Allowed: 0 to 100."""
     moves: list[Literal["share", "drop"]] = ["share", "drop"]
+    """What may be done to save bytes: share neurons across networks, drop neurons within one."""
     retrain: RetrainParams | None = None
+    """With a floor: the light retraining of the search. It must equal the block `retrain`."""
 
 
 class MatchParams(_Block):
-    """What is shared, or the budget that decides it, and by which method; see `mtz_core.ZipConfig`."""
+    """Which neurons become one. See `mtz_core.ZipConfig`."""
 
     method: Literal["refit", "paper"] = "refit"
+    """`refit` is this project's method, `paper` is MTZ as published."""
     share: float | dict[str, int] | None = None
+    """How many neurons to share: a part of every hidden layer, or `{layer: count}`. It is 1.0 unless there is a budget.
+    Allowed: 0 to 1, or counts."""
     budget: BudgetParams | None = None
+    """A budget in place of `share`."""
     damping: float | Literal["auto"] = 5e-3
+    """Damping of every Hessian, relative to the mean of its diagonal. `auto` chooses it for every layer on held-out
+    data. Allowed: above 0, or auto."""
     balance: dict[str, float] | None = None
+    """Weight of each task in shared neurons, `{task: weight}`. Without it all tasks count equally."""
     matching_rounds: int = Field(default=3, validation_alias=AliasChoices("matching_rounds", "descents"))
+    """Rounds in which neuron groups that depend on each other are matched again. Allowed: 0 or more."""
 
     @model_validator(mode="before")
     @classmethod
@@ -205,80 +240,109 @@ _WRITE_ONCE = "Write it once: `retrain: &retrain {…}` in match.budget, and bel
 
 
 class MergeParams(_Block):
-    """`patches`: rows of each calibration image in a convolution's refit; `refit_rounds`: refits after the first."""
+    """How the zipped network is fitted to the originals."""
 
     patches: int = Field(default=64, ge=1)
+    """Positions that one calibration example gives to the refit of a convolution."""
     refit_rounds: int = Field(default=4, ge=0, validation_alias=AliasChoices("refit_rounds", "sweeps"))
+    """Refits after the first, with targets relaxed to what the activation can tell apart."""
 
 
 class EvaluateParams(_Block):
-    """`batch_size` images go through a network at once."""
+    """Errors before and after, on the test split."""
 
     batch_size: int = Field(default=500, ge=1)
+    """Examples that go through a network at a time."""
 
 
 class RegisterParams(_Block):
-    """`name` of the registered model; `floors`: points of test error that each task may lose, or it is refused."""
+    """The registered model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Its name in the registry. Allowed: letters, digits, `_`, `.` and `-`."""
     floors: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Percentage points of test error that a task may lose, `{task: points}`. If one loses more, nothing is
+    registered. Allowed: 0 or more."""
 
 
 class StorageParams(_Block):
-    """The S3 storage: `embedded`, `aws`, or the URL of an endpoint. Credentials come from the environment."""
+    """The S3 storage. Credentials come from the environment."""
 
     endpoint: Annotated[str, Field(pattern=r"^(embedded|aws|https?://[^\s]+)$"), AfterValidator(_without_password)] = (
         "embedded"
     )
+    """`embedded` starts a server on this machine. Allowed: embedded, aws, or the URL of a server."""
     bucket: str = Field(default="mtz", min_length=3, max_length=63)
+    """The bucket. Allowed: 3 to 63 characters."""
     prefix: str = ""
+    """What all keys begin with."""
     region: str = "us-east-1"
+    """The region of the bucket."""
 
 
 class TrackingParams(_Block):
-    """The MLflow registry: `embedded` (SQLite) or any tracking URI."""
+    """The MLflow registry."""
 
     uri: Annotated[str, AfterValidator(_without_password)] = Field(default="embedded", min_length=1)
+    """`embedded` is a SQLite file in `.mtz`. Allowed: embedded, or any MLflow tracking URI."""
     experiment: str = Field(default="mtz", min_length=1)
+    """The experiment that holds the runs. Allowed: any text but an empty one."""
 
 
 class FlowParams(_Block):
-    """Where groups run, how many at a time, and how often is tried again what may be tried again.
-
-    `executor`: `local`, workers of this process; `dask`, those of the cluster at the address `dask`, or of one that is
-    started here; `pool`, those that serve the Prefect work pool `pool`. `workers` groups run at a time; `auto`: as many
-    as cores and memory allow. `memory`: GiB that each process of a worker may take. `heavy`: how many of the stages
-    match, merge and retrain run at a time, on all workers together. The delay doubles from try to try.
-    """
+    """Where groups run, how many at a time, and what is tried again."""
 
     executor: Literal["local", "dask", "pool"] = "local"
+    """`local` runs groups on this machine, `dask` on a Dask cluster, `pool` on the workers of a Prefect work pool."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Groups at a time. `auto` takes as many as cores and memory allow. Allowed: 1 or more, or auto."""
     memory: float | None = Field(default=None, ge=1)
+    """GiB that each process of a worker may take. Without it there is no limit."""
     dask: Annotated[str, Field(pattern=r"^(local|(tcp|tls)://[^\s]+)$")] = "local"
+    """The Dask scheduler. `local` starts a cluster on this machine. Allowed: local, tcp://… or tls://…."""
     pool: str = Field(default="mtz", min_length=1)
+    """The Prefect work pool. Allowed: any text but an empty one."""
     heavy: int | None = Field(default=None, ge=1)
+    """How many of the stages match, merge and retrain run at a time, on all workers together. Without it there is no
+    limit."""
     retries: int = Field(default=4, ge=0)
+    """How often a fault that may pass is tried again."""
     retry_delay_seconds: float = Field(default=5, ge=0)
+    """Seconds before the first new try. Each further wait is twice as long."""
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class Params:
     """All settings of one group's pipeline. (A dataclass, because `register` is taken on pydantic's models.)"""
 
     group: Name
+    """The name of the group. Allowed: letters, digits, `_` and `-`."""
     models: Annotated[dict[Name, ModelParams], Field(min_length=1)]
+    """The networks to zip, by the name of their task."""
     register: RegisterParams
+    """The registered model."""
     runtime: RuntimeParams = RuntimeParams()
+    """The process of each stage."""
     pretrain: dict[Name, PretrainParams] = field(default_factory=dict)
+    """Training of the example's networks. Leave it empty if yours exist."""
     collect: CollectParams = CollectParams()
+    """Calibration."""
     hessians: HessiansParams = HessiansParams()
+    """Layer-wise Hessians."""
     match: MatchParams = MatchParams()
+    """Which neurons become one."""
     merge: MergeParams = MergeParams()
+    """How the zipped network is fitted."""
     retrain: RetrainParams = RetrainParams()
+    """Light retraining."""
     evaluate: EvaluateParams = EvaluateParams()
+    """Errors before and after."""
     storage: StorageParams = StorageParams()
+    """The S3 storage. A change runs nothing again."""
     tracking: TrackingParams = TrackingParams()
+    """The MLflow registry. A change runs nothing again."""
     flow: FlowParams = FlowParams()
+    """Where and when groups run. A change runs nothing again."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

@@ -29,44 +29,61 @@ FLEET_WIDE = ("storage", "tracking", "flow")
 
 VERSION = 2
 
+_VERSIONED = tuple(
+    block for block in Params.__dataclass_fields__ if block not in (*FLEET_WIDE, "group", "models", "register")
+)
+"""Blocks that may be left out of params.yaml, but that DVC wants to find there."""
+
 
 class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """A block of the file. The text below a field is its meaning in the reference that the documentation prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Splits(_Block):
-    """One file a split: Parquet or Arrow, local or `s3://…`. Calibration images are also those of light retraining."""
+    """One file for each split, Parquet or Arrow."""
 
     calibration: str
+    """Examples for calibration and light retraining: a path, or `s3://BUCKET/KEY`."""
     validation: str
+    """Examples for validation, likewise."""
     test: str
+    """Examples for the test, likewise."""
 
 
 class Factory(_Block):
-    """An importable function of the split's name that returns inputs and labels."""
+    """A function of yours that returns the data of a split."""
 
     factory: Annotated[str, AfterValidator(importable_name)]
+    """The function, as `package.module:function`. It takes the name of the split and returns inputs and labels."""
     arguments: dict[str, Any] = {}
+    """Keyword arguments for that function."""
 
 
 class Model(_Block):
-    """One pre-trained network.
-
-    `source` is the file of its weights: a path, `s3://BUCKET/KEY`, or `models:/NAME@ALIAS` of the registry. `network`
-    is the factory that builds it, called with `arguments`; or `program` is an exported program, local or `s3://…`,
-    which also has the weights where no source is given. `data` is a folder with train, validation and test files, or
-    `Splits`, or a `Factory`. `floor`: points of test error that it may lose. `tags` are for `auto.separate`.
-    """
+    """One pre-trained network of the fleet."""
 
     source: str | None = None
+    """The file of the weights: a path, `s3://BUCKET/KEY`, or `models:/NAME@ALIAS` of the registry."""
     network: Annotated[str, AfterValidator(importable_name)] | None = None
+    """The function that builds the network, as `package.module:function`."""
     program: str | None = None
+    """An exported program in place of `network`: a path or `s3://BUCKET/KEY`. It holds the weights, too; a `source`
+    replaces them."""
     arguments: dict[str, Any] = {}
+    """Keyword arguments for `network`."""
     data: str | Splits | Factory
+    """A folder with `train`, `validation` and `test`, local or `s3://…`; or a file for each split; or a function."""
     keep_separate: list[str] = []
+    """Paths of submodules that stay task-specific, whatever they do."""
     metric: Literal["error", "top5_error", "balanced_error"] = "error"
+    """How errors of this model are counted."""
     floor: Annotated[float, Field(ge=0)] | None = None
+    """Percentage points of test error that the model may lose. If it loses more, its group is refused. Allowed: 0 or
+    more."""
     tags: list[Name] = []
+    """Labels for `auto.separate`."""
 
     @model_validator(mode="after")
     def _buildable(self) -> "Model":
@@ -80,34 +97,42 @@ class Model(_Block):
 
 
 class Auto(_Block):
-    """How models are put into groups; see `mtz_core.grouping.groups.Limits`.
-
-    At most `size` models in one, each with at least this mean `similarity` to the others, in [0, 1], and with at most
-    this predicted `damage` in nats. A tag of `separate` is had by all models of a group or by none.
-    """
+    """How the planner puts models into groups."""
 
     size: int = Field(default=8, ge=2)
+    """The most models in one group."""
     similarity: float | None = Field(default=None, ge=0, le=1)
+    """The least mean similarity of a model to the others of its group. Without it a measured value is taken, 0.6."""
     damage: float | None = Field(default=None, gt=0)
+    """The most loss, in nats, that sharing is predicted to cost any model. Without it there is no limit."""
     separate: list[Name] = Field(default=[], validation_alias=AliasChoices("separate", "apart"))
+    """Tags that all models of a group have, or none."""
 
 
 class GroupEntry(_Block):
-    """A group: its models, and changes to params.yaml."""
+    """One group of the fleet."""
 
     models: Annotated[list[Name], Field(min_length=2)] | None = None
+    """Its models, at least two. Without it, the group zips those that `params.yaml` names."""
     params: dict[str, Any] = {}
+    """Changes to `params.yaml` for this group."""
 
 
 class FleetFile(_Block):
     """All of fleet.yaml, valid in itself."""
 
     version: Literal[2] = 2
+    """The format of the file."""
     name: Name = "fleet"
+    """The name of the fleet in records and on pages. Allowed: letters, digits, `_` and `-`."""
     models: dict[Name, Model] = {}
+    """The networks, by name."""
     defaults: dict[str, Any] = {}
+    """Changes to `params.yaml` for all groups."""
     groups: dict[Name, GroupEntry] = {}
+    """The groups, by name. `groups: auto` leaves them to the planner."""
     auto: Auto | None = None
+    """Lets the planner put all models into groups that no listed group has."""
 
     @model_validator(mode="before")
     @classmethod
@@ -216,7 +241,8 @@ class Fleet:
                 content["register"]["floors"] = floors
         for change in (self.file.defaults, own, *self.changes):
             content = merge(content, change)
-        return {**content, "group": name}
+        missing: dict[str, Any] = {block: {} for block in _VERSIONED if block not in content}
+        return {**content, **missing, "group": name}
 
 
 def _as_params(name: str, model: Model) -> dict[str, Any]:

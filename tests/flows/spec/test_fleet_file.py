@@ -1,6 +1,7 @@
 """What a fleet file may say, what becomes of it, and how it is told that something is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,6 +73,20 @@ def test_groups_of_the_models_in_params(files: tuple[Path, Path]) -> None:
 def test_without_a_file_there_is_the_group_of_params(files: tuple[Path, Path]) -> None:
     (only,) = read_fleet(*files).explicit_groups()
     assert only.name == "example"
+
+
+def test_blocks_that_params_leave_out_are_there_for_dvc(files: tuple[Path, Path]) -> None:
+    (group,) = read_fleet(*files).explicit_groups()
+    named = {name.partition(".")[0] for stage in stages() for name in stage["params"]}
+    assert named <= group.content.keys()
+    assert group.content["retrain"] == {"iterations": 100} and group.content["collect"] == {}
+    assert list(group.content)[:6] == list(yaml.safe_load(PARAMS))[:6], "what is there keeps its place"
+
+
+def stages() -> list[dict[str, Any]]:
+    """The pipeline's stages, as dvc.yaml describes them."""
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    return [entry.get("do", entry) for entry in pipeline.values()]
 
 
 def test_models_in_no_group_are_the_planners(files: tuple[Path, Path]) -> None:
