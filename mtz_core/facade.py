@@ -1,62 +1,359 @@
-"""Zip networks in one call."""
+"""Zip, retrain and evaluate networks in one call each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
-from mtz_core.errors import InvalidConfig
-from mtz_core.merging.compatibility import check_compatible, shared_counts
+from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
+from mtz_core.evaluation import METRICS, agreement, check_labels, measure, outputs_of
+from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
 from mtz_core.merging.matching import descent, match
-from mtz_core.merging.walk import check_task_name, finish, merge, trace_task
-from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
-from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+from mtz_core.merging.walk import check_task_name, merge, trace_task
+from mtz_core.network.graph import Network
+from mtz_core.network.tracing import evaluation_mode
+from mtz_core.planning.search import HELD_OUT, BudgetSearch, FloorSearch, Validation
+from mtz_core.retraining import Retraining, RetrainStep, Targets
+from mtz_core.settings import RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
-from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
 from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.report import ZipReport
+
+Labelled = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+"""Examples with labels: a pair of tensors, or batches of pairs, as a ``DataLoader`` gives them."""
+
+_BATCH = 500
+_log = logging.getLogger("mtz_core")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step that is done, as callbacks receive it and the logger ``mtz_core`` writes it.
+
+    Attributes:
+        stage: ``trace``, ``measure``, ``match``, ``plan``, ``merge`` or ``retrain``.
+        what: The task, neuron group, layer, plan or iteration that is done.
+        done: How many of the stage are done.
+        total: How many there are; None where that depends on what comes out.
+    """
+
+    stage: str
+    what: str
+    done: int
+    total: int | None = None
+
+    def __str__(self) -> str:
+        """Return a line for people."""
+        return f"{self.stage} {self.done}{f' of {self.total}' if self.total is not None else ''}: {self.what}"
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a network is at one task.
+
+    Attributes:
+        error: By the metric, in percent.
+        original_error: The original network's error, in percent; None where no originals are given.
+        agreement: Predictions equal to the original network's, in percent; None where no originals are given.
+    """
+
+    error: float
+    original_error: float | None = None
+    agreement: float | None = None
 
 
 def zip_networks(
     networks: Mapping[str, nn.Module],
-    calibration: Mapping[str, Tensor | Iterable[Tensor]],
+    calibration: Mapping[str, Tensor | Iterable[Any]],
     config: ZipConfig | None = None,
     *,
-    validation: Mapping[str, Validation] | None = None,
+    validation: Mapping[str, Validation | Labelled] | None = None,
     retraining: RetrainConfig | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ZippedNetwork:
-    """Zip pre-trained networks into one (He, Zhou, Thiele 2018; see `ZipConfig.method`). They are not modified.
+    """Zip pre-trained networks into one (He, Zhou, Thiele 2018; see `ZipConfig.method`).
 
-    `calibration[task]` are examples of the task's inputs, ``[batch, *input shape]``, no labels needed: one
-    tensor or batches. The order in which the networks are listed makes no difference. A floor (`Budget.floor`) is kept
-    on `validation`, after light retraining on the calibration data. Raises `MtzError` in its kinds: unsupported or
-    incompatible networks, weights or data that are not finite or do not fit, impossible settings; all before any work
-    where they can be known.
+    The networks are not modified, and the order in which they are listed makes no difference.
+
+    Args:
+        networks: The network of each task.
+        calibration: Examples of each task's inputs, ``[batch, *input shape]``: one tensor, or batches, such as a
+            ``DataLoader``. Labels beside them are left aside.
+        config: What to share, or the budget, and how; by default everything that can be shared.
+        validation: Examples with labels of each task, on which a floor is kept, or light retraining is validated.
+        retraining: Light retraining after zipping, by distillation on the calibration data. The search for a floor
+            retrains in any case.
+        on_progress: Called after each step.
+
+    Returns:
+        The zipped network, in evaluation mode.
+
+    Raises:
+        UnsupportedModule: A network does something that zipping does not understand.
+        IncompatibleNetworks: The networks differ in structure.
+        InvalidWeights: Weights are not finite.
+        InvalidCalibration: Data is missing, not finite, or does not fit.
+        InvalidConfig: A setting is impossible. All of these come before any work where they can be known.
+
+    Warns:
+        ZipWarning: Layers that were to be shared stay separate, or calibration data is too little for some.
     """
     config = config or ZipConfig()
-    budget = config.share if isinstance(config.share, Budget) else None
+    budget = config.budget
+    floor = budget is not None and budget.floor is not None
+    steps = _Steps(on_progress)
     for task in networks:
         check_task_name(task)
     if set(networks) != set(calibration):
         raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
-    if (budget is not None and budget.floor is not None) != (validation is not None):
-        raise InvalidConfig("a floor needs validation data with labels, and nothing else does: give both or neither.")
+    if floor and validation is None:
+        raise InvalidConfig("a floor needs validation data with labels: give validation.")
+    if validation is not None and not floor and retraining is None:
+        raise InvalidConfig("validation data is read for a floor or for light retraining: give one, or leave it out.")
+    if retraining is not None and retraining.labels:
+        raise InvalidConfig(
+            "retraining.labels: zipping retrains by distillation. Set it to 0, or use `retrain` with labels afterwards."
+        )
     batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
-    traced = {task: trace_task(task, networks[task], data[0], config) for task, data in batches.items()}
+    checked = None if validation is None else {task: _validation(data, task) for task, data in validation.items()}
+    traced = {
+        task: trace_task(task, networks[task], data[0], config)
+        for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
+    }
     check_compatible(traced)
     shared_counts(traced, config)
-    moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
-    sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
+    moments: dict[str, Mapping[str, Moments]] = {}
+    sensitivity: dict[str, Sensitivities] = {}
+    for task, network in steps.count("measure", traced.items(), len(traced), lambda item: item[0]):
+        moments[task] = original_moments(network, batches[task], config)
+        sensitivity[task] = sensitivities(network, batches[task], config.seed)
     if budget is None:
-        matches = list(match(traced, moments, config, sensitivity))
-        del moments
-        pairings = {found.group: found.pairing for found in matches}
-        return finish(merge(traced, pairings, batches, config, descent(matches), sensitivity=sensitivity))
-    budget_search = BudgetSearch(traced, moments, sensitivity, batches, config, budget)
-    if budget.size is not None:
-        return budget_search.zip(budget_search.best(budget.size))
-    assert validation is not None
+        zipped = _share(traced, moments, sensitivity, batches, config, steps)
+    else:
+        search = BudgetSearch(traced, moments, sensitivity, batches, config, budget)
+        if floor:
+            assert checked is not None
+            training = {task: torch.cat(own) for task, own in batches.items()}
+            found = FloorSearch(search, networks, training, checked, retraining or RetrainConfig())
+            tried = list(steps.count("plan", found.steps(), None, lambda step: step.what))
+            zipped = min((step for step in tried if step.kept), key=lambda step: step.size).zipped
+        else:
+            assert budget.size is not None
+            plans = list(steps.count("plan", search.candidates(budget.size), None, lambda candidate: candidate.name))
+            best = min(plans, key=lambda candidate: search.weighted(candidate.loss))
+            zipped = steps.merged(search.merging(best.plan), traced)
+    if retraining is not None and not floor:
+        _retrain_on_calibration(zipped, networks, batches, checked, retraining, steps)
+    _warn(zipped.report, wanted=config.share is None or bool(config.share))
+    return zipped
+
+
+def retrain(
+    zipped: ZippedNetwork,
+    originals: Mapping[str, nn.Module],
+    training: Mapping[str, Tensor | Iterable[Any]],
+    validation: Mapping[str, Tensor | Iterable[Any]],
+    config: RetrainConfig | None = None,
+    *,
+    labels: Targets | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[RetrainStep, ...]:
+    """Retrain a zipped network lightly, in place; it ends as the best network that was seen.
+
+    Args:
+        zipped: The zipped network.
+        originals: The original network of each task, from which the zipped one is distilled.
+        training: Examples of each task, as in `zip_networks`.
+        validation: Examples that take no part in training, by which the best network is chosen.
+        config: How to retrain.
+        labels: Labels of the examples, read if ``config.labels`` is above 0.
+        on_progress: Called after each validation.
+
+    Returns:
+        The learning curve, one step for each validation; the first is the network as it was given.
+
+    Raises:
+        InvalidCalibration: Examples, outputs or labels are missing or impossible, or a loss is not finite.
+        InvalidConfig: A task is unknown, or settings contradict what is given.
+    """
+    splits = [
+        {task: torch.cat(as_batches(data, task)) for task, data in split.items()} for split in (training, validation)
+    ]
+    run = Retraining(zipped, originals, splits[0], splits[1], config or RetrainConfig(), labels=labels)
+    return tuple(_Steps(on_progress).count("retrain", run.steps(), None, _iteration))
+
+
+def evaluate(
+    zipped: ZippedNetwork,
+    test: Mapping[str, Labelled],
+    *,
+    originals: Mapping[str, nn.Module] | None = None,
+    metric: str = "error",
+) -> dict[str, Evaluation]:
+    """Measure the errors of a zipped network on examples with labels.
+
+    Args:
+        zipped: The zipped network.
+        test: Examples and labels of each task that is to be measured.
+        originals: The original network of each of these tasks, to compare with.
+        metric: ``error`` (of the likeliest class), ``top5_error`` or ``balanced_error`` (mean over the classes).
+
+    Returns:
+        What was measured, for each task in `test`.
+
+    Raises:
+        InvalidConfig: A task or the metric is unknown, or an original is missing.
+        InvalidCalibration: There are no examples, or labels that do not fit.
+    """
+    if metric not in METRICS:
+        raise InvalidConfig(f"the metric {metric!r} is unknown. Metrics: {', '.join(METRICS)}.")
+    for task in test:
+        if task not in zipped.tasks:
+            raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(zipped.tasks)}.")
+        if originals is not None and task not in originals:
+            raise InvalidConfig(f"there is no original network for {task!r}. Give one for every task, or none at all.")
+    found = {}
+    with evaluation_mode(zipped):
+        for task, data in test.items():
+            inputs, labels = _labelled(data, task)
+            batches = torch.split(inputs, _BATCH)
+            outputs = outputs_of(partial(zipped, task=task), batches)
+            check_labels(labels, len(inputs), outputs.shape[1], task)
+            error = measure(metric, outputs, labels, task)
+            if originals is None:
+                found[task] = Evaluation(error)
+                continue
+            with evaluation_mode(originals[task]):
+                before = outputs_of(originals[task], batches)
+            same = agreement(outputs.argmax(dim=1), before.argmax(dim=1))
+            found[task] = Evaluation(error, measure(metric, before, labels, task), same)
+    return found
+
+
+_Item = TypeVar("_Item")
+
+
+class _Steps:
+    """Reports steps to a callback and to the log."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self._on_progress = on_progress
+
+    def count(
+        self, stage: str, items: Iterable[_Item], total: int | None, name: Callable[[_Item], str]
+    ) -> Iterator[_Item]:
+        """Yield items, and report each when the next one is asked for: then it is done."""
+        for done, item in enumerate(items, start=1):
+            yield item
+            step = Progress(stage, name(item), done, total)
+            _log.info("%s", step)
+            if self._on_progress is not None:
+                self._on_progress(step)
+
+    def merged(self, layers: Iterator[Any], networks: Mapping[str, Network]) -> ZippedNetwork:
+        """Merge to the end, layer by layer."""
+        total = len(next(iter(networks.values())).graph.layers)
+        last: Any = None
+
+        def reports() -> Iterator[Any]:
+            nonlocal last
+            for last in layers:
+                if not isinstance(last, ZippedNetwork):
+                    yield last
+
+        for _ in self.count("merge", reports(), total, lambda report: report.layer):
+            pass
+        assert isinstance(last, ZippedNetwork)
+        return last
+
+
+def _share(
+    networks: Mapping[str, Network],
+    moments: Mapping[str, Mapping[str, Moments]],
+    sensitivity: Mapping[str, Sensitivities],
+    batches: Mapping[str, list[Tensor]],
+    config: ZipConfig,
+    steps: _Steps,
+) -> ZippedNetwork:
+    """Match and merge; no budget has to be kept."""
+    matches = list(steps.count("match", match(networks, moments, config, sensitivity), None, lambda found: found.group))
+    pairings = {found.group: found.pairing for found in matches}
+    layers = merge(networks, pairings, batches, config, descent(matches), sensitivity=sensitivity)
+    return steps.merged(layers, networks)
+
+
+def _retrain_on_calibration(
+    zipped: ZippedNetwork,
+    originals: Mapping[str, nn.Module],
+    batches: Mapping[str, list[Tensor]],
+    validation: Mapping[str, Validation] | None,
+    config: RetrainConfig,
+    steps: _Steps,
+) -> None:
+    """Retrain on calibration data; without validation data one example in `HELD_OUT` is held out to validate."""
     training = {task: torch.cat(own) for task, own in batches.items()}
-    search = FloorSearch(budget_search, networks, training, validation, retraining or RetrainConfig())
-    return min((step for step in search.steps() if step.kept), key=lambda step: step.size).zipped
+    if validation is not None:
+        held_out = {task: own.examples for task, own in validation.items()}
+    else:
+        counts = {task: len(own) // HELD_OUT for task, own in training.items()}
+        for task, count in counts.items():
+            if not count:
+                raise InvalidCalibration(
+                    f"{task!r} has {len(training[task])} calibration examples; light retraining holds one in "
+                    f"{HELD_OUT} out to validate. Give at least {HELD_OUT}, or validation data."
+                )
+        held_out = {task: own[-counts[task] :] for task, own in training.items()}
+        training = {task: own[: -counts[task]] for task, own in training.items()}
+    run = Retraining(zipped, originals, training, held_out, config)
+    for _ in steps.count("retrain", run.steps(), None, _iteration):
+        pass
+
+
+def _iteration(step: RetrainStep) -> str:
+    losses = ", ".join(f"{task} {loss:.4g}" for task, loss in step.validation_loss.items())
+    return f"iteration {step.iteration}, validation loss {losses}"
+
+
+def _validation(data: Validation | Labelled, task: str) -> Validation:
+    return data if isinstance(data, Validation) else Validation(*_labelled(data, task))
+
+
+def _labelled(data: Labelled, task: str) -> tuple[Shaped[Tensor, "n ..."], Int64[Tensor, " n"]]:
+    """Return all examples and labels of a task."""
+    whole = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+    pairs: list[Any] = [data] if whole else list(data)
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            raise InvalidCalibration(
+                f"the data of {task!r} are not examples with labels. Give a pair of tensors, or batches of pairs."
+            )
+    if not pairs:
+        raise InvalidCalibration(f"there are no examples with labels for {task!r}. Give at least one.")
+    inputs, labels = (torch.cat([pair[part] for pair in pairs]) for part in (0, 1))
+    return inputs, labels.long() if not labels.is_floating_point() else labels
+
+
+def _warn(report: ZipReport, wanted: bool) -> None:
+    """Warn of what the report notes, once for each kind: it has the details. Sharing may not have been `wanted`."""
+    notes = {layer.layer: layer.note for layer in report.layers if wanted and layer.note not in ("", KEPT_SEPARATE)}
+    for what, noted in (
+        ("stay separate", notes),
+        ("are fitted to few rows", {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows}),
+    ):
+        if noted:
+            first = next(iter(noted))
+            more = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
+            warnings.warn(f"{first!r}{more} {what}: {noted[first]} (report.layers has all).", ZipWarning, stacklevel=3)

@@ -1,9 +1,9 @@
 """Light retraining: a few steps of gradient descent that let a zipped network settle.
 
 By default the loss is distillation on unlabelled data: each task's outputs are drawn to its original network's. Labels
-can take part or take over. Every stored value learns, shared ones from all tasks at once. What is judged and kept is a
-running average of the weights, on validation data that take no part in training; the merged network itself is the first
-candidate, so retraining never makes it worse there.
+can take part or take over. Every stored value learns, shared ones from all tasks at once. A running average of the
+weights is validated on held-out data, and the best one is kept. The merged network itself is the first candidate, so
+retraining never makes it worse there.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ all iterations counts, however many there are (Shamir, Zhang 2013, polynomial-de
 
 @dataclass(frozen=True)
 class RetrainStep:
-    """One judgement: mean training loss per task since the last one, validation loss per task, and whether it is best.
+    """One validation. Losses mix distillation and labels as configured.
 
-    Losses mix distillation and labels as configured; at iteration 0 there is no training loss yet.
+    Attributes:
+        iteration: Iterations that are done.
+        training_loss: Mean loss of each task since the last validation; empty at iteration 0.
+        validation_loss: Loss of each task on the validation data.
+        best: Whether no validation before was as good.
     """
 
     iteration: int
@@ -47,7 +51,12 @@ class RetrainStep:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the outputs for every task's training and validation examples are drawn to: original outputs, or labels."""
+    """What outputs are drawn to: the originals' outputs, or labels.
+
+    Attributes:
+        training: Of each task, for its training examples.
+        validation: Of each task, for its validation examples.
+    """
 
     training: Mapping[str, Num[Tensor, "_ ..."]]
     validation: Mapping[str, Num[Tensor, "_ ..."]]
@@ -55,7 +64,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class RetrainState:
-    """All that changes during light retraining, as it is at a judgement: tensors by name, and the curve so far."""
+    """All that changes during light retraining, as it is at a validation.
+
+    Attributes:
+        tensors: Weights, their average, the best ones, and the optimiser's state, by name.
+        curve: The learning curve so far.
+    """
 
     tensors: Mapping[str, Tensor]
     curve: tuple[RetrainStep, ...]
@@ -78,9 +92,13 @@ def original_outputs(
     training: Mapping[str, Shaped[Tensor, "_ ..."]],
     validation: Mapping[str, Shaped[Tensor, "_ ..."]],
 ) -> Targets:
-    """What distillation aims at, computed once for all runs with the same originals and examples.
+    """Compute what distillation aims at, once for all runs with the same originals and examples.
 
-    Raises `InvalidCalibration` for tasks without examples, and for examples that are not finite.
+    Returns:
+        The originals' outputs.
+
+    Raises:
+        InvalidCalibration: A task has no examples, or some are not finite.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for split, examples in (("training", training), ("validation", validation)):
@@ -92,7 +110,7 @@ def original_outputs(
     return Targets(found["training"], found["validation"])
 
 
-def retrain(
+def retrain_steps(
     zipped: ZippedNetwork,
     originals: Mapping[str, nn.Module],
     training: Mapping[str, Shaped[Tensor, "_ ..."]],
@@ -102,20 +120,30 @@ def retrain(
     labels: Targets | None = None,
     outputs: Targets | None = None,
 ) -> Iterator[RetrainStep]:
-    """Retrain a zipped network in place, yielding each judgement; when exhausted, `zipped` is the best network seen.
+    """Retrain a zipped network in place; when exhausted, `zipped` is the best network that was seen.
 
-    `labels` are read if ``config.labels > 0``. `outputs` spares the originals' forward passes, see `original_outputs`.
-    Raises as `Retraining` does.
+    Args:
+        zipped: The zipped network.
+        originals: The original network of each task.
+        training: Training examples of each task.
+        validation: Validation examples of each task, which take no part in training.
+        config: How to retrain.
+        labels: Labels of the examples, read if ``config.labels`` is above 0.
+        outputs: The originals' outputs, where they are known already; see `original_outputs`.
+
+    Yields:
+        Each validation. Raises as `Retraining` does.
     """
     yield from Retraining(zipped, originals, training, validation, config, labels=labels, outputs=outputs).steps()
 
 
 class Retraining:
-    """A run of light retraining that can be taken down at any judgement and go on elsewhere, to the same bytes.
+    """A run of light retraining that can be taken down at any validation and go on elsewhere, to the same bytes.
 
-    Raises `InvalidCalibration` for examples, outputs and labels that are missing or impossible, and `InvalidConfig` for
-    unknown tasks and settings that contradict what is given, all before any work; and `InvalidCalibration` when a loss
-    is not finite.
+    Raises:
+        InvalidCalibration: Examples, outputs or labels are missing or impossible, or a loss is not finite.
+        InvalidConfig: A task is unknown, or settings contradict what is given. Both come before any work, but for the
+            loss.
     """
 
     def __init__(
@@ -170,7 +198,7 @@ class Retraining:
 
     @property
     def curve(self) -> tuple[RetrainStep, ...]:
-        """All judgements so far, also those before the run was taken down."""
+        """All validations so far, also those before the run was taken down."""
         return tuple(self._curve)
 
     @property
@@ -182,18 +210,21 @@ class Retraining:
         return self._curve[-1].iteration >= self._config.iterations or waited >= self._config.patience
 
     def steps(self) -> Iterator[RetrainStep]:
-        """Go on from here, yielding each further judgement; when exhausted, the network is the best one seen.
+        """Go on from here; when exhausted, the network is the best one that was seen.
 
         Until then the network holds the weights that are being trained.
+
+        Yields:
+            Each further validation.
         """
         if not self._curve:
-            yield self._judge(0, {})
+            yield self._validate(0, {})
         while not self.finished:
-            yield self._judge(*self._train())
+            yield self._validate(*self._train())
         self._zipped.load_state_dict(self._best)
 
     def state(self) -> RetrainState:
-        """A copy of everything that changes; to be taken when `steps` has yielded a judgement."""
+        """Return a copy of everything that changes, at the validation that `steps` has just yielded."""
         tensors = {f"network/{name}": tensor for name, tensor in _snapshot(self._zipped).items()}
         tensors |= {f"average/{name}": tensor.clone() for name, tensor in self._average.items()}
         tensors |= {f"best/{name}": tensor.clone() for name, tensor in self._best.items()}
@@ -204,7 +235,8 @@ class Retraining:
     def resume(self, state: RetrainState) -> None:
         """Take up a state of a run with the same network, data and settings.
 
-        Raises `InvalidConfig` if it is of another network.
+        Raises:
+            InvalidConfig: It is of another network.
         """
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "best": {}, "optimiser": {}}
         for name, tensor in state.tensors.items():
@@ -224,7 +256,7 @@ class Retraining:
         self._curve = list(state.curve)
 
     def _train(self) -> tuple[int, dict[str, float]]:
-        """Train until the next judgement is due; return the iteration and the mean loss of every task."""
+        """Train until the next validation is due; return the iteration and the mean loss of every task."""
         config, data = self._config, self._data["training"]
         done = self._curve[-1].iteration
         due = min(done + config.validate_every, config.iterations)
@@ -260,7 +292,7 @@ class Retraining:
         return values[graph.output]
 
     @torch.no_grad()
-    def _judge(self, iteration: int, training_loss: Mapping[str, float]) -> RetrainStep:
+    def _validate(self, iteration: int, training_loss: Mapping[str, float]) -> RetrainStep:
         """Judge the average of the weights, and keep it if it is the best so far."""
         losses = {}
         for task, data in self._data["validation"].items():

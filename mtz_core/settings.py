@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -26,11 +27,16 @@ def _is_whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a zipped network may cost, in place of counts: how many bytes, or how much accuracy.
+    """What a zipped network may cost: a size or an accuracy floor, one of them.
 
-    `size`: stored bytes relative to the originals'. `floor`: percentage points that each task may lose on validation
-    data, one number or one per task; the smallest network that keeps it is searched for, retrained lightly.
-    `moves`: what may be done to save bytes, ``share`` neurons across networks, ``drop`` neurons within one.
+    Attributes:
+        size: Stored bytes at most, relative to the originals' bytes. Range: above 0, at most 1.
+        floor: Percentage points that a task may lose on validation data, one number for all tasks or one for each.
+            The smallest network that keeps the floor after light retraining is searched for. Range: 0 to 100.
+        moves: What may be done to save bytes: ``share`` neurons across networks, ``drop`` neurons within one network.
+
+    Raises:
+        InvalidConfig: A value is out of range, or not exactly one of `size` and `floor` is given.
     """
 
     size: float | None = None
@@ -50,7 +56,11 @@ class Budget:
             raise InvalidConfig(f"budget.moves: {self.moves!r} is impossible. Allowed: share, drop, or both.")
 
     def floors(self, tasks: Sequence[str]) -> dict[str, float]:
-        """Points that each task may lose. Raises `InvalidConfig` unless a mapping names exactly the tasks."""
+        """Return the percentage points that each task may lose.
+
+        Raises:
+            InvalidConfig: `floor` is a mapping that does not name exactly the tasks.
+        """
         if not isinstance(self.floor, Mapping):
             return dict.fromkeys(tasks, float(self.floor or 0.0))
         if set(self.floor) != set(tasks):
@@ -62,20 +72,30 @@ class Budget:
 class ZipConfig:
     """How to zip.
 
-    `method`: ``refit`` (default: own inputs compensate, layers are refitted to the originals' outputs on what the
-    zipped network really feeds them, optimal assignment) or ``paper`` (MTZ as published: neither, greedy matching).
-    `share`: the fraction of each hidden layer's neurons to share, of the narrower network's width, or a count per
-    layer, or a `Budget` to plan for. `damping`: λ of every Hessian, relative to the mean of its diagonal, or ``auto``:
-    chosen by held-out calibration data for every refit (matching takes the default). `balance`: weight of each task in
-    the shared neurons, equal if not given. `patches`: rows that one example contributes to a convolution's Hessian,
-    sampled from its positions with `seed`. `refit_rounds`: how often ``refit`` fits a layer again after the first time,
-    its targets then relaxed to what the following activation can tell apart. `matching_rounds`: how often ``refit``
-    matches neuron groups again whose pairings depend on each other, or more than two networks. `keep_separate`: paths
-    of submodules that stay task-specific, and whose operators need not be understood.
+    Attributes:
+        method: ``refit``: own inputs compensate, pairs are assigned at least total cost, and each layer is fitted to
+            the originals' outputs on what the zipped network feeds it. ``paper``: MTZ as published, without any of it.
+        share: Neurons to share in each hidden layer: a fraction of the narrowest network's width (range: 0 to 1), or
+            ``{layer: count}``, where layers that are not named share nothing. 1.0 unless a budget is given.
+        budget: What the zipped network may cost, in place of `share`.
+        damping: λ of every Hessian, relative to the mean of its diagonal. Range: above 0. ``auto`` chooses it on
+            held-out calibration data for every layer that is fitted; matching then uses `DEFAULT_DAMPING`.
+        balance: Weight of each task in the shared neurons, ``{task: weight}``. Range: above 0. None weighs all alike.
+        patches: Positions of one example that enter a convolution's Hessian, sampled with `seed`. Range: 1 or more.
+        refit_rounds: How often ``refit`` fits a layer again after the first time, each time to targets relaxed to what
+            the next activation can tell apart. Range: 0 or more.
+        matching_rounds: How often ``refit`` matches again the neuron groups whose pairings depend on each other, and
+            the tuples of more than two networks. Range: 0 or more.
+        keep_separate: Paths of submodules that stay task-specific. Their operators need not be understood.
+        seed: Seed of everything that is sampled.
+
+    Raises:
+        InvalidConfig: A value is out of range, or both `share` and `budget` are given.
     """
 
     method: Method = "refit"
-    share: float | Mapping[str, int] | Budget = 1.0
+    share: float | Mapping[str, int] | None = None
+    budget: Budget | None = None
     damping: float | Literal["auto"] = DEFAULT_DAMPING
     balance: Mapping[str, float] | None = None
     patches: int = 64
@@ -87,13 +107,31 @@ class ZipConfig:
     def __post_init__(self) -> None:
         if self.method not in ("refit", "paper"):
             raise InvalidConfig(f"method: {self.method!r} is not a method. Allowed: 'refit', 'paper'.")
-        if isinstance(self.share, Mapping):
+        former: object = self.share
+        if isinstance(former, Budget):
+            warnings.warn(
+                "ZipConfig(share=Budget(…)) is deprecated and will be refused from version 0.3 on. "
+                "Write ZipConfig(budget=Budget(…)).",
+                FutureWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "budget", former)
+            object.__setattr__(self, "share", None)
+        if self.budget is not None:
+            if not isinstance(self.budget, Budget):
+                raise InvalidConfig(
+                    f"budget: {self.budget!r} is not a Budget. Allowed: Budget(size=…), Budget(floor=…)."
+                )
+            if self.share is not None:
+                raise InvalidConfig("share: a budget decides what is shared. Give either share or budget.")
+            if self.method == "paper" and "drop" in self.budget.moves:
+                raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
+        elif self.share is None:
+            object.__setattr__(self, "share", 1.0)
+        elif isinstance(self.share, Mapping):
             for layer, count in self.share.items():
                 if not _is_whole(count) or count < 0:
                     raise InvalidConfig(f"share.{layer}: {count!r} is not a count. Allowed: 0 or more, whole.")
-        elif isinstance(self.share, Budget):
-            if self.method == "paper" and "drop" in self.share.moves:
-                raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
         elif not _is_number(self.share) or not 0 <= self.share <= 1:
             raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
         if self.damping != "auto" and (not _is_number(self.damping) or not 0 < self.damping < float("inf")):
@@ -103,9 +141,9 @@ class ZipConfig:
         if not _is_whole(self.patches) or self.patches < 1:
             raise InvalidConfig(f"patches: {self.patches!r} is impossible. Allowed: 1 or more, whole.")
         if not _is_whole(self.refit_rounds) or self.refit_rounds < 0:
-            raise InvalidConfig(f"sweeps: {self.refit_rounds!r} is impossible. Allowed: 0 or more, whole.")
+            raise InvalidConfig(f"refit_rounds: {self.refit_rounds!r} is impossible. Allowed: 0 or more, whole.")
         if not _is_whole(self.matching_rounds) or self.matching_rounds < 0:
-            raise InvalidConfig(f"descents: {self.matching_rounds!r} is impossible. Allowed: 0 or more, whole.")
+            raise InvalidConfig(f"matching_rounds: {self.matching_rounds!r} is impossible. Allowed: 0 or more, whole.")
         if isinstance(self.keep_separate, str) or not all(isinstance(path, str) for path in self.keep_separate):
             raise InvalidConfig(f"keep_separate: {self.keep_separate!r} is no list. Allowed: [path of a submodule, …].")
         if self.balance is not None and not (
@@ -120,12 +158,16 @@ class ZipConfig:
         return DEFAULT_DAMPING if self.damping == "auto" else self.damping
 
     def counts(self, widths: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Neurons to share in each hidden group, given the group's width in every network.
+        """Return how many neurons each hidden group shares; with a budget, how many it can share at most.
 
-        Raises `InvalidConfig` for layers that do not exist and counts that are too large.
+        Args:
+            widths: The width of each group in every network.
+
+        Raises:
+            InvalidConfig: `share` names a layer that does not exist, or too many of its neurons.
         """
         narrowest = {group: min(values) for group, values in widths.items()}
-        if isinstance(self.share, Budget):
+        if self.share is None:
             return narrowest
         if not isinstance(self.share, Mapping):
             return {group: round(self.share * width) for group, width in narrowest.items()}
@@ -138,7 +180,11 @@ class ZipConfig:
         return {group: int(self.share.get(group, 0)) for group in narrowest}
 
     def balance_of(self, tasks: Sequence[str]) -> list[float]:
-        """Weights of the tasks, summing to 1. Raises `InvalidConfig` unless `balance` names exactly the tasks."""
+        """Return the weights of the tasks, which sum to 1.
+
+        Raises:
+            InvalidConfig: `balance` does not name exactly the tasks.
+        """
         if self.balance is None:
             return [1 / len(tasks)] * len(tasks)
         if set(self.balance) != set(tasks):
@@ -149,14 +195,23 @@ class ZipConfig:
 
 @dataclass(frozen=True)
 class RetrainConfig:
-    """How to retrain lightly.
+    """How to retrain lightly, with Adam.
 
-    `iterations` of Adam at `learning_rate`, each on `batch_size` examples of every task; what is judged and kept is a
-    running average of the weights. `labels` is the weight of cross-entropy with labels beside distillation: none are
-    read at 0, nothing else counts at 1. `temperature` softens the outputs in distillation. `balance`: weight of each
-    task's loss, equal if not given. `statistics` of batch normalisations are ``updated``, each task's following its
-    batches, or ``kept``. Every `validate_every` iterations the network is judged; after `patience` judgements without
-    improvement training stops early.
+    Attributes:
+        iterations: Steps at most; each takes one batch of every task. Range: 0 or more.
+        batch_size: Examples of a batch. Range: 1 or more.
+        learning_rate: Adam's, after a short warm-up. Range: above 0.
+        labels: Weight of cross-entropy with labels; distillation from the originals has the rest. Range: 0 (labels are
+            not read) to 1 (nothing else counts).
+        temperature: Softens the outputs in distillation. Range: above 0.
+        balance: Weight of each task's loss, ``{task: weight}``. Range: above 0. None weighs all alike.
+        statistics: Of batch normalisations: ``updated``, each task's follow its batches, or ``kept`` as they are.
+        validate_every: Iterations between two validations. Range: 1 or more.
+        patience: Validations without improvement after which training stops. Range: 1 or more.
+        seed: Seed of the order of the examples.
+
+    Raises:
+        InvalidConfig: A value is out of range.
     """
 
     iterations: int = 100
@@ -188,5 +243,9 @@ class RetrainConfig:
         ZipConfig(balance=self.balance)  # its rules hold here, too
 
     def balance_of(self, tasks: Sequence[str]) -> list[float]:
-        """Weights of the tasks, summing to 1. Raises `InvalidConfig` unless `balance` names exactly the tasks."""
+        """Return the weights of the tasks, which sum to 1.
+
+        Raises:
+            InvalidConfig: `balance` does not name exactly the tasks.
+        """
         return ZipConfig(balance=self.balance).balance_of(tasks)

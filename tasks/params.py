@@ -219,8 +219,8 @@ class MatchParams(_Block):
 
     def core(self) -> dict[str, Any]:
         """The same as arguments of `ZipConfig`."""
-        share = self.share if self.budget is None else Budget(**self.budget.model_dump(exclude={"retrain"}))
-        return {**self.model_dump(exclude={"budget"}), "share": share}
+        budget = None if self.budget is None else Budget(**self.budget.model_dump(exclude={"retrain"}))
+        return {**self.model_dump(exclude={"budget"}), "budget": budget}
 
 
 def _check_retraining(budget: BudgetParams) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +39,25 @@ def add_network(
     zipped: ZippedNetwork,
     task: str,
     network: nn.Module,
-    calibration: Tensor | Iterable[Tensor],
+    calibration: Tensor | Iterable[Any],
     config: ZipConfig | None = None,
 ) -> ZippedNetwork:
-    """Zip one more network into a zipped one, whose tasks go on computing exactly what they do.
+    """Zip one more network into a zipped one; see `ZippedNetwork.with_task`.
 
-    `config.share` is relative to the newcomer's neurons, or to the zipped network's where those are fewer. Nothing that
-    is given is modified. Raises `MtzError` in its kinds, as `zip_networks`.
+    Args:
+        zipped: The zipped network; it is not modified.
+        task: Name of the new task.
+        network: Its pre-trained network, of the same topology; it is not modified.
+        calibration: Its calibration data, as in `zip_networks`.
+        config: How to zip it. `share` is relative to the newcomer's neurons, or to the zipped network's where those are
+            fewer.
+
+    Returns:
+        A zipped network with the new task, whose other tasks compute exactly what they did.
+
+    Raises:
+        InvalidConfig: The task is in here already, or a setting is impossible.
+        MtzError: In its other kinds, as `zip_networks`.
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     check_task_name(task)
@@ -162,9 +175,11 @@ def _costs(
     moments: Moments,
     config: ZipConfig,
 ) -> Float[np.ndarray, "neurons width"] | None:
-    """What it costs the newcomer in one layer that its neurons join existing ones; None where they cannot.
+    """Compute what it costs the newcomer in one layer that its neurons join existing ones.
 
-    Convolutions in groups say nothing: their neurons are matched by the other layers that write them.
+    Returns:
+        The cost of every pair; None where none can join, and for convolutions in groups, whose neurons are matched by
+        the other layers that write them.
     """
     networks = structure.networks
     tables = {t: torch.from_numpy(positions_of(n.graph.rows[node.name], group)) for t, n in networks.items()}

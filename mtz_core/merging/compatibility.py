@@ -12,6 +12,9 @@ from mtz_core.network.topology import first_difference
 from mtz_core.settings import ZipConfig
 from mtz_core.zipped.structure import same_kernels
 
+KEPT_SEPARATE = "it is listed under keep_separate"
+"""Why a layer stays task-specific that is meant to."""
+
 
 def check_compatible(networks: Mapping[str, Network]) -> LayerGraph:
     """The graph of the first of the networks, whose topology all have.
@@ -63,7 +66,7 @@ def writers_of(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
 def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
     """Why the rows of a layer stay task-specific whatever is shared around it; None if they need not."""
     if any(node.separate for n in networks.values() for node in n.graph.layers if node.name == layer.name):
-        return "it is listed under keep_separate"
+        return KEPT_SEPARATE
     if not same_kernels(layer.name, networks.values()):
         return "its kernels or convolution groups differ in size"
     rows, columns = ([getattr(n.graph, side)[layer.name] for n in networks.values()] for side in ("rows", "columns"))

@@ -24,11 +24,12 @@ from mtz_core.evaluation import check_labels, measure, outputs_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import Network, run
 from mtz_core.planning.planner import NEVER, Plan, Planner
-from mtz_core.retraining import Targets, distillation_loss, retrain
+from mtz_core.retraining import Targets, distillation_loss, retrain_steps
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import TEMPERATURE, Sensitivities
 from mtz_core.zipped.module import ZippedNetwork
+from mtz_core.zipped.report import LayerReport
 
 STEP = 4.0
 """By what factor the damage of sharing is counted for more or less from plan to plan, and its root once it is found."""
@@ -147,14 +148,18 @@ class BudgetSearch:
 
     def zip(self, plan: Plan) -> ZippedNetwork:
         """Merge by a plan, on all calibration data."""
-        return self._merged(plan, self.batches)
+        return finish(self.merging(plan))
 
-    def _merged(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> ZippedNetwork:
-        return finish(merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.sensitivity))
+    def merging(self, plan: Plan) -> Iterator[LayerReport | ZippedNetwork]:
+        """Merge by a plan, on all calibration data, as `mtz_core.merging.walk.merge` does."""
+        return self._merging(plan, self.batches)
+
+    def _merging(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> Iterator[LayerReport | ZippedNetwork]:
+        return merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.sensitivity)
 
     @torch.no_grad()
     def _held_out_loss(self, plan: Plan) -> dict[str, float]:
-        zipped = self._merged(plan, self.fitting)
+        zipped = finish(self._merging(plan, self.fitting))
         return {
             task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
             for task, x in self.held_out.items()
@@ -168,7 +173,8 @@ class BudgetSearch:
 @dataclass(frozen=True)
 class Validation:
     """A task's validation data: examples that took no part in anything, with labels; a metric of
-    `mtz_core.evaluation.METRICS`."""
+    `mtz_core.evaluation.METRICS`.
+    """
 
     examples: Float[Tensor, "n ..."]
     labels: Int64[Tensor, " n"]
@@ -275,7 +281,7 @@ class FloorSearch:
         iterations = 0
         if plan.bytes < self._budget_search.planner.original_bytes:
             examples = {task: own.examples for task, own in self._validation.items()}
-            for step in retrain(
+            for step in retrain_steps(
                 zipped, self._originals, self._training, examples, self._retraining, outputs=self._targets
             ):
                 iterations = step.iteration

@@ -19,19 +19,28 @@ BATCH = 100
 """Examples that go through a network at once."""
 
 
-def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
-    """Calibration data as a list of batches. Raises `InvalidCalibration` if empty, not floating point or not finite."""
+def as_batches(data: Tensor | Iterable[Any], task: str) -> list[Tensor]:
+    """Return calibration data as a list of batches.
+
+    Args:
+        data: Examples in one tensor, or batches: tensors, or pairs of ``(inputs, labels)`` as a ``DataLoader`` of a
+            labelled data set gives them; labels are left aside.
+        task: Whose data they are, for errors.
+
+    Raises:
+        InvalidCalibration: There are no examples, or their values are of another kind or not finite.
+    """
     if isinstance(data, Tensor) and data.ndim:
         batches = list(torch.split(data, BATCH))
     elif isinstance(data, Iterable) and not isinstance(data, Tensor):
-        batches = list(data)
+        batches = [_inputs(batch) for batch in data]
     else:
         raise InvalidCalibration(f"the calibration data of {task!r} are neither a tensor of examples nor batches.")
     for batch in batches:
         if not isinstance(batch, Tensor) or not batch.ndim:
             raise InvalidCalibration(
                 f"the calibration data of {task!r} have a batch of type {type(batch).__name__}. Give tensors of "
-                "examples, without labels."
+                "examples, or pairs of (inputs, labels)."
             )
     batches = [batch for batch in batches if len(batch)]
     if not batches:
@@ -51,6 +60,11 @@ def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
         if not bool(torch.isfinite(batch).all()):
             raise InvalidCalibration(f"the calibration data of {task!r} have NaN or infinite values.")
     return batches
+
+
+def _inputs(batch: Any) -> Any:
+    """Return the inputs of a batch, which may come with its labels."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
 
 
 def sample_positions(

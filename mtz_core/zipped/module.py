@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidConfig, InvalidZippedFile
 from mtz_core.network.graph import INPUT, Network, Node, free_unused, run, run_node
 from mtz_core.network.to_module import build_module
+from mtz_core.settings import ZipConfig
 from mtz_core.zipped import format
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.prefix import Order, Prefix, common_prefix
@@ -24,7 +26,8 @@ from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, ow
 class ZippedNetwork(nn.Module):
     """Several networks in one; ``zipped(x, task="fashion")`` runs one of them.
 
-    An ordinary ``nn.Module``: trains, moves between devices, and holds each shared value once.
+    It is an ordinary ``nn.Module``: it trains, moves between devices, and holds each shared value once. Printed, it
+    shows its report.
     """
 
     def __init__(self, structure: ZippedStructure, tensors: Mapping[str, Tensor]) -> None:
@@ -32,11 +35,10 @@ class ZippedNetwork(nn.Module):
         self.structure = structure
         learning = {own_name(n, task) for task, network in structure.networks.items() for n in network.trainable}
         learning |= structure.block_shapes().keys()
-        self._parameters_by_name = nn.ParameterDict(
-            {_attribute(name): nn.Parameter(tensor) for name, tensor in tensors.items() if name in learning}
-        )
         for name, tensor in tensors.items():
-            if name not in learning:
+            if name in learning:
+                self.register_parameter(_attribute(name), nn.Parameter(tensor))
+            else:
                 self.register_buffer(_attribute(name), tensor)
         self._prefix: Prefix | None = None
         self._orders: dict[tuple[str, str], tuple[Tensor | None, Tensor | None]] = {}
@@ -57,14 +59,22 @@ class ZippedNetwork(nn.Module):
         return next(self.parameters()).dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor by its name, as it is now."""
+        """Return every stored tensor by its name, detached."""
         names = (*self.structure.block_shapes(), *self.structure.own_shapes())
         return {name: self._get(name).detach() for name in names}
 
     def forward(self, x: Shaped[Tensor, "batch ..."], task: str | Sequence[str]) -> Float[Tensor, "batch ..."]:
-        """The output of one task, or of every example's own task where `task` lists one per example.
+        """Run one task, or every example's own task.
 
-        Raises `InvalidConfig` for a task that is not in here, and for a mixed batch whose outputs differ in shape.
+        Args:
+            x: Examples, ``[batch, *input shape]``.
+            task: The task, or one for each example.
+
+        Returns:
+            The outputs, ``[batch, *output shape]``.
+
+        Raises:
+            InvalidConfig: A task is not in here, or the outputs of a mixed batch differ in shape.
         """
         if not isinstance(task, str):
             return self._mixed(x, list(task))
@@ -87,9 +97,16 @@ class ZippedNetwork(nn.Module):
         return torch.cat([output for _, output in outputs])[order]
 
     def run_all(self, x: Shaped[Tensor, "batch ..."]) -> dict[str, Float[Tensor, "batch ..."]]:
-        """The outputs of all tasks for the same inputs; what all of them share from the input on is computed once.
+        """Run all tasks on the same examples; what all of them share from the input on is computed once.
 
-        Raises `InvalidConfig` where the tasks read inputs of different shapes.
+        Args:
+            x: Examples, ``[batch, *input shape]``.
+
+        Returns:
+            The outputs of each task.
+
+        Raises:
+            InvalidConfig: The tasks read inputs of different shapes.
         """
         networks = self.structure.networks
         if len({(network.input_shape, network.input_dtype) for network in networks.values()}) != 1:
@@ -122,10 +139,12 @@ class ZippedNetwork(nn.Module):
         return output
 
     def network(self, task: str) -> nn.Module:
-        """One task alone, as a plain module of torch with dense weights that needs nothing of ours.
+        """Return one task alone, as a plain torch module with dense weights that needs nothing of this package.
 
-        Its tensors are named and shaped as in the original network, its neurons are in the original's order. Raises
-        `InvalidConfig` for an unknown task.
+        Its tensors have the names and shapes of the original network's, its neurons the original order.
+
+        Raises:
+            InvalidConfig: The task is not in here.
         """
         self._check_task(task)
         part = self.structure.networks[task]
@@ -134,9 +153,10 @@ class ZippedNetwork(nn.Module):
         return build_module(Network(part.graph, state, part.trainable, part.input_shape, dtype)).train(self.training)
 
     def without(self, task: str) -> ZippedNetwork:
-        """The zipped network of the other tasks, which compute exactly what they did.
+        """Return a zipped network without one task; the others compute exactly what they did.
 
-        Raises `InvalidConfig` for an unknown task, or if it is the only one.
+        Raises:
+            InvalidConfig: The task is not in here, or it is the only one.
         """
         self._check_task(task)
         rest = tuple(other for other in self.tasks if other != task)
@@ -161,19 +181,41 @@ class ZippedNetwork(nn.Module):
         tensors |= {name: self._get(name).detach().clone() for name in structure.own_shapes()}
         return ZippedNetwork(structure.reported(tensors, reports), tensors).eval()
 
+    def with_task(
+        self, task: str, network: nn.Module, data: Tensor | Iterable[Any], config: ZipConfig | None = None
+    ) -> ZippedNetwork:
+        """Return a zipped network with one more task; the others compute exactly what they did.
+
+        Args:
+            task: Name of the new task.
+            network: Its pre-trained network, of the same topology.
+            data: Its calibration data, as in `zip_networks`.
+            config: How to zip it. `share` is relative to its own neurons, or to those here where they are fewer.
+
+        Raises:
+            MtzError: In its kinds, as `zip_networks`.
+        """
+        # Merging builds upon this module, and whoever only runs a zipped network need not load it.
+        found: ZippedNetwork = import_module("mtz_core.merging.adding").add_network(self, task, network, data, config)
+        return found
+
+    def __repr__(self) -> str:
+        """Return the tasks, and the report as a table."""
+        return f"ZippedNetwork of {', '.join(self.tasks)}\n{self.report}"
+
     def matrix(self, task: str, node: Node) -> Float[Tensor, "out columns"]:
-        """One task's dense matrix of a layer, the bias (if any) as its last column."""
+        """Return one task's dense matrix of a layer, the bias (if any) as its last column."""
         weight = self._dense_weight(task, node).detach()
         if node.bias is None:
             return weight
         return torch.cat([weight, self._dense_bias(task, node).detach()[:, None]], dim=1)
 
     def save(self, folder: str | Path) -> None:
-        """Write `manifest.json` and `weights.safetensors`; see `mtz_core.zipped.format`."""
+        """Write `manifest.json` and `weights.safetensors` into a folder; see `mtz_core.zipped.format`."""
         format.save(self.structure, self.tensors(), Path(folder))
 
     def state_of(self, task: str) -> Mapping[str, Tensor]:
-        """All tensors of one task by their original names; a layer's are put together when they are asked for."""
+        """Return all tensors of one task by their original names; those of layers are assembled on access."""
         return _TaskState(self, task)
 
     def _dense_weight(self, task: str, node: Node) -> Float[Tensor, "out in"]:
@@ -207,10 +249,7 @@ class ZippedNetwork(nn.Module):
         return rows if rows is None else rows.to(device), columns if columns is None else columns.to(device)
 
     def _get(self, name: str) -> Tensor:
-        attribute = _attribute(name)
-        found: Tensor = (
-            self._parameters_by_name[attribute] if attribute in self._parameters_by_name else getattr(self, attribute)
-        )
+        found: Tensor = getattr(self, _attribute(name))
         return found
 
     def _check_task(self, task: str) -> None:
@@ -243,9 +282,18 @@ class _TaskState(Mapping[str, Tensor]):
 
 
 def load(folder: str | Path) -> ZippedNetwork:
-    """Read a zipped network, in evaluation mode. Raises `InvalidZippedFile`, see `mtz_core.zipped.format`.
+    """Read a zipped network, in evaluation mode.
 
-    Before it is returned, every task is run on shapes alone, so that settings that do not fit are found here.
+    Every task is run on shapes alone first, so that settings that do not fit are found here.
+
+    Args:
+        folder: What `ZippedNetwork.save` wrote.
+
+    Returns:
+        The network. Nothing is unpickled, and no code from the files is executed.
+
+    Raises:
+        InvalidZippedFile: A file is missing, damaged, of an unknown version, or does not fit the other.
     """
     structure, tensors = format.load(Path(folder))
     shapes = ZippedNetwork(structure, {name: tensor.to("meta") for name, tensor in tensors.items()}).eval()

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import Tensor
+
+ROWS = 24
+"""The most layers that a printed report lists; of more, it shows the first and the last."""
+
+_LAYER_WIDTH = 32
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """What zipping did to one layer.
 
-    `neurons` are the rows of its matrix per task, `shared` of them stored once for several tasks; `cost` is the
-    predicted loss of the shared ones, ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``; `error` per task is the measured
-    relative squared error of the layer's output on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original
-    network. `note` says why nothing is shared where that is not by choice, `few_rows` by how much calibration data are
-    too few to fit the layer well.
+    Attributes:
+        layer: Path of the layer.
+        kind: Its operator.
+        neurons: Rows of its matrix, per task.
+        shared: How many of them are stored once for several tasks.
+        cost: Predicted loss of the shared ones, ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
+        error: Relative squared error of its outputs on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original
+            network, per task.
+        parameters: Values that are stored.
+        original_parameters: Values of the original layer, per task.
+        note: Why nothing is shared, where that was not asked for.
+        few_rows: By how much calibration data is too little to fit the layer well.
     """
 
     layer: str
@@ -31,7 +44,7 @@ class LayerReport:
     few_rows: str = ""
 
     def of(self, tasks: Sequence[str], shared: int, blocks: Mapping[str, Tensor]) -> LayerReport:
-        """The report when only these tasks are left."""
+        """Return the report when only these tasks are left."""
         return replace(
             self,
             neurons={task: self.neurons[task] for task in tasks},
@@ -44,10 +57,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ZipReport:
-    """Per layer what was shared, and sizes: parameters, and bytes of all that is stored (statistics, too).
+    """What was shared in each layer, and sizes. Printed, it is a table that fits a screen.
 
-    `descent` is the predicted cost of sharing before and after every step of the coordinate descent over neuron groups;
-    empty where no pairing depends on a later one.
+    Attributes:
+        method: ``refit`` or ``paper``.
+        layers: One report for each layer, in topological order.
+        stored_parameters: Values that are stored and learn.
+        original_parameters: Those of all originals together.
+        stored_bytes: Bytes of everything that is stored, statistics of normalisations included.
+        original_bytes: Those of all originals together.
+        descent: Predicted cost of sharing before and after every step of the coordinate descent over neuron groups;
+            empty where no pairing depends on a later one.
     """
 
     method: str
@@ -62,3 +82,67 @@ class ZipReport:
     def stored_fraction(self) -> float:
         """Stored parameters relative to the originals'."""
         return self.stored_parameters / self.original_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values that JSON can hold."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "descent": list(self.descent)}
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        head, *rows = _HEAD, *map(_row, self.layers)
+        if len(rows) > ROWS:
+            hidden = len(rows) - ROWS + 1
+            rows[ROWS // 2 : ROWS // 2 + hidden] = [(f"… {hidden} more layers …", "", "", "", "", "")]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [_line(row, widths) for row in (head, tuple("─" * width for width in widths), *rows)]
+        return "\n".join((*lines, *self._footer()))
+
+    def _footer(self) -> Iterator[str]:
+        share = self.stored_bytes / self.original_bytes if self.original_bytes else 1.0
+        sizes = f"{self.stored_bytes:,} of {self.original_bytes:,} bytes ({100 * share:.1f} %)"
+        yield f"stored: {sizes}, method {self.method}"
+        for title, found in (
+            ("separate", [layer.layer for layer in self.layers if layer.note]),
+            ("few rows", [layer.layer for layer in self.layers if layer.few_rows]),
+        ):
+            if found:
+                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+                yield f"{title}: {_shortened(found[0])}{more}"
+
+
+_Row = tuple[str, str, str, str, str, str]
+_HEAD: _Row = ("layer", "kind", "neurons", "shared", "stored", "output error")
+
+
+def _row(layer: LayerReport) -> _Row:
+    original = sum(layer.original_parameters.values())
+    return (
+        _shortened(layer.layer),
+        layer.kind,
+        _span([str(count) for count in layer.neurons.values()]),
+        str(layer.shared),
+        f"{100 * layer.parameters / original:.1f} %" if original else "–",
+        _span([f"{error:.2g}" for error in layer.error.values()]),
+    )
+
+
+def _span(values: Sequence[str]) -> str:
+    """Return one value for each task, or for many tasks the least and the largest."""
+    if len(set(values)) == 1:
+        return values[0]
+    if len(values) <= 3:
+        return " ".join(values)
+    ordered = sorted(values, key=float)
+    return f"{ordered[0]} … {ordered[-1]}"
+
+
+def _shortened(path: str) -> str:
+    half = _LAYER_WIDTH // 2
+    return path if len(path) <= _LAYER_WIDTH else f"{path[: half - 1]}…{path[-half:]}"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    names, numbers = row[:2], row[2:]
+    parts = [text.ljust(width) for text, width in zip(names, widths[:2], strict=True)]
+    parts += [text.rjust(width) for text, width in zip(numbers, widths[2:], strict=True)]
+    return "  ".join(parts).rstrip()

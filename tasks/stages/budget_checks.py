@@ -23,8 +23,8 @@ def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Ne
     Raises `InvalidConfig` for a size that cannot be reached whatever the weights are, `InvalidData` and
     `InvalidCalibration` for validation data without the images and labels that the networks need.
     """
-    budget = params.zip_config().share
-    if not isinstance(budget, Budget):
+    budget = params.zip_config().budget
+    if budget is None:
         return {}
     if budget.size is not None:
         _check_size(params, networks, budget)

@@ -15,7 +15,6 @@ from mtz_core.merging.compatibility import check_compatible
 from mtz_core.network.graph import Network
 from mtz_core.planning.planner import Plan
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
-from mtz_core.settings import Budget
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
@@ -41,8 +40,8 @@ def run(params: Params, workspace: Workspace) -> None:
     validation = check_budget(params, workspace, networks)
     moments = {model: read_moments(workspace.hessians(model)) for model in networks}
     sensitivity = {model: read_sensitivities(workspace.hessians(model)) for model in networks}
-    budget = params.zip_config().share
-    if not isinstance(budget, Budget):
+    budget = params.zip_config().budget
+    if budget is None:
         found = _match(params, networks, moments, sensitivity)
     else:
         batches = {model: as_batches(calibration(params, workspace, model), model) for model in networks}

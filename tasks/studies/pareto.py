@@ -24,7 +24,7 @@ from mtz_core.evaluation import Classifier, check_labels, measure, outputs_of
 from mtz_core.merging.compatibility import check_compatible
 from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
-from mtz_core.retraining import Targets, retrain
+from mtz_core.retraining import Targets, retrain_steps
 from mtz_core.settings import Budget, Method, Move
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.module import ZippedNetwork
@@ -211,15 +211,15 @@ class _Group:
             for model, network in self.networks.items()
         }
         self._moments = {model: read_moments(workspace.hessians(model)) for model in self.networks}
-        self._felt = {model: read_sensitivities(workspace.hessians(model)) for model in self.networks}
+        self._sensitivity = {model: read_sensitivities(workspace.hessians(model)) for model in self.networks}
         self._batches = {model: as_batches(calibration(params, workspace, model), model) for model in self.networks}
 
     def budget_search(self, method: str) -> BudgetSearch:
         """What makes plans by a method."""
         kind, moves = METHODS[method]
         budget = Budget(size=1.0, moves=moves)
-        config = replace(self._params.zip_config(), method=kind, share=budget)
-        return BudgetSearch(self.networks, self._moments, self._felt, self._batches, config, budget)
+        config = replace(self._params.zip_config(), method=kind, share=None, budget=budget)
+        return BudgetSearch(self.networks, self._moments, self._sensitivity, self._batches, config, budget)
 
     def rows(
         self, method: str, least: float, candidate: Candidate, zipped: ZippedNetwork, retrained: bool
@@ -255,7 +255,7 @@ class _Group:
     def retrain(self, zipped: ZippedNetwork) -> None:
         """Retrain a network lightly, as the stage `retrain` does."""
         training, validation, labels, outputs = self._retraining
-        for _ in retrain(
+        for _ in retrain_steps(
             zipped, {}, training, validation, self._params.retrain.config(), labels=labels, outputs=outputs
         ):
             pass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core import Budget, ZippedNetwork, zip_networks
-from mtz_core.retraining import original_outputs, retrain
+from mtz_core.retraining import original_outputs, retrain_steps
 from mtz_core.settings import Move, RetrainConfig, ZipConfig
 from tasks.models.example_networks import lenet5, lenet_300_100
 from tests.benchmarks.full_data import FOLDERS, Split, read_split, test_error
@@ -176,7 +176,7 @@ def measure(pair: Pair, seed: int, data: Mapping[tuple[str, str], Split], record
         }
         row |= {"stored": zipped.report.stored_bytes / zipped.report.original_bytes}
         row["error"] = errors(zipped)
-        for _ in retrain(zipped, networks, light, held_out, RETRAINING, outputs=outputs):
+        for _ in retrain_steps(zipped, networks, light, held_out, RETRAINING, outputs=outputs):
             pass
         row["retrained"] = errors(zipped)
         records.add(row)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidConfig
 from mtz_core.network.tracing import trace
 from mtz_core.planning.search import BudgetSearch, Candidate
-from mtz_core.retraining import original_outputs, retrain
+from mtz_core.retraining import original_outputs, retrain_steps
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
@@ -42,8 +42,8 @@ def budget_search(
     traced = {task: trace(networks[task], own[0]) for task, own in batches.items()}
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
     sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
-    assert isinstance(config.share, Budget)
-    return BudgetSearch(traced, moments, sensitivity, batches, config, config.share)
+    assert config.budget is not None
+    return BudgetSearch(traced, moments, sensitivity, batches, config, config.budget)
 
 
 def plans(
@@ -82,9 +82,9 @@ def measure(fleet: str, count: int, seed: int, data: Mapping[str, Split], record
         return float(np.mean([test_error(partial(zipped, task=task), test[task]) for task in networks]))
 
     before = float(np.mean([test_error(network, test[task]) for task, network in networks.items()]))
-    ours = budget_search(networks, calibration, ZipConfig(share=Budget(size=1.0), seed=seed))
+    ours = budget_search(networks, calibration, ZipConfig(budget=Budget(size=1.0), seed=seed))
     published = budget_search(
-        networks, calibration, ZipConfig(method="paper", share=Budget(size=1.0, moves=("share",)), seed=seed)
+        networks, calibration, ZipConfig(method="paper", budget=Budget(size=1.0, moves=("share",)), seed=seed)
     )
     for size in SIZES:
         if records.has(fleet=fleet, networks=count, seed=seed, size=size):
@@ -101,7 +101,7 @@ def measure(fleet: str, count: int, seed: int, data: Mapping[str, Split], record
                 "plan": candidate.name,
             }
             row |= {"bytes": candidate.plan.bytes, "original": before, "error": errors(zipped)}
-            for _ in retrain(zipped, networks, light, held_out, RETRAINING, outputs=outputs):
+            for _ in retrain_steps(zipped, networks, light, held_out, RETRAINING, outputs=outputs):
                 pass
             row["retrained"] = errors(zipped)
             rows.append(row)

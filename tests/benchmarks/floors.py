@@ -48,7 +48,7 @@ def measure(pair: Pair, seed: int, data: Mapping[tuple[str, str], Split], record
     for name, (method, moves) in METHODS.items():
         if records.has(pair=pair.name, seed=seed, method=name):
             continue
-        config = ZipConfig(method=method, share=Budget(floor=FLOOR, moves=moves), seed=seed)
+        config = ZipConfig(method=method, budget=Budget(floor=FLOOR, moves=moves), seed=seed)
         search = FloorSearch(budget_search(networks, calibration, config), networks, training, validation, RETRAINING)
         steps = list(search.steps())
         best = min((step for step in steps if step.kept), key=lambda step: step.size)

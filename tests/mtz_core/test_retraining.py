@@ -21,7 +21,7 @@ from mtz_core.retraining import (
     Targets,
     distillation_loss,
     original_outputs,
-    retrain,
+    retrain_steps,
 )
 from mtz_core.settings import RetrainConfig
 from mtz_core.zipped.structure import own_name
@@ -95,7 +95,7 @@ def test_distillation_loss_is_zero_for_equal_outputs(shift: float) -> None:
 
 def test_the_loss_falls_and_the_best_network_is_kept() -> None:
     zipped, networks, training, validation = setting()
-    steps = list(retrain(zipped, networks, training, validation, CONFIG))
+    steps = list(retrain_steps(zipped, networks, training, validation, CONFIG))
     found = totals(steps)
     assert [step.iteration for step in steps] == [0, 10, 20, 30, 40]
     assert found[-1] < 0.5 * found[0]
@@ -111,7 +111,7 @@ def test_an_absurd_learning_rate_leaves_the_merged_network(rate: float) -> None:
     zipped, networks, training, validation = setting()
     before = zipped.tensors()
     before = {name: block.clone() for name, block in before.items()}
-    steps = list(retrain(zipped, networks, training, validation, replace(CONFIG, learning_rate=rate)))
+    steps = list(retrain_steps(zipped, networks, training, validation, replace(CONFIG, learning_rate=rate)))
     assert [step.best for step in steps] == [True] + [False] * (len(steps) - 1)
     assert all(torch.equal(block, before[name]) for name, block in zipped.tensors().items())
 
@@ -119,19 +119,19 @@ def test_an_absurd_learning_rate_leaves_the_merged_network(rate: float) -> None:
 def test_training_stops_when_nothing_improves() -> None:
     zipped, networks, training, validation = setting()
     config = RetrainConfig(iterations=1000, learning_rate=10.0, validate_every=3, patience=2)
-    assert [step.iteration for step in retrain(zipped, networks, training, validation, config)] == [0, 3, 6]
+    assert [step.iteration for step in retrain_steps(zipped, networks, training, validation, config)] == [0, 3, 6]
 
 
 def test_the_last_iteration_is_judged() -> None:
-    steps = list(retrain(*setting(), replace(CONFIG, iterations=13)))
+    steps = list(retrain_steps(*setting(), replace(CONFIG, iterations=13)))
     assert [step.iteration for step in steps] == [0, 10, 13]
-    assert [step.iteration for step in retrain(*setting(), replace(CONFIG, iterations=0))] == [0]
+    assert [step.iteration for step in retrain_steps(*setting(), replace(CONFIG, iterations=0))] == [0]
 
 
 def test_training_losses_are_means_since_the_last_judgement() -> None:
     zipped, networks, training, validation = setting()
     config = replace(CONFIG, learning_rate=1e-12, batch_size=200, iterations=4, validate_every=2)
-    _, *steps = retrain(zipped, networks, training, validation, config)
+    _, *steps = retrain_steps(zipped, networks, training, validation, config)
     for step in steps:
         expected = loss(zipped, networks, training, config.temperature)
         assert sum(step.training_loss.values()) == pytest.approx(expected, rel=1e-4)
@@ -139,7 +139,7 @@ def test_training_losses_are_means_since_the_last_judgement() -> None:
 
 def retrained(case: Case) -> tuple[list[RetrainStep], dict[str, Tensor]]:
     zipped, networks, training, validation = setting(case)
-    steps = list(retrain(zipped, networks, training, validation, CONFIG))
+    steps = list(retrain_steps(zipped, networks, training, validation, CONFIG))
     return steps, zipped.tensors()
 
 
@@ -154,14 +154,14 @@ def test_the_same_twice_with_dropout() -> None:
 
 
 def test_another_seed_draws_other_batches() -> None:
-    first = list(retrain(*setting(), CONFIG))
-    assert first != list(retrain(*setting(), replace(CONFIG, seed=1)))
+    first = list(retrain_steps(*setting(), CONFIG))
+    assert first != list(retrain_steps(*setting(), replace(CONFIG, seed=1)))
 
 
 def test_kept_statistics_stay_and_the_parameters_of_normalisation_learn() -> None:
     zipped, networks, training, validation = setting(RESIDUAL)
     before = {name: tensor.clone() for name, tensor in zipped.tensors().items()}
-    steps = list(retrain(zipped, networks, training, validation, replace(CONFIG, statistics="kept")))
+    steps = list(retrain_steps(zipped, networks, training, validation, replace(CONFIG, statistics="kept")))
     assert totals(steps)[-1] < 0.5 * totals(steps)[0]
     for name, tensor in zipped.tensors().items():
         assert torch.equal(tensor, before[name]) == ("running" in name), name
@@ -174,7 +174,7 @@ def test_shared_blocks_learn_from_both_tasks() -> None:
     perfect = {"digits": networks["digits"], "fashion": Perfect(lambda x: zipped_before(x, "fashion"))}
     zipped_before = copy.deepcopy(zipped)
     assert torch.equal(perfect["fashion"](training["fashion"]), frozen)
-    list(retrain(zipped, perfect, training, validation, replace(CONFIG, iterations=10)))
+    list(retrain_steps(zipped, perfect, training, validation, replace(CONFIG, iterations=10)))
     changed = {name for name, block in zipped.tensors().items() if not torch.equal(block, before[name])}
     assert {"0/weight/digits+fashion/digits+fashion", "4/weight/digits/digits+fashion"} <= changed
     assert not torch.equal(zipped(training["fashion"], "fashion"), frozen)
@@ -195,7 +195,7 @@ def test_originals_keep_their_weights() -> None:
     zipped, networks, training, validation = setting()
     states = {task: copy.deepcopy(network.state_dict()) for task, network in networks.items()}
     data = {task: x.clone() for task, x in training.items()}
-    list(retrain(zipped, networks, training, validation, CONFIG))
+    list(retrain_steps(zipped, networks, training, validation, CONFIG))
     for task, network in networks.items():
         assert all(torch.equal(value, states[task][name]) for name, value in network.state_dict().items())
         assert all(p.grad is None for p in network.parameters())
@@ -205,14 +205,14 @@ def test_originals_keep_their_weights() -> None:
 def test_originals_keep_their_mode() -> None:
     zipped, networks, training, validation = setting()
     networks["digits"].train()
-    list(retrain(zipped, networks, training, validation, replace(CONFIG, iterations=1)))
+    list(retrain_steps(zipped, networks, training, validation, replace(CONFIG, iterations=1)))
     assert networks["digits"].training
 
 
 def test_fewer_examples_than_a_batch_are_enough() -> None:
     zipped, networks, training, validation = setting()
     training["digits"] = training["digits"][:3]
-    steps = list(retrain(zipped, networks, training, validation, CONFIG))
+    steps = list(retrain_steps(zipped, networks, training, validation, CONFIG))
     assert all(math.isfinite(value) for value in totals(steps))
 
 
@@ -221,7 +221,7 @@ def test_no_examples_are_refused(part: str) -> None:
     zipped, networks, training, validation = setting()
     {"training": training, "validation": validation}[part]["fashion"] = torch.zeros(0, 12)
     with pytest.raises(InvalidCalibration, match=f"no {part} examples for 'fashion'"):
-        next(retrain(zipped, networks, training, validation, CONFIG))
+        next(retrain_steps(zipped, networks, training, validation, CONFIG))
 
 
 @pytest.mark.parametrize("part", ["originals", "training", "validation"])
@@ -230,20 +230,20 @@ def test_missing_tasks_are_refused(part: str) -> None:
     data: dict[str, Any] = {"originals": networks, "training": training, "validation": validation}
     del data[part]["fashion"]
     with pytest.raises((InvalidCalibration, InvalidConfig), match="fashion"):
-        next(retrain(zipped, networks, training, validation, CONFIG))
+        next(retrain_steps(zipped, networks, training, validation, CONFIG))
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_a_remedy() -> None:
     zipped, networks, training, validation = setting()
     with pytest.raises(InvalidCalibration, match=r"not finite after \d+ iterations.*learning_rate"):
-        list(retrain(zipped, networks, training, validation, replace(CONFIG, learning_rate=1e30)))
+        list(retrain_steps(zipped, networks, training, validation, replace(CONFIG, learning_rate=1e30)))
 
 
 def test_examples_that_are_not_finite_are_refused() -> None:
     zipped, networks, training, validation = setting()
     validation["fashion"][0, 0] = float("nan")
     with pytest.raises(InvalidCalibration, match="fashion"):
-        next(retrain(zipped, networks, training, validation, CONFIG))
+        next(retrain_steps(zipped, networks, training, validation, CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def pick(state: RetrainState, part: str) -> dict[str, Tensor]:
 def test_distillation_and_labels_are_mixed(weight: float) -> None:
     (zipped, networks, training, validation), labels = labelled()
     config = replace(CONFIG, labels=weight)
-    first = next(retrain(zipped, networks, training, validation, config, labels=labels if weight else None))
+    first = next(retrain_steps(zipped, networks, training, validation, config, labels=labels if weight else None))
     for task in TASKS:
         outputs = zipped(validation[task], task)
         distilled = distillation_loss(outputs, networks[task](validation[task]), config.temperature)
@@ -312,7 +312,7 @@ def test_distillation_and_labels_are_mixed(weight: float) -> None:
 
 def test_labels_alone_need_no_originals() -> None:
     (zipped, _, training, validation), labels = labelled()
-    found = totals(list(retrain(zipped, {}, training, validation, replace(CONFIG, labels=1.0), labels=labels)))
+    found = totals(list(retrain_steps(zipped, {}, training, validation, replace(CONFIG, labels=1.0), labels=labels)))
     assert min(found) < 0.7 * found[0]
 
 
@@ -320,8 +320,8 @@ def test_outputs_computed_once_give_the_same() -> None:
     zipped, networks, training, validation = setting()
     outputs = original_outputs(networks, training, validation)
     spared = copy_of(zipped)
-    steps = list(retrain(zipped, networks, training, validation, CONFIG))
-    assert list(retrain(spared, {}, training, validation, CONFIG, outputs=outputs)) == steps
+    steps = list(retrain_steps(zipped, networks, training, validation, CONFIG))
+    assert list(retrain_steps(spared, {}, training, validation, CONFIG, outputs=outputs)) == steps
     assert all(torch.equal(tensor, zipped.tensors()[name]) for name, tensor in spared.tensors().items())
 
 
@@ -370,7 +370,7 @@ def test_a_state_of_another_network_is_refused() -> None:
 def test_a_task_with_more_weight_gets_closer_to_its_original() -> None:
     def final(weight: float) -> RetrainStep:
         config = replace(CONFIG, balance={"digits": weight, "fashion": 1.0})
-        steps = list(retrain(*setting(), config))
+        steps = list(retrain_steps(*setting(), config))
         return next(step for step in reversed(steps) if step.best)
 
     light, heavy = final(0.02), final(50.0)
@@ -380,7 +380,7 @@ def test_a_task_with_more_weight_gets_closer_to_its_original() -> None:
 
 def test_weights_of_tasks_count_in_proportion() -> None:
     two = replace(CONFIG, balance={"digits": 2.0, "fashion": 2.0})
-    assert list(retrain(*setting(), two)) == list(retrain(*setting(), CONFIG))
+    assert list(retrain_steps(*setting(), two)) == list(retrain_steps(*setting(), CONFIG))
 
 
 def test_updated_statistics_follow_the_batches_of_each_task() -> None:
@@ -404,7 +404,8 @@ def test_updated_statistics_follow_the_batches_of_each_task() -> None:
 
 def test_dropout_stays_off_when_statistics_are_updated() -> None:
     kept, updated = (
-        list(retrain(*setting(DROPOUT), replace(CONFIG, statistics=treatment))) for treatment in ("kept", "updated")
+        list(retrain_steps(*setting(DROPOUT), replace(CONFIG, statistics=treatment)))
+        for treatment in ("kept", "updated")
     )
     assert kept == updated
 
@@ -487,4 +488,4 @@ def test_a_network_that_is_broken_from_the_start_is_refused() -> None:
     with torch.no_grad():
         next(zipped.parameters()).fill_(float("nan"))
     with pytest.raises(InvalidCalibration, match=r"after 0 iterations.*zip again"):
-        next(retrain(zipped, networks, training, validation, CONFIG))
+        next(retrain_steps(zipped, networks, training, validation, CONFIG))

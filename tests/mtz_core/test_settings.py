@@ -63,8 +63,8 @@ def test_networks_without_hidden_layers_have_nothing_to_name() -> None:
         ({"damping": float("inf")}, r"damping: inf"),
         ({"damping": float("nan")}, r"damping: nan"),
         ({"patches": 0}, r"patches: 0.*1 or more"),
-        ({"sweeps": -1}, r"sweeps: -1.*0 or more"),
-        ({"descents": -1}, r"descents: -1.*0 or more"),
+        ({"refit_rounds": -1}, r"refit_rounds: -1.*0 or more"),
+        ({"matching_rounds": -1}, r"matching_rounds: -1.*0 or more"),
         ({"keep_separate": "layer1"}, r"keep_separate: 'layer1' is no list"),
         ({"keep_separate": ["layer1", 2]}, r"keep_separate: .*path of a submodule"),
         ({"balance": {"a": 1.0, "b": 0.0}}, r"balance: .*positive"),
@@ -78,7 +78,8 @@ def test_impossible_values_are_refused(settings: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    "settings", [{"share": "all"}, {"damping": "small"}, {"patches": 1.5}, {"balance": [1, 2]}, {"descents": 0.5}]
+    "settings",
+    [{"share": "all"}, {"damping": "small"}, {"patches": 1.5}, {"balance": [1, 2]}, {"matching_rounds": 0.5}],
 )
 def test_values_of_another_type_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(settings))):

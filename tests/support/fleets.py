@@ -149,7 +149,7 @@ def droppable(name: str) -> frozenset[str]:
     return frozenset.intersection(*map(frozenset, found))
 
 
-CONFIG = ZipConfig(share=Budget(size=0.5), patches=9, refit_rounds=1)
+CONFIG = ZipConfig(budget=Budget(size=0.5), patches=9, refit_rounds=1)
 EXAMPLES = 30
 
 

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_named(content: dict[str, Any], path: str, value: objec
 def test_a_budget_takes_the_place_of_share(content: dict[str, Any], budget: object, expected: Budget) -> None:
     content["match"] = {"budget": budget}
     params = validate(content, "without share")
-    assert params.zip_config().share == expected
+    assert params.zip_config().budget == expected
     assert validate(changed(content, "match.share", None), "share is null") == params
     assert validate(yaml.safe_load(yaml.safe_dump(params.model_dump())), "again") == params
 

@@ -52,8 +52,8 @@ def budget_search(found: Mapping[str, nn.Module], calibration: Mapping[str, Tens
     traced = {task: trace(network, batches[task][0]) for task, network in found.items()}
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
     sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
-    assert isinstance(config.share, Budget)
-    return BudgetSearch(traced, moments, sensitivity, batches, config, config.share)
+    assert config.budget is not None
+    return BudgetSearch(traced, moments, sensitivity, batches, config, config.budget)
 
 
 def stored(zipped: ZippedNetwork) -> float:
@@ -64,7 +64,7 @@ def stored(zipped: ZippedNetwork) -> float:
 @pytest.mark.parametrize("moves", [("share", "drop"), ("drop",)])
 def test_a_size_is_kept_and_nearly_used_up(size: float, moves: tuple[Move, ...]) -> None:
     found = networks()
-    zipped = zip_networks(found, images(found), ZipConfig(share=Budget(size=size, moves=moves), refit_rounds=1))
+    zipped = zip_networks(found, images(found), ZipConfig(budget=Budget(size=size, moves=moves), refit_rounds=1))
     assert size - 0.05 < stored(zipped) <= size
     for task in found:
         assert zipped(images(found)[task][:3], task).shape == (3, CLASSES)
@@ -72,7 +72,7 @@ def test_a_size_is_kept_and_nearly_used_up(size: float, moves: tuple[Move, ...])
 
 def test_the_whole_size_gives_back_the_originals() -> None:
     found = networks()
-    zipped = zip_networks(found, images(found), ZipConfig(share=Budget(size=1.0)))
+    zipped = zip_networks(found, images(found), ZipConfig(budget=Budget(size=1.0)))
     for task, network in found.items():
         x = images(found)[task]
         assert torch.equal(zipped(x, task), network(x))
@@ -82,14 +82,14 @@ def test_equal_networks_cost_the_bytes_of_one_and_no_accuracy() -> None:
     found = networks(("a",))
     twice = {"a": found["a"], "b": found["a"]}
     calibration = {"a": images(found)["a"], "b": images(found)["a"]}
-    zipped = zip_networks(twice, calibration, ZipConfig(share=Budget(size=0.62)))
+    zipped = zip_networks(twice, calibration, ZipConfig(budget=Budget(size=0.62)))
     for task in twice:
         torch.testing.assert_close(zipped(calibration[task], task), found["a"](calibration[task]))
 
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_order() -> None:
     found = networks()
-    config = ZipConfig(share=Budget(size=0.4), refit_rounds=1)
+    config = ZipConfig(budget=Budget(size=0.4), refit_rounds=1)
     one = zip_networks(found, images(found), config)
     backwards = dict(reversed(found.items()))
     other = zip_networks(backwards, dict(reversed(images(found).items())), config)
@@ -102,7 +102,7 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_order() -> None:
 def test_the_best_plan_is_behind_neither_move_alone_on_held_out_data(related: bool, size: float) -> None:
     found = networks(("a", "b", "c"), related)
     candidates = list(
-        budget_search(found, images(found), ZipConfig(share=Budget(size=size), refit_rounds=1)).candidates(size)
+        budget_search(found, images(found), ZipConfig(budget=Budget(size=size), refit_rounds=1)).candidates(size)
     )
     by_name = {candidate.name: sum(candidate.loss.values()) for candidate in candidates}
     assert "drop only" in by_name and len(by_name) > 1
@@ -117,7 +117,7 @@ def test_related_networks_share_and_unrelated_ones_drop() -> None:
     for related in (True, False):
         found = networks(("a", "b", "c", "d"), related)
         candidates = list(
-            budget_search(found, images(found), ZipConfig(share=Budget(size=0.25), refit_rounds=1)).candidates(0.25)
+            budget_search(found, images(found), ZipConfig(budget=Budget(size=0.25), refit_rounds=1)).candidates(0.25)
         )
         best = min(candidates, key=lambda candidate: sum(candidate.loss.values()))
         assert (sum(pairing.shared for pairing in best.plan.pairings.values()) >= 12) == related
@@ -125,10 +125,10 @@ def test_related_networks_share_and_unrelated_ones_drop() -> None:
 
 def test_one_move_alone_is_taken_at_its_word() -> None:
     found = networks()
-    dropped = budget_search(found, images(found), ZipConfig(share=Budget(size=0.5, moves=("drop",))))
+    dropped = budget_search(found, images(found), ZipConfig(budget=Budget(size=0.5, moves=("drop",))))
     plan = dropped.best(0.5)
     assert all(pairing.shared == 0 for pairing in plan.pairings.values())
-    shared = budget_search(found, images(found), ZipConfig(share=Budget(size=0.8, moves=("share",))))
+    shared = budget_search(found, images(found), ZipConfig(budget=Budget(size=0.8, moves=("share",))))
     plan = shared.best(0.8)
     assert all(
         len(kept) == width for own in plan.keep.values() for kept, width in zip(own.values(), (16, 12), strict=True)
@@ -137,23 +137,23 @@ def test_one_move_alone_is_taken_at_its_word() -> None:
 
 def test_the_published_method_spends_a_budget_by_sharing() -> None:
     found = networks()
-    zipped = zip_networks(found, images(found), ZipConfig(method="paper", share=Budget(size=0.8, moves=("share",))))
+    zipped = zip_networks(found, images(found), ZipConfig(method="paper", budget=Budget(size=0.8, moves=("share",))))
     assert stored(zipped) <= 0.8
     with pytest.raises(InvalidConfig, match="does not drop"):
-        ZipConfig(method="paper", share=Budget(size=0.8))
+        ZipConfig(method="paper", budget=Budget(size=0.8))
 
 
 @pytest.mark.parametrize("moves", [("share", "drop"), ("drop",), ("share",)])
 def test_an_impossible_size_is_refused_with_the_least_one(moves: tuple[Move, ...]) -> None:
     found = networks()
     with pytest.raises(InvalidConfig, match=r"the least that these networks can be stored in is 0\.\d+ of their bytes"):
-        zip_networks(found, images(found), ZipConfig(share=Budget(size=0.01, moves=moves)))
+        zip_networks(found, images(found), ZipConfig(budget=Budget(size=0.01, moves=moves)))
 
 
 def test_too_few_examples_to_hold_some_out_are_refused() -> None:
     found = networks()
     with pytest.raises(InvalidCalibration, match="Give at least 5"):
-        zip_networks(found, images(found, 4), ZipConfig(share=Budget(size=0.5)))
+        zip_networks(found, images(found, 4), ZipConfig(budget=Budget(size=0.5)))
 
 
 # --- floors ---
@@ -172,7 +172,7 @@ def labelled(found: Mapping[str, nn.Module], metric: str = "error") -> dict[str,
 
 
 def search(found: Mapping[str, nn.Module], floor: float | dict[str, float], **budget: object) -> list[FloorCandidate]:
-    config = ZipConfig(share=Budget(floor=floor, **budget), refit_rounds=1)  # type: ignore[arg-type]
+    config = ZipConfig(budget=Budget(floor=floor, **budget), refit_rounds=1)  # type: ignore[arg-type]
     calibration = images(found)
     steps = FloorSearch(budget_search(found, calibration, config), found, calibration, labelled(found), LIGHT).steps()
     return list(steps)
@@ -190,7 +190,7 @@ def lost(zipped: ZippedNetwork, found: Mapping[str, nn.Module], task: str) -> fl
 @pytest.mark.parametrize("floor", [0.0, 2.0, 10.0])
 def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
     found = networks()
-    config = ZipConfig(share=Budget(floor=floor), refit_rounds=1)
+    config = ZipConfig(budget=Budget(floor=floor), refit_rounds=1)
     zipped = zip_networks(found, images(found), config, validation=labelled(found), retraining=LIGHT)
     for task in found:
         assert lost(zipped, found, task) <= floor
@@ -219,7 +219,7 @@ def test_each_task_has_its_own_floor() -> None:
 def test_validation_data_belong_to_floors() -> None:
     found = networks()
     with pytest.raises(InvalidConfig, match="needs validation data"):
-        zip_networks(found, images(found), ZipConfig(share=Budget(floor=1.0)))
+        zip_networks(found, images(found), ZipConfig(budget=Budget(floor=1.0)))
     with pytest.raises(InvalidConfig, match="needs validation data"):
         zip_networks(found, images(found), validation=labelled(found))
 
@@ -238,7 +238,7 @@ def test_validation_data_belong_to_floors() -> None:
 def test_validation_data_that_cannot_be_are_refused_before_work(change, message: str) -> None:
     found = networks()
     with pytest.raises(MtzError, match=message):
-        zip_networks(found, images(found), ZipConfig(share=Budget(floor=1.0)), validation=change(labelled(found)))
+        zip_networks(found, images(found), ZipConfig(budget=Budget(floor=1.0)), validation=change(labelled(found)))
 
 
 def test_floors_name_the_tasks() -> None:

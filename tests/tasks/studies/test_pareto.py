@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 
 from mtz_core.planning.search import BudgetSearch
-from mtz_core.retraining import retrain
+from mtz_core.retraining import retrain_steps
 from mtz_core.settings import Budget
 from mtz_core.statistics.calibration import as_batches
 from tasks.__main__ import main
@@ -142,11 +142,11 @@ def test_retrained_rows_are_those_of_the_retrained_network(project: Path) -> Non
     assert retrained[:2] == plain
     assert [row.retrained for row in retrained] == [False, False, True, True]
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    budget_search = spender_by_hand(share=Budget(size=1.0, moves=("drop",)))
+    budget_search = spender_by_hand(budget=Budget(size=1.0, moves=("drop",)))
     zipped = budget_search.zip(budget_search.best(0.5))
     originals = {name: load_network(params, workspace, name) for name in "ab"}
     data = [{name: read_images(Path("data") / name, split) for name in "ab"} for split in ("train", "validation")]
-    assert len(list(retrain(zipped, originals, data[0], data[1], params.retrain.config()))) == 3
+    assert len(list(retrain_steps(zipped, originals, data[0], data[1], params.retrain.config()))) == 3
     assert [row.error for row in retrained[2:]] == [pytest.approx(wrong(partial(zipped, task=t), t)) for t in "ab"]
 
 
@@ -156,7 +156,7 @@ def test_the_models_own_metric_counts(project: Path) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(content))
     first, second = measured("0.9", "share")
     assert (first.metric, second.metric) == ("error", "balanced_error")
-    zipped = (budget_search := spender_by_hand(share=Budget(size=1.0, moves=("share",)))).zip(budget_search.best(0.9))
+    zipped = (budget_search := spender_by_hand(budget=Budget(size=1.0, moves=("share",)))).zip(budget_search.best(0.9))
     images, labels = read_examples(Path("data/b"), "test")
     with torch.no_grad():
         correct = zipped(images, "b").argmax(dim=1) == labels

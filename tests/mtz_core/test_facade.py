@@ -1,0 +1,381 @@
+"""The façade as a user of PyTorch expects it: names, data, progress, warnings, tables, retraining, evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mtz_core as mtz
+from mtz_core.facade import Labelled
+from mtz_core.zipped.report import ROWS
+from tests.support.networks import lenet5
+
+TASKS = ("a", "b")
+FORMER = Path(__file__).parent / "zipped" / "version-0.1"
+"""A network that version 0.1 zipped and saved, and outputs that it had."""
+QUIET = pytest.mark.filterwarnings("ignore::mtz_core.ZipWarning")
+
+
+def networks(widths: dict[str, int] | None = None) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for seed, task in enumerate(TASKS):
+        torch.manual_seed(seed)
+        width = (widths or {}).get(task, 12)
+        found[task] = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 3))
+    return found
+
+
+@pytest.fixture
+def calibration() -> dict[str, Tensor]:
+    return {task: torch.rand(60, 6) for task in TASKS}
+
+
+@pytest.fixture
+def zipped(calibration: dict[str, Tensor]) -> mtz.ZippedNetwork:
+    return mtz.zip_networks(networks(), calibration)
+
+
+def test_it_lists_its_public_names_and_nothing_else() -> None:
+    assert dir(mtz) == sorted([*mtz.__all__, "__version__"])
+    assert {"retrain", "evaluate", "InvalidConfig", "Operation", "pointwise"} <= set(dir(mtz))
+    for name in dir(mtz):
+        assert getattr(mtz, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'zip_network'"):
+        _ = mtz.zip_network
+
+
+def test_its_functions_keep_their_names_when_modules_are_imported() -> None:
+
+    assert callable(mtz.retrain)
+    assert callable(mtz.evaluate)
+    assert callable(mtz.trace)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        mtz.IncompatibleNetworks,
+        mtz.InvalidCalibration,
+        mtz.InvalidConfig,
+        mtz.InvalidWeights,
+        mtz.InvalidZippedFile,
+    ],
+)
+def test_errors_for_bad_values_are_value_errors(kind: type[Exception]) -> None:
+    assert issubclass(kind, ValueError)
+    assert issubclass(kind, mtz.MtzError)
+
+
+# Settings
+
+
+def test_share_and_budget_are_two_fields() -> None:
+    budget = mtz.Budget(size=0.5)
+    assert (mtz.ZipConfig().share, mtz.ZipConfig().budget) == (1.0, None)
+    assert (mtz.ZipConfig(budget=budget).share, mtz.ZipConfig(budget=budget).budget) == (None, budget)
+    with pytest.raises(mtz.InvalidConfig, match="share: a budget decides what is shared"):
+        mtz.ZipConfig(share=0.5, budget=budget)
+    with pytest.raises(mtz.InvalidConfig, match=r"budget: 0\.5 is not a Budget"):
+        mtz.ZipConfig(budget=0.5)  # type: ignore[arg-type]
+
+
+def test_the_former_place_of_a_budget_works_and_warns_of_its_end() -> None:
+    budget = mtz.Budget(size=0.5)
+    with pytest.warns(FutureWarning, match=r"share=Budget.*is deprecated.*Write ZipConfig\(budget=Budget") as caught:
+        config = mtz.ZipConfig(share=budget)  # type: ignore[arg-type]
+    assert config == mtz.ZipConfig(budget=budget)
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning), pytest.raises(mtz.InvalidConfig, match="'paper' does not drop"):
+        mtz.ZipConfig(method="paper", share=budget)  # type: ignore[arg-type]
+
+
+# Data
+
+
+@pytest.mark.parametrize("shape", ["pairs", "tensors", "batches"])
+def test_every_form_of_calibration_gives_the_same_network(shape: str, calibration: dict[str, Tensor]) -> None:
+    forms: dict[str, Any] = {
+        "pairs": {t: DataLoader(TensorDataset(x, torch.arange(60)), batch_size=25) for t, x in calibration.items()},
+        "tensors": {t: DataLoader(TensorDataset(x, x[:, 0]), batch_size=25) for t, x in calibration.items()},
+        "batches": {t: list(torch.split(x, 25)) for t, x in calibration.items()},
+    }
+    expected = mtz.zip_networks(networks(), {t: torch.split(x, 25) for t, x in calibration.items()})
+    found = mtz.zip_networks(networks(), forms[shape])
+    assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in expected.tensors().items())
+
+
+def test_batches_of_anything_else_are_refused(calibration: dict[str, Tensor]) -> None:
+    for bad in ([{"x": calibration["a"]}], [(calibration["a"],) * 3], ["text"], 5):
+        with pytest.raises(mtz.InvalidCalibration, match="calibration data of 'a'"):
+            mtz.zip_networks(networks(), {**calibration, "a": bad})  # type: ignore[dict-item]
+
+
+# Progress
+
+
+def test_every_step_is_reported_in_order(calibration: dict[str, Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    steps: list[mtz.Progress] = []
+    with caplog.at_level(logging.INFO, logger="mtz_core"):
+        mtz.zip_networks(
+            networks(),
+            calibration,
+            mtz.ZipConfig(share=0.5),
+            retraining=mtz.RetrainConfig(iterations=4, validate_every=2),
+            on_progress=steps.append,
+        )
+    assert [(s.stage, s.what, s.done, s.total) for s in steps if s.stage in ("trace", "merge")] == [
+        *(("trace", task, done, 2) for done, task in enumerate(TASKS, start=1)),
+        *(("merge", layer, done, 3) for done, layer in enumerate(("0", "2", "4"), start=1)),
+    ]
+    stages = [step.stage for step in steps]
+    assert list(dict.fromkeys(stages)) == ["trace", "measure", "match", "merge", "retrain"]
+    assert [record.message for record in caplog.records] == [str(step) for step in steps]
+    assert "merge 2 of 3: 2" in caplog.messages
+
+
+def test_plans_of_a_budget_are_reported(calibration: dict[str, Tensor]) -> None:
+    steps: list[mtz.Progress] = []
+    config = mtz.ZipConfig(budget=mtz.Budget(size=0.7), refit_rounds=0)
+    found = mtz.zip_networks(networks(), calibration, config, on_progress=steps.append)
+    assert found.report.stored_bytes <= 0.7 * found.report.original_bytes
+    assert {"drop only", "share only"} <= {step.what for step in steps if step.stage == "plan"}
+    assert [step.what for step in steps if step.stage == "merge"] == ["0", "2", "4"]
+
+
+def test_an_error_of_the_callback_ends_the_work(calibration: dict[str, Tensor]) -> None:
+    def stop(step: mtz.Progress) -> None:
+        raise KeyboardInterrupt(step.what)
+
+    with pytest.raises(KeyboardInterrupt, match="a"):
+        mtz.zip_networks(networks(), calibration, on_progress=stop)
+
+
+# Warnings
+
+
+def test_few_rows_are_warned_of_once(calibration: dict[str, Tensor]) -> None:
+    few = {task: x[:4] for task, x in calibration.items()}
+    with pytest.warns(mtz.ZipWarning, match=r"'0' and 2 more are fitted to few rows: .*report\.layers") as caught:
+        mtz.zip_networks(networks(), few)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_layers_that_stay_separate_are_warned_of_where_they_were_to_be_shared() -> None:
+    kernels = {}
+    for task, size in zip(TASKS, (3, 5), strict=True):
+        torch.manual_seed(size)
+        layers = nn.Conv2d(1, 4, size), nn.ReLU(), nn.Flatten(), nn.Linear(4 * (7 - size) ** 2, 3)
+        kernels[task] = nn.Sequential(*layers)
+    data = {task: torch.rand(200, 1, 6, 6) for task in TASKS}
+    with pytest.warns(mtz.ZipWarning, match=r"'0' and 1 more stay separate: its kernels .* differ in size"):
+        mtz.zip_networks(kernels, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mtz.zip_networks(kernels, data, mtz.ZipConfig(share=0.0))
+        mtz.zip_networks(kernels, data, mtz.ZipConfig(keep_separate=["0", "3"]))
+
+
+def test_all_is_quiet_where_all_is_well(calibration: dict[str, Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mtz.zip_networks(networks(), calibration)
+
+
+# Tables
+
+
+@QUIET
+def test_a_zipped_network_prints_a_table_that_fits_a_screen() -> None:
+    torch.manual_seed(0)
+    pair: dict[str, nn.Module] = {task: lenet5((6, 8, 30), 10) for task in TASKS}
+    zipped = mtz.zip_networks(pair, {task: torch.rand(40, 1, 20, 20) for task in TASKS})
+    lines = str(zipped).splitlines()
+    assert lines[0] == "ZippedNetwork of a, b"
+    assert "\n".join(lines[1:]) == str(zipped.report)
+    assert max(map(len, lines)) <= 88
+    for layer in zipped.report.layers:
+        (line,) = [line for line in lines if line.startswith(f"{layer.layer} ")]
+        assert f" {layer.shared} " in line
+    assert f"stored: {zipped.report.stored_bytes:,} of {zipped.report.original_bytes:,} bytes" in str(zipped)
+
+
+@pytest.mark.parametrize("count", [ROWS, ROWS + 1, 300])
+def test_a_deep_network_prints_its_first_and_last_layers(count: int, zipped: mtz.ZippedNetwork) -> None:
+    layer = zipped.report.layers[0]
+    path = "backbone.stages.{}.blocks.0.attention.projection.dense"
+    names = [path.format(number) for number in range(count)]
+    report = replace(zipped.report, layers=tuple(replace(layer, layer=name, note="n") for name in names))
+    lines = str(report).splitlines()
+    assert len(lines) <= ROWS + 5
+    assert max(map(len, lines)) <= 88
+    assert lines[2].startswith("backbone.stages…projection.dense ")
+    assert (f"… {count - ROWS + 1} more layers …" in str(report)) == (count > ROWS)
+
+
+def test_a_report_of_many_tasks_gives_ranges(zipped: mtz.ZippedNetwork) -> None:
+    tasks = [f"task{number}" for number in range(20)]
+    layer = replace(
+        zipped.report.layers[0],
+        neurons={task: 100 + number for number, task in enumerate(tasks)},
+        error={task: number / 1000 for number, task in enumerate(tasks)},
+    )
+    text = str(replace(zipped.report, layers=(layer,)))
+    assert "100 … 119" in text
+    assert "0 … 0.019" in text
+
+
+def test_a_report_is_plain_values(zipped: mtz.ZippedNetwork) -> None:
+    values = json.loads(json.dumps(zipped.report.to_dict()))
+    assert values["stored_bytes"] == zipped.report.stored_bytes
+    assert [layer["layer"] for layer in values["layers"]] == [layer.layer for layer in zipped.report.layers]
+    assert (
+        mtz.ZipReport(
+            **{
+                **values,
+                "layers": tuple(mtz.LayerReport(**layer) for layer in values["layers"]),
+                "descent": tuple(values["descent"]),
+            }
+        )
+        == zipped.report
+    )
+
+
+# The module
+
+
+def test_state_dict_names_blocks_alone(zipped: mtz.ZippedNetwork) -> None:
+    names = {name.replace("|", ".") for name in zipped.state_dict()}
+    assert names == set(zipped.tensors())
+    assert {name.replace("|", ".") for name, _ in zipped.named_parameters()} == names
+    again = pickle.loads(pickle.dumps(zipped))
+    assert torch.equal(again(torch.ones(1, 6), task="a"), zipped(torch.ones(1, 6), task="a"))
+
+
+def test_with_task_is_the_other_side_of_without(zipped: mtz.ZippedNetwork, calibration: dict[str, Tensor]) -> None:
+    torch.manual_seed(2)
+    third = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
+    loader = DataLoader(TensorDataset(calibration["a"], torch.zeros(60)), batch_size=30)
+    three = zipped.with_task("c", third, loader)
+    assert three.tasks == ("a", "b", "c")
+    x = torch.rand(5, 6)
+    for task in TASKS:
+        assert torch.allclose(three(x, task=task), zipped(x, task=task), atol=1e-6)
+        assert torch.equal(three.without("c")(x, task=task), three(x, task=task))
+    apart = zipped.with_task("c", third, loader, mtz.ZipConfig(share=0.0))
+    assert torch.allclose(apart(x, task="c"), third(x), atol=1e-6)
+    with pytest.raises(mtz.InvalidConfig, match="'a' is in this zipped network already"):
+        zipped.with_task("a", third, loader)
+
+
+# Retraining
+
+
+def test_retraining_without_a_floor_retrains(calibration: dict[str, Tensor]) -> None:
+    steps: list[mtz.Progress] = []
+    plain = mtz.zip_networks(networks(), calibration)
+    config = mtz.RetrainConfig(iterations=40, validate_every=20, learning_rate=0.01)
+    found = mtz.zip_networks(networks(), calibration, retraining=config, on_progress=steps.append)
+    assert [s.what.partition(",")[0] for s in steps if s.stage == "retrain"] == [f"iteration {n}" for n in (0, 20, 40)]
+    x = torch.rand(400, 6)
+    with torch.no_grad():
+        errors = [
+            sum(float((one(x, task=task) - original(x)).square().mean()) for task, original in networks().items())
+            for one in (plain, found)
+        ]
+    assert errors[1] < errors[0]
+
+
+def test_retraining_validates_on_what_it_is_given(calibration: dict[str, Tensor]) -> None:
+    validation: dict[str, Labelled] = {task: (torch.rand(9, 6), torch.zeros(9, dtype=torch.long)) for task in TASKS}
+    few = {task: x[:4] for task, x in calibration.items()}
+    config = mtz.RetrainConfig(iterations=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mtz.ZipWarning)
+        mtz.zip_networks(networks(), few, validation=validation, retraining=config)
+        with pytest.raises(mtz.InvalidCalibration, match="'a' has 4 calibration examples; light retraining holds"):
+            mtz.zip_networks(networks(), few, retraining=config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"retraining": mtz.RetrainConfig(labels=0.5)}, r"retraining\.labels: zipping retrains by distillation"),
+        ({"validation": {}}, "validation data is read for a floor or for light retraining"),
+        ({"config": mtz.ZipConfig(budget=mtz.Budget(floor=1.0))}, "a floor needs validation data"),
+    ],
+)
+def test_contradictions_are_refused_before_work(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(mtz.InvalidConfig, match=message):
+        mtz.zip_networks(networks(), dict.fromkeys(TASKS, torch.rand(9, 6)), **arguments)
+
+
+def test_retrain_returns_the_learning_curve(zipped: mtz.ZippedNetwork, calibration: dict[str, Tensor]) -> None:
+    steps: list[mtz.Progress] = []
+    loaders = {task: DataLoader(TensorDataset(x, x[:, 0]), batch_size=20) for task, x in calibration.items()}
+    held_out = {task: torch.rand(30, 6) for task in TASKS}
+    config = mtz.RetrainConfig(iterations=6, validate_every=3)
+    curve = mtz.retrain(zipped, networks(), loaders, held_out, config, on_progress=steps.append)
+    assert [step.iteration for step in curve] == [0, 3, 6]
+    assert [step.done for step in steps] == [1, 2, 3]
+
+
+# Evaluation
+
+
+def test_evaluate_compares_with_the_originals(zipped: mtz.ZippedNetwork) -> None:
+    originals = networks()
+    x = torch.rand(300, 6)
+    with torch.no_grad():
+        truth = {task: network(x).argmax(dim=1) for task, network in originals.items()}
+    test: dict[str, Labelled] = {
+        "a": (x, truth["a"]),
+        "b": DataLoader(TensorDataset(x, truth["b"].to(torch.uint8)), batch_size=70),
+    }
+    found = mtz.evaluate(zipped, test, originals=originals)
+    for task in TASKS:
+        assert found[task].original_error == 0.0
+        assert found[task].agreement == pytest.approx(100 - found[task].error)
+    assert mtz.evaluate(zipped, {"a": test["a"]}) == {"a": mtz.Evaluation(found["a"].error)}
+    assert mtz.evaluate(zipped, test, metric="top5_error")["a"].error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ({"c": (torch.rand(2, 6), torch.zeros(2))}, "task 'c' is not in this zipped network"),
+        ({"a": (torch.rand(2, 6), torch.zeros(3, dtype=torch.long))}, "'a' has 3 labels for 2 examples"),
+        ({"a": (torch.rand(2, 6), torch.tensor([0, 3]))}, "labels of 'a' go from 0 to 3"),
+        ({"a": []}, "no examples with labels for 'a'"),
+        ({"a": [torch.rand(2, 6)]}, "data of 'a' are not examples with labels"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(zipped: mtz.ZippedNetwork, test: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mtz.evaluate(zipped, test)
+    with pytest.raises(mtz.InvalidConfig, match="metric 'accuracy' is unknown"):
+        mtz.evaluate(zipped, test, metric="accuracy")
+
+
+def test_an_original_is_needed_for_every_task_that_is_compared(zipped: mtz.ZippedNetwork) -> None:
+    data = (torch.rand(2, 6), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(mtz.InvalidConfig, match="no original network for 'b'"):
+        mtz.evaluate(zipped, {"a": data, "b": data}, originals={"a": networks()["a"]})
+
+
+def test_what_version_0_1_wrote_is_read() -> None:
+    zipped = mtz.load(FORMER / "zipped")
+    expected = load_file(FORMER / "outputs.safetensors")
+    for task in zipped.tasks:
+        assert torch.allclose(zipped(expected["inputs"], task=task), expected[task], atol=1e-6)
