@@ -10,6 +10,9 @@ UV  := $(BIN)/uv --quiet --no-progress
 # Commands of pipeline stages say `python` and `dvc`: they must find this environment's.
 WITH_ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
+# Tests of one file stay in one process, files in their order: its networks and servers are made once.
+BY_FILE := --dist=loadfile --no-loadscope-reorder
+
 # Without bytecode, imports and servers start two to four times slower.
 unexport PYTHONDONTWRITEBYTECODE
 # Neither another environment nor foreign modules may leak into this one.
@@ -17,7 +20,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run ui test bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format docs docs-serve lock data clean
+.PHONY: help setup run ui test test-core bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format docs docs-serve lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,7 +49,10 @@ ui: setup ## serve the MLflow and Prefect pages on this machine
 	@$(WITH_ENV) mtz ui
 
 test: setup ## run the tests
-	@$(WITH_ENV) python -m pytest
+	@$(WITH_ENV) python -m pytest --numprocesses=3 $(BY_FILE)
+
+test-core: setup ## run the quick tests of the core alone, in less than a minute
+	@$(WITH_ENV) python -m pytest --numprocesses=2 $(BY_FILE) -m "not (bench or slow)" tests/mtz_core
 
 bench: setup ## compare with every other way on the full data (MTZ_FULL_DATA or ../shared/data), in minutes
 	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks quick

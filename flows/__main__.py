@@ -11,8 +11,8 @@ def main() -> None:
     missing = [name for name in _PIPELINE if find_spec(name) is None]
     if missing:
         sys.exit(
-            f'error: the command mtz needs the pipeline ({", ".join(missing)} not installed): pip install "mtz[pipeline]", '
-            'or pip install ".[pipeline]" in a checkout'
+            f"error: the command mtz needs the pipeline, and {', '.join(missing)} cannot be found. "
+            'Run: pip install "mtz[pipeline]", in a checkout: pip install ".[pipeline]"'
         )
     from flows.cli import main as run_command_line
 

@@ -27,6 +27,8 @@ from mtz_core.settings import RetrainConfig
 from mtz_core.zipped.structure import own_name
 from tests.support.networks import TASKS, Case, Residual, dropout, mlp, traced_pair, zip_traced
 
+pytestmark = pytest.mark.slow
+
 MLP = Case("mlp", mlp, (12,), (16, 12), other_classes=5)
 RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6))
 DROPOUT = Case("dropout", dropout, (12,), (9, 7))

@@ -7,6 +7,8 @@ import pytest
 from tests.support.zoo.laws import LAWS, zipped_pair
 from tests.support.zoo.table import OWN, ZooCase
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)

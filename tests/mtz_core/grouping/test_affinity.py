@@ -20,6 +20,8 @@ from mtz_core.statistics.sensitivity import sensitivities
 from tests.support.fleets import statistics, traced_fleet
 from tests.support.networks import CASES, Case, Residual, hidden_layers, lenet5, mlp, permuted
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -15,6 +15,8 @@ from mtz_core.zipped.module import ZippedNetwork
 from tests.support.networks import mlp
 from tests.support.zoo.table import OWN
 
+pytestmark = pytest.mark.slow
+
 CASES = {case.name: case for case in OWN if case.name in ("mlp", "resnext", "vit")}
 CONFIG = ZipConfig(share=0.7, patches=8)
 

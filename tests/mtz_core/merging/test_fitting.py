@@ -385,6 +385,7 @@ def normalised(scale: Sequence[float] | None, floor: nn.Module) -> tuple[nn.Sequ
     return network.double().eval(), norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [(1.5, -0.7, 0.0, 2.0, -3.0, 0.0), None], ids=["affine", "not affine"])
 def test_targets_behind_a_batch_normalisation_are_the_nearest_that_make_the_same(scale: Sequence[float] | None) -> None:
     network, norm = normalised(scale, nn.ReLU())

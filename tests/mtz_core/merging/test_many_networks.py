@@ -28,6 +28,8 @@ from tests.support.networks import (
     zip_traced,
 )
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("a", "b", "c", "d", "e")
 MLP = Case("mlp", mlp, (12,), (9, 7), dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), dtype=torch.float64)

@@ -378,6 +378,7 @@ def patches(module: nn.Module, layer: nn.Conv2d, x: Tensor) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["two", "three"])
 @pytest.mark.parametrize("method", ["paper", "refit"])

@@ -12,6 +12,8 @@ from mtz_core import ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig, UnsupportedModule
 from tests.support.networks import Residual, mlp
 
+pytestmark = pytest.mark.slow
+
 
 def convolutional(channels: int = 1, kernel: int = 3, flat: int | None = None, groups: int = 1) -> nn.Module:
     """Two convolutions and two linear layers, behind global pooling or a flatten."""

@@ -20,6 +20,8 @@ from tests.support.networks import Residual
 from tests.support.zoo.laws import assert_close, module, plain_attention, traced
 from tests.support.zoo.table import OWN
 
+pytestmark = pytest.mark.slow
+
 CASES = {case.name: case for case in OWN}
 BOUND: Mapping[str, Sequence[str]] = {
     "mlp": (),

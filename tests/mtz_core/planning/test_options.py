@@ -24,6 +24,7 @@ def states(table: Options) -> range:
     return range(len(table.gone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", [BOTH, ("share",), ("drop",)], ids="+".join)
 @on_all_fleets
 def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> None:
@@ -45,6 +46,7 @@ def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> 
         assert table.sharing[0] == table.dropping[0] == 0
 
 
+@pytest.mark.slow
 @on_all_fleets
 def test_only_what_is_allowed_is_done(name: str) -> None:
     networks = traced_fleet(name)

@@ -18,6 +18,8 @@ from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
 from tests.support.networks import mlp
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 
