@@ -34,8 +34,8 @@ WORK = "flows.job:run_job"
 
 LOCAL_CLUSTER = "local"
 _TRIES = 3
-_STARTING_SECONDS = 120.0
-_CONNECTING_SECONDS = 10.0
+_STARTING_SECONDS = 600.0
+_CONNECTING_SECONDS = 30.0
 
 
 class ExecutorFailed(MtzError):

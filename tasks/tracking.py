@@ -50,7 +50,7 @@ _VARIABLES = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 class TrackingError(ServiceFault):
@@ -84,7 +84,7 @@ def tracking_uri(settings: Settings, home: Path) -> str:
 def prepare(settings: Settings, home: Path) -> None:
     """Make the registry ready: create or migrate the embedded one, or see that another one answers.
 
-    Raises `TrackingError`, within about ten seconds where a server does not answer.
+    Raises `TrackingError`, within about half a minute where a server does not answer.
     """
     with _explained(settings, home):
         if settings.uri == EMBEDDED:

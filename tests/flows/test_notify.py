@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows import notify
+from tests.waiting import PATIENCE_SECONDS
 
 RESULT = {
     "fleet": "nightly",
@@ -42,6 +43,7 @@ def heard() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_it_hears_what_a_run_came_to(heard: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     url, received = heard
     monkeypatch.setattr(notify, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(notify, "_TIMEOUT_SECONDS", PATIENCE_SECONDS)
     monkeypatch.setenv(notify.URL, url)
     assert notify.tell(RESULT) == ""
     assert len(received) == 2, "one that is away for a moment is tried again"
