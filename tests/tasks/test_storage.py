@@ -206,7 +206,8 @@ def test_a_server_that_is_not_there(other: Place, home: Path) -> None:
     assert "storage.endpoint" in message
 
 
-def test_a_server_that_says_nothing(other: Place, home: Path) -> None:
+def test_a_server_that_says_nothing(other: Place, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PATIENCE_AT_FIRST", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert "does not answer" in refusal(dataclasses.replace(other, endpoint=url), home, read_timeout=0.1)
