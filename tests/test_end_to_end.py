@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.support import prefect_server
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 pytestmark = pytest.mark.e2e
 
@@ -99,7 +100,7 @@ def storage(project: Path, first_run: str) -> Iterator[dict[str, str]]:
         yield dict(re.findall(r"export (\w+)=(\S+)", exported.replace("'", "")))
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(PATIENCE_SECONDS)
 
 
 def test_a_run_executes_every_stage_and_registers_a_version(first_run: str, workspace: Path) -> None:
@@ -192,5 +193,9 @@ def test_nothing_is_left_running_and_no_secret_in_a_log(project: Path, first_run
     assert secret not in first_run
     for log in [*(project / ".mtz/logs").rglob("*.log"), *(project / ".mtz/s3").glob("*.log")]:
         assert secret not in log.read_text(errors="replace"), log
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(project) not in running and secret not in running
+
+    def running() -> str:
+        return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+    assert secret not in running()
+    until(lambda: str(project) not in running())

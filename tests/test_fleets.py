@@ -17,6 +17,7 @@ from tasks.data.factories import materialise
 from tests.benchmarks.fleet_project import copy_project
 from tests.flows.commands.test_run import mtz, start
 from tests.support import prefect_server
+from tests.support.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.e2e
 
@@ -189,6 +190,6 @@ def test_a_deployed_fleet_runs_its_groups_on_workers_elsewhere(
         for worker in workers:
             worker.terminate()
         for worker in workers:
-            worker.wait(30)
+            worker.wait(PATIENCE_SECONDS)
     for log in (tmp_path / "fleets.log", tmp_path / "groups.log"):
         assert credentials["AWS_SECRET_ACCESS_KEY"] not in log.read_text()

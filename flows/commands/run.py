@@ -18,7 +18,7 @@ from tasks.home import find_home
 from tasks.registry import mlflow_client
 
 _WIDTH_WITHOUT_TERMINAL = 120
-_FLUSH_SECONDS = 5.0
+_FLUSH_SECONDS = 30.0
 _NAMED = 8
 
 

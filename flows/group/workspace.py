@@ -39,9 +39,9 @@ _REMOTE = "storage"
 _SECTION = f"'remote \"{_REMOTE}\"'"
 _BROUGHT = Path(".dvc", "brought.json")
 _UNKNOWN: list[Any] = ["", 0, 0]
-_TIMEOUTS = {"connect_timeout": "5", "read_timeout": "60"}
+_TIMEOUTS = {"connect_timeout": "20", "read_timeout": "60"}
 """Seconds; DVC itself would wait for ever."""
-_PATIENCE_SECONDS = 15.0  # for the children of a killed run to be gone
+_PATIENCE_SECONDS = 60.0  # for the children of a killed run to be gone
 _POLL_SECONDS = 0.2
 
 
@@ -85,7 +85,7 @@ def cache_of(home: Path) -> Path:
 
 @contextmanager
 def held(folder: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[Path]:
-    """Hold a workspace for this process, waiting some seconds for it; yield its folder.
+    """Hold a workspace for this process, waiting up to a minute for it; yield its folder.
 
     Raises:
         WorkspaceBusy: another process holds it, or a DVC that someone started by hand works in it.

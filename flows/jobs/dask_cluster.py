@@ -28,7 +28,8 @@ _SETTINGS = {
     # A worker takes a job only when it is free: one that waits at a busy worker would wait for hours.
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
     # Where no worker ever comes up, jobs fail instead of waiting for ever.
-    "DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT": "180s",
+    "DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT": "600s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "300s",
     "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "false",
 }
 

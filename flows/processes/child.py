@@ -13,7 +13,7 @@ from typing import IO
 from tasks import warm_client
 
 _LIFELINE = Path(__file__).with_name("lifeline.py")
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 20.0
 _RUN_WARM = ("dvc", "dvc_index")
 
 _running: set["Child"] = set()
@@ -82,7 +82,7 @@ class Child:
         return status
 
     def stop(self) -> None:
-        """End the whole process group: politely first, by force after a few seconds."""
+        """End the whole process group: politely first, by force after twenty seconds."""
         self._signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired, TimeoutError):
             self._process.wait(_GRACE_SECONDS)

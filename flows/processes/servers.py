@@ -15,7 +15,8 @@ from mtz_core.errors import MtzError
 
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1
-_START_SECONDS = 120.0  # Prefect makes its database on the first start: 12 s alone, much longer on a busy machine
+_START_SECONDS = 600.0  # Prefect makes its database on the first start: 12 s alone, minutes on a busy machine
+_ANSWER_SECONDS = 30.0
 
 
 class ServiceFailed(MtzError):
@@ -143,7 +144,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def _answers(url: str, opener: urllib.request.OpenerDirector = _DIRECT) -> bool:
     try:
-        with opener.open(url, timeout=5) as answer:
+        with opener.open(url, timeout=_ANSWER_SECONDS) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -42,7 +42,7 @@ _VARIABLES = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
-_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "4", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 class TrackingError(ServiceFault):
@@ -76,7 +76,7 @@ def tracking_uri(settings: TrackingSettings, home: Path) -> str:
 def prepare(settings: TrackingSettings, home: Path) -> None:
     """Make the registry ready: create or migrate the embedded one, or see that another one answers.
 
-    Raises `TrackingError`, within about ten seconds where a server does not answer.
+    Raises `TrackingError`, within about half a minute where a server does not answer.
     """
     with explained(settings, home):
         if settings.uri == EMBEDDED:

@@ -285,7 +285,7 @@ class _Index:
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self._file, timeout=60, isolation_level=None)
+        database = sqlite3.connect(self._file, timeout=300, isolation_level=None)
         try:
             # A crash of the machine may cost the last entries, which only have to be found anew.
             database.execute("PRAGMA synchronous = OFF")

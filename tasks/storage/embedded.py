@@ -31,9 +31,11 @@ from pathlib import Path
 from tasks.faults import ServiceFault
 from tasks.locks import exclusive, open_lock, try_exclusive
 
-_START_SECONDS = 45.0
+_START_SECONDS = 120.0  # seconds alone, much longer on a busy machine
 # Now and then it waits for itself when it stops; then it is killed, which loses nothing that it has acknowledged.
 _STOP_SECONDS = 3.0
+_END_SECONDS = 300.0  # for a killed process to be gone
+_LAUNCH_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _START_ATTEMPTS = 3
 
@@ -176,13 +178,12 @@ def _environment(folder: Path, keys: dict[str, str]) -> dict[str, str]:
 
 def _stop(folder: Path) -> None:
     """End the server and wait until its process is gone."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        if not is_alive(folder):
+    for how, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _END_SECONDS)):
+        if not is_alive(folder) or (pid := _pid(folder)) is None:
             return
-        if (pid := _pid(folder)) is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, how)
-        _becomes(lambda: not is_alive(folder), _STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.kill(pid, how)
+        _becomes(lambda: not is_alive(folder), patience)
         _remove_sockets(folder)
 
 
@@ -196,7 +197,7 @@ def _remove_sockets(folder: Path) -> None:
 def _pid(folder: Path) -> int | None:
     """The process id that the launcher wrote; waits a moment for a launcher that has not come to it yet."""
     file = folder / "server.pid"
-    if not _becomes(lambda: file.exists() and file.read_text().strip().isdigit(), 2.0):
+    if not _becomes(lambda: file.exists() and file.read_text().strip().isdigit(), _LAUNCH_SECONDS):
         return None
     return int(file.read_text())
 

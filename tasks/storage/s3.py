@@ -62,13 +62,13 @@ _TRANSFER = TransferConfig(multipart_threshold=_SMALL_BYTES, num_download_attemp
 _PATIENCE = 60.0
 _LONGEST_WAIT = 8.0
 
-# A first answer within ten seconds, also from a host that drops packets or accepts and says nothing; what fails at once
-# is tried again for so many of them.
-_PATIENCE_AT_FIRST = 4.0
-_IMPATIENT = {"connect_timeout": 3, "read_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 2}}
-_STARTING = {"connect_timeout": 1, "read_timeout": 4, "retries": {"total_max_attempts": 1}}
+# A first answer within half a minute, also from a host that drops packets or accepts and says nothing; what fails at
+# once is tried again for so many seconds.
+_PATIENCE_AT_FIRST = 10.0
+_IMPATIENT = {"connect_timeout": 10, "read_timeout": 15, "retries": {"mode": "standard", "total_max_attempts": 2}}
+_STARTING = {"connect_timeout": 5, "read_timeout": 10, "retries": {"total_max_attempts": 1}}
 _PATIENT = {
-    "connect_timeout": 5,
+    "connect_timeout": 20,
     "read_timeout": 60,
     "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
     "max_pool_connections": 2 * _THREADS,
@@ -360,7 +360,7 @@ def connect(settings: StorageSettings, home: Path) -> Iterator[Storage]:
     """Open the storage that `settings` name, checked by storing an object.
 
     With `endpoint: embedded` the server of `home` is started where none runs, and stopped by its last user.
-    Raises `StorageError`, within about ten seconds where the server does not answer, or `EmbeddedServerError`.
+    Raises `StorageError`, within about half a minute where the server does not answer, or `EmbeddedServerError`.
     """
     if settings.endpoint == EMBEDDED:
         folder = home / "s3"

@@ -46,7 +46,7 @@ ON_CLUSTER = with_settings("flow.executor=dask", "flow.dask=local")
 
 _MARKER = "MTZ_FAULTS"
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 60.0
 _SHORTEST_MEAN_SECONDS = 1.5
 _SHARE_OF_TIME_FOR_KILLS = 0.4
 _RUNS_AFTER = 4

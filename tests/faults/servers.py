@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -23,19 +22,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from flows.processes.servers import free_port
 from tasks.storage import embedded
+from tests.support.waiting import until
 
 BUCKET = "mtz"
 REGION = "us-east-1"
 
 _HOST = "127.0.0.1"
-_START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
-_POLL_SECONDS = 0.1
 _GRPC_OFFSET = 10_000
-
-
-class NotStarted(Exception):
-    """A server did not become ready."""
 
 
 class Server:
@@ -73,12 +67,8 @@ class Server:
             return killed
 
     def wait(self) -> None:
-        """Wait until it is ready. Raises `NotStarted`."""
-        deadline = time.monotonic() + _START_SECONDS
-        while not self.is_ready():
-            if time.monotonic() > deadline:
-                raise NotStarted(f"{self.name} did not start; its log is {self.folder / 'server.log'}")
-            time.sleep(_POLL_SECONDS)
+        """Wait until it is ready."""
+        until(self.is_ready, f"{self.name} is ready; its log is {self.folder / 'server.log'}")
 
     def is_ready(self) -> bool:
         """Whether it does what it is for."""
@@ -98,12 +88,13 @@ class Server:
         process = self._process
         if process is None:
             return
-        for number in (how, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
-        embedded._becomes(lambda: not _is_group(process.pid), _STOP_SECONDS)
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, how)
+            process.wait(_STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        until(lambda: not _is_group(process.pid))
         self._process = None
 
 
@@ -135,7 +126,7 @@ class S3Server(Server):
 
     def is_ready(self) -> bool:
         """Whether an object can be stored, and one of before is found; makes the bucket."""
-        client = self.client(connect_timeout=1, read_timeout=4, retries={"total_max_attempts": 1})
+        client = self.client(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 1})
         try:
             with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
                 client.create_bucket(Bucket=BUCKET)
@@ -174,7 +165,7 @@ class MlflowServer(Server):
         """Whether it answers."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(f"{self.url}/health", timeout=5) as answer:
+            with opener.open(f"{self.url}/health", timeout=30) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

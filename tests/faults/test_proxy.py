@@ -23,9 +23,10 @@ from botocore.exceptions import (
 
 from tests.faults.proxy import FaultyProxy
 from tests.faults.servers import BUCKET, REGION, S3Server
+from tests.support.waiting import PATIENCE_SECONDS
 
 LARGE = os.urandom(9 << 20)  # boto3 sends more than 8 MiB in parts
-ONE_TRY = {"retries": {"total_max_attempts": 1}, "read_timeout": 5}
+ONE_TRY = {"retries": {"total_max_attempts": 1}, "read_timeout": PATIENCE_SECONDS}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def connected(proxy: FaultyProxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=5)
+    return socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=PATIENCE_SECONDS)
 
 
 def keys(client: Any, prefix: str) -> set[str]:

@@ -4,10 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.support.zoo.laws")
-settings.register_profile("mtz_core", derandomize=True, deadline=None, max_examples=20, database=None)
+settings.register_profile(
+    "mtz_core",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=20,
+    database=None,
+)
 settings.load_profile("mtz_core")
 
 

@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from prefect.context import refresh_global_settings_context
 
 from flows.processes import servers
 from tasks.registry.mlflow_client import variables_set
+from tests.support.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,11 +62,4 @@ def pool_worker(pool: str, folder: Path, limit: int = 1) -> Iterator[None]:
             yield
         finally:
             process.terminate()
-            process.wait(timeout=30)
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited for too long"
-        time.sleep(0.1)
+            process.wait(PATIENCE_SECONDS)

@@ -9,6 +9,7 @@ from flows.group.dvc import Pipeline, Stage
 from flows.group.workspace import Remote, cache_of, folder_of, held, prepare
 from flows.spec.snapshot import Project
 from tasks.storage.contents import Contents
+from tests.support.waiting import PATIENCE_SECONDS
 
 STEP = """
     '''Stage of the small pipeline: python code/step.py NAME OUT IN… writes what it has read.'''
@@ -32,7 +33,7 @@ STEP = """
     if "please refuse" in inputs:
         sys.exit("error: the data asks to be refused. Give other data.")
     if "please wait" in inputs:
-        time.sleep(60)
+        time.sleep(3600)
     text = f"{name} {settings.get('value')}\\n" + "".join(pathlib.Path(source).read_text() for source in sources)
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(out).write_text(text)
@@ -98,11 +99,12 @@ class Group:
         self.folder = folder_of(self.home, "small")
         self.remote = remote or Remote(str(root.parent / "remote"))
         self.environment = environment or {}
+        self.patience = PATIENCE_SECONDS
 
     def prepare(self, **blocks: dict[str, object]) -> tuple[Pipeline, tuple[Stage, ...]]:
         params, contents = params_of(self.root, **blocks), Contents(self.home / "contents")
         taken = Project(self.root, contents).take(params)
-        with held(self.folder, patience=0) as folder:
+        with held(self.folder, self.patience) as folder:
             cache = cache_of(self.home)
             return prepare(folder, taken, contents, params, cache, self.remote, self.environment)
 
@@ -125,5 +127,5 @@ def is_alive(pid: int) -> bool:
     """Whether the process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False

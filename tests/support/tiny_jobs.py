@@ -11,6 +11,7 @@ from prefect import flow
 
 from flows.jobs import pool
 from tasks.home import find_home
+from tests.support.waiting import until
 
 
 def job(group: str, trail: Path, **settings: Any) -> dict[str, Any]:
@@ -25,17 +26,29 @@ def job(group: str, trail: Path, **settings: Any) -> dict[str, Any]:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Write down that the job begins, and do what its settings say."""
+    """Write down that the job begins, and do what its settings say.
+
+    Settings: `breaks`; `dies` the first time; ends only once all of `beside` have begun, and those of `after` have been
+    reported; `seconds` that it takes at least.
+    """
     settings = job["settings"]
-    begun = Path(settings["trail"]) / f"{job['group']}.{os.getpid()}"
-    first = not list(begun.parent.glob(f"{job['group']}.*"))
+    trail = Path(settings["trail"])
+    begun = trail / f"{job['group']}.{os.getpid()}"
+    first = not list(trail.glob(f"{job['group']}.*"))
     begun.touch()
     if settings.get("breaks"):
         raise ValueError("as asked")
     if settings.get("dies") and first:
         os.kill(os.getpid(), signal.SIGKILL)
+    running = trail / "running" / job["group"]
+    running.parent.mkdir(exist_ok=True)
+    running.touch()
+    until(lambda: all(list(trail.glob(f"{other}.*")) for other in settings.get("beside", ())))
+    until(lambda: all((trail / "reported" / other).exists() for other in settings.get("after", ())))
     time.sleep(settings.get("seconds", 0))
-    return {"group": job["group"], "status": "merged", "home": str(find_home()), "ended": time.time()}
+    at_once = len(list(running.parent.iterdir()))
+    running.unlink()
+    return {"group": job["group"], "status": "merged", "home": str(find_home()), "at_once": at_once}
 
 
 @flow(name="tiny-job", persist_result=False)
@@ -58,6 +71,9 @@ def reports(executor: Any, jobs: list[dict[str, Any]]) -> dict[str, dict[str, An
         assert threading.current_thread() is thread
         assert job["group"] not in found
         found[job["group"]] = report
+        reported = Path(job["settings"]["trail"]) / "reported"
+        reported.mkdir(exist_ok=True)
+        (reported / job["group"]).touch()
 
     thread = threading.current_thread()
     executor.run(jobs, done)

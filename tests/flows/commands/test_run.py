@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import prefect_server
 from tests.support.small_project import is_alive, make_project
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,27 +72,29 @@ def start(project: Path, *arguments: str, output: Path | None = None, **variable
 def mtz(project: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
     """Run the command; return its status and what it printed."""
     process = start(project, *arguments, output=None, **variables)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out, err
 
 
 def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:
     process = start(project, "run", "--group", "slow", "--debug")
     log = project / ".mtz" / "logs" / "slow" / "collect@digits.log"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "reading" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+
+    def at_work() -> bool:
+        assert process.poll() is None
+        return log.exists() and "reading" in log.read_text()
+
+    until(at_work)
     members = children_of(process.pid)
     status, _, err = mtz(project, "run", "--group", "good", PREFECT_API_URL=prefect_url)
     assert status == 1
     assert "error: a run of fleet 'nightly' is under way" in err
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert "finished stages are kept" in err
     assert len(members) >= 4, "server, dvc, shell or stage"
-    assert not [pid for pid in members if is_alive(pid)]
+    until(lambda: not any(map(is_alive, members)))
 
 
 def children_of(parent: int) -> list[int]:

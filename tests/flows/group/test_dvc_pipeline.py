@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from flows.results.stage_result import StageFailed
 from flows.spec.snapshot import InvalidPipeline
 from tests.support.small_project import STAGES, Group, is_alive
+from tests.support.waiting import AGES_SECONDS, until
 
 
 def test_executed_unchanged_restored(group: Group) -> None:
@@ -97,7 +97,7 @@ def test_faults_of_dvc_are_told(group: Group) -> None:
 
 
 def test_a_stage_dies_with_its_flow(group: Group) -> None:
-    pipeline, _ = group.prepare(collect={"sleep": 60})
+    pipeline, _ = group.prepare(collect={"sleep": AGES_SECONDS})
     program = (
         "import sys, pathlib; from flows.group.dvc import Pipeline\n"
         "folder = pathlib.Path(sys.argv[1])\n"
@@ -115,10 +115,7 @@ def test_a_stage_dies_with_its_flow(group: Group) -> None:
     os.kill(flow.pid, signal.SIGKILL)
     flow.wait()
     flow.stdout.close()
-    deadline = time.monotonic() + 5
-    while is_alive(stage):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not is_alive(stage))
     assert group.run() == ["executed"] * 4
 
 

@@ -16,7 +16,8 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.group import heavy_limit
 from tests.support import prefect_server
-from tests.support.prefect_server import ROOT, until
+from tests.support.prefect_server import ROOT
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +48,7 @@ def test_no_more_than_the_limit_at_a_time() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_SECONDS)
     assert most == [1, 1, 1]
     assert held() == 0
 
@@ -56,9 +57,9 @@ def test_the_place_of_a_killed_holder_comes_free(home: Path) -> None:
     heavy_limit.ensure(1)
     leases = home / "prefect" / "concurrency_leases"
     before = {*leases.glob("*.json")}  # of other tests
-    program = "import time\nfrom flows import limits\nwith limits.heavy_place(1):\n    time.sleep(600)"
+    program = "import time\nfrom flows.group import heavy_limit\nwith heavy_limit.heavy_place(1):\n    time.sleep(3600)"
     holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    until(lambda: held() == 1)
+    until(lambda: held() == 1 and bool(new_leases(leases, before)))
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     end = datetime.fromisoformat(pass_over_lease(leases, before))
@@ -67,10 +68,17 @@ def test_the_place_of_a_killed_holder_comes_free(home: Path) -> None:
         assert held() == 1
 
 
+def new_leases(folder: Path, before: set[Path]) -> list[Path]:
+    """Those that the server has written down whole: in a file of their own, and then in the list of ends."""
+    ends = folder / "expirations.json"
+    listed = json.loads(ends.read_text()) if ends.exists() else {}
+    return [path for path in folder.glob("*.json") if path not in before and path.stem in listed]
+
+
 def pass_over_lease(folder: Path, before: set[Path]) -> str:
     """Set the end of the lease that is new to now, instead of waiting for it; return when it would have been."""
     now = datetime.now(UTC).isoformat()
-    (path,) = {*folder.glob("*.json")} - before - {folder / "expirations.json"}
+    (path,) = new_leases(folder, before)
     lease = json.loads(path.read_text())
     path.write_text(json.dumps({**lease, "expiration": now}))
     (folder / "expirations.json").write_text(json.dumps({lease["id"]: now}))

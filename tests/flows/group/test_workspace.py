@@ -118,6 +118,7 @@ def test_one_process_at_a_time(group: Group) -> None:
 
 def test_a_dvc_by_hand_is_respected(group: Group) -> None:
     pipeline, _ = group.prepare()
+    group.patience = 0
     by_hand = subprocess.Popen([sys.executable, "-c", "input()", "dvc"], stdin=subprocess.PIPE)
     locks = pipeline.folder / ".dvc" / "tmp" / "rwlock"
     locks.parent.mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,12 +20,14 @@ from flows.jobs.dask import DaskExecutor
 from flows.jobs.executor import Executor, ExecutorFailed
 from flows.jobs.local import LocalExecutor
 from flows.jobs.pool import PoolExecutor
+from flows.results import progress
 from tasks.params import StorageParams
 from tasks.storage import s3
 from tasks.storage.s3 import Storage
 from tests.support import prefect_server, tiny_jobs
-from tests.support.prefect_server import ROOT, pool_worker, until
+from tests.support.prefect_server import ROOT, pool_worker
 from tests.support.tiny_jobs import fleet, job, reports
+from tests.support.waiting import PATIENCE_SECONDS, until
 
 pytestmark = pytest.mark.e2e
 
@@ -41,23 +42,22 @@ def begun(trail: Path, group: str) -> list[int]:
 
 
 def test_local_jobs_run_side_by_side_and_break_alone(tmp_path: Path) -> None:
-    jobs = [job("slow", tmp_path, seconds=0.6), job("bad", tmp_path, breaks=True)]
-    jobs += [job("quick", tmp_path), job("last", tmp_path)]
+    """A job that goes on until the others are reported needs a place beside theirs, and reports that come at once."""
+    jobs = [job("slow", tmp_path, after=["last"]), job("bad", tmp_path, breaks=True)]
+    jobs += [job("quick", tmp_path, after=["bad"]), job("last", tmp_path, after=["quick"])]
     found = reports(LocalExecutor(2, None, WORK), jobs)
     assert found["bad"]["status"] == "failed"
     assert found["bad"]["reason"] == "ValueError: as asked"
     assert found["bad"]["fingerprint"] == "of bad"
-    assert found["quick"]["ended"] <= found["last"]["ended"] < found["slow"]["ended"]
     assert list(found) == ["bad", "quick", "last", "slow"]
     reports(LocalExecutor("auto", None, WORK), [])
 
 
 def test_local_jobs_are_as_many_at_a_time_as_were_asked_for(tmp_path: Path) -> None:
-    jobs = [job(f"g{number}", tmp_path, seconds=0.2) for number in range(4)]
-    start = time.time()
+    pairs = {"a": "b", "b": "a", "c": "d", "d": "c"}
+    jobs = [job(name, tmp_path, beside=[other], seconds=0.2) for name, other in pairs.items()]
     found = reports(LocalExecutor(2, None, WORK), jobs)
-    ended = sorted(report["ended"] - start for report in found.values())
-    assert ended[1] < 0.4 <= ended[2]
+    assert max(report["at_once"] for report in found.values()) == 2
 
 
 def test_settings_choose_the_executor(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_dask_runs_a_killed_workers_job_on_another(served: Path, tmp_path: Path) -> None:
-    jobs = [job("long", tmp_path, seconds=3), job("bad", tmp_path, breaks=True)]
+    jobs = [job("long", tmp_path, after=["dies"]), job("bad", tmp_path, breaks=True)]
     jobs += [job("dies", tmp_path, dies=True), job("quick", tmp_path)]
     home = tmp_path / ".mtz"
     executor = DaskExecutor("local", 2, None, home, {"PYTHONPATH": str(ROOT)}, WORK)
@@ -135,9 +135,11 @@ def test_pool_runs_jobs_on_its_workers_and_reads_their_reports(served: Path, tmp
         reports(PoolExecutor("none", "auto", STORE), jobs)
 
 
-def test_an_interrupt_cancels_the_pools_runs(served: Path, tmp_path: Path) -> None:
+def test_an_interrupt_cancels_the_pools_runs(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = StorageParams(endpoint=(served / "endpoint").read_text()).model_dump()
     executor = PoolExecutor("unserved", "auto", STORE, deployment="tiny-job/unserved")
+    seen = threading.Event()
+    monkeypatch.setattr(progress.Silent, "busy", lambda *_: seen.set())
 
     with get_client(sync_client=True) as client:
         schedule.deploy_flow(client, tiny_jobs.tiny_job, "tests.support.tiny_jobs.tiny_job", "unserved", "unserved")
@@ -146,7 +148,7 @@ def test_an_interrupt_cancels_the_pools_runs(served: Path, tmp_path: Path) -> No
             return [run.state_name for run in client.read_flow_runs() if run.name == "waits"]
 
         def interrupt() -> None:
-            until(lambda: states() == ["Scheduled"])
+            assert seen.wait(PATIENCE_SECONDS)
             os.kill(os.getpid(), signal.SIGINT)
 
         thread = threading.Thread(target=interrupt)
@@ -154,4 +156,4 @@ def test_an_interrupt_cancels_the_pools_runs(served: Path, tmp_path: Path) -> No
         with pytest.raises(KeyboardInterrupt):
             reports(executor, [job("waits", tmp_path, storage=place)])
         thread.join()
-        assert states() == ["Cancelled"]
+        until(lambda: states() == ["Cancelled"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows.results import webhook
+from tests.support.waiting import PATIENCE_SECONDS
 
 RESULT = {
     "fleet": "nightly",
@@ -42,6 +43,7 @@ def heard() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_it_hears_what_a_run_came_to(heard: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     url, received = heard
     monkeypatch.setattr(webhook, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(webhook, "_TIMEOUT_SECONDS", PATIENCE_SECONDS)
     monkeypatch.setenv(webhook.URL, url)
     assert webhook.notify(RESULT) == ""
     assert len(received) == 2, "one that is away for a moment is tried again"

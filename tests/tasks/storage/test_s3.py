@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +16,32 @@ from botocore.retries.standard import ExponentialBackoff
 from tasks.storage import errors, s3
 from tasks.storage.s3 import NoSuchObject, Storage, StorageError, StorageRefused
 from tests.faults.proxy import FaultyProxy
+from tests.support.waiting import PATIENCE_SECONDS, until
 from tests.tasks.conftest import Place
 
 
-def refusal(place: Place, home: Path) -> str:
-    """What is said when the storage at `place` cannot be used, within the promised time."""
-    started = time.monotonic()
-    with pytest.raises(StorageError) as caught, s3.connect(place, home):
-        pass
-    assert time.monotonic() - started < 12
+class Clock:
+    """A clock that nothing but waiting by it moves."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def refusal(place: Place, home: Path, read_timeout: float = PATIENCE_SECONDS) -> str:
+    """What is said when the storage at `place` cannot be used: at once, or after the promised time."""
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3, "time", clock)
+        patch.setattr(s3, "_IMPATIENT", {**s3._IMPATIENT, "read_timeout": read_timeout})
+        patch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
+        with pytest.raises(StorageError) as caught, s3.connect(place, home):
+            pass
+    assert clock.now <= (0 if isinstance(caught.value, StorageRefused) else s3._PATIENCE_AT_FIRST)
     return str(caught.value)
 
 
@@ -190,10 +206,11 @@ def test_a_server_that_is_not_there(other: Place, home: Path) -> None:
     assert "storage.endpoint" in message
 
 
-def test_a_server_that_says_nothing(other: Place, home: Path) -> None:
+def test_a_server_that_says_nothing(other: Place, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_PATIENCE_AT_FIRST", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert "does not answer" in refusal(dataclasses.replace(other, endpoint=url), home)
+        assert "does not answer" in refusal(dataclasses.replace(other, endpoint=url), home, read_timeout=0.1)
 
 
 def test_an_endpoint_that_is_no_url(other: Place, home: Path) -> None:
@@ -242,6 +259,7 @@ def test_what_will_not_pass_is_told_from_what_may(
         pass
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr(s3, "time", Clock())
     with pytest.raises(StorageError) as caught, s3.connect(dataclasses.replace(other, endpoint=url), home):
         pass
     assert not isinstance(caught.value, StorageRefused)
@@ -253,9 +271,11 @@ def behind(store: Storage, other: Place, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
     monkeypatch.setattr(s3, "_LONGEST_WAIT", 0.1)
 
-    def open_behind(proxy: FaultyProxy, read_timeout: float = 20) -> Storage:
-        through = dataclasses.replace(other, endpoint=proxy.url)
-        return dataclasses.replace(s3._remote(through, {**s3._PATIENT, "read_timeout": read_timeout}), patience=60)
+    def open_behind(proxy: FaultyProxy, read_timeout: float = PATIENCE_SECONDS) -> Storage:
+        through = s3._remote(
+            dataclasses.replace(other, endpoint=proxy.url), {**s3._PATIENT, "read_timeout": read_timeout}
+        )
+        return dataclasses.replace(through, patience=PATIENCE_SECONDS)
 
     yield open_behind
 
@@ -280,7 +300,11 @@ def test_one_failure_in_five_requests_is_survived(
 
 
 @pytest.mark.usefixtures("behind")
-def test_a_server_that_fails_now_and_then_is_connected_to(other: Place, store: Storage, home: Path) -> None:
+def test_a_server_that_fails_now_and_then_is_connected_to(
+    other: Place, store: Storage, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "time", Clock())
+    monkeypatch.setattr(s3, "_IMPATIENT", {**s3._IMPATIENT, "read_timeout": PATIENCE_SECONDS})
     assert store.endpoint is not None
     with FaultyProxy(store.endpoint, 0.7, faults=("500", "503", "reset")) as proxy:
         for _ in range(4):
@@ -304,14 +328,14 @@ def test_a_server_that_fails_for_a_while(behind: Callable[..., Storage], store: 
     with FaultyProxy(store.endpoint, 1.0, faults=("503",)) as proxy, ThreadPoolExecutor(8) as pool:
         through = behind(proxy)
         written = [pool.submit(through.put, f"{i}", b"1") for i in range(32)]
-        while proxy.counts["503"] < 400:
-            time.sleep(0.05)
+        until(lambda: proxy.counts["503"] >= 400)
         proxy.fraction = 0.0
         assert [future.result() for future in written] == 32 * [None]
     assert len(store.names("")) == 32
 
 
-def test_patience_has_an_end(behind: Callable[..., Storage], store: Storage) -> None:
+def test_patience_has_an_end(behind: Callable[..., Storage], store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "time", Clock())
     assert store.endpoint is not None
     with FaultyProxy(store.endpoint, 1.0, faults=("500",)) as proxy:
         through = dataclasses.replace(behind(proxy), patience=0.5)
