@@ -17,7 +17,7 @@ from botocore.retries.standard import ExponentialBackoff
 from tasks.storage import errors, s3
 from tasks.storage.s3 import NoSuchObject, Storage, StorageError, StorageRefused
 from tests.faults.proxy import FaultyProxy
-from tests.tasks.conftest import Place
+from tests.support.services import Place
 
 
 def refusal(place: Place, home: Path) -> str:
