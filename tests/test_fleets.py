@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from tasks.data.factories import materialise
 from tests.benchmarks.fleet_project import copy_project
-from tests.flows.commands.test_run import mtz, start
 from tests.support import prefect_server
+from tests.support.command_line import mtz, start
 from tests.support.waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.e2e

@@ -3,7 +3,6 @@
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,7 @@ import mtz_core
 from tasks.registry import mlflow_client
 from tasks.storage import s3
 from tasks.storage.s3 import Storage
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a storage is, as `params.storage` says it."""
-
-    endpoint: str = s3.EMBEDDED
-    bucket: str = "mtz-tests"
-    prefix: str = "project"
-    region: str = "us-east-1"
+from tests.support.services import Place, Registry
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +50,6 @@ def store(place: Place, home: Path) -> Iterator[Storage]:
     """That storage, open."""
     with s3.connect(place, home) as opened:
         yield opened
-
-
-@dataclass(frozen=True)
-class Registry:
-    """Where an MLflow registry is, as `params.tracking` says it."""
-
-    uri: str = mlflow_client.EMBEDDED
-    experiment: str = "tests"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from tasks.sources import Access, SourceError, resolve_data, resolve_file
 from tasks.storage import s3
 from tasks.storage.contents import Contents
 from tasks.storage.s3 import Storage
-from tests.tasks.conftest import Place, Registry
+from tests.support.services import Place, Registry
 
 WEIGHTS = b"weights, as far as anybody here knows"
 NAME = "models.a.weights"

@@ -1,6 +1,5 @@
 """`mtz run` on the small project: real Prefect, DVC and S3 servers, groups that succeed and fail."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import prefect_server
+from tests.support.command_line import ROOT, mtz, start
 from tests.support.small_project import is_alive, make_project
 from tests.support.waiting import PATIENCE_SECONDS, until
-
-ROOT = Path(__file__).parents[3]
 
 PARAMS = """
     group: small
@@ -52,28 +50,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prefect_url() -> str:
     """A server as a team has it, so that not every run has to start one."""
     return prefect_server.running()[0]
-
-
-def start(project: Path, *arguments: str, output: Path | None = None, **variables: str) -> "subprocess.Popen[str]":
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MTZ_", "PREFECT_", "AWS_"))
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments],
-        cwd=project,
-        env={**environment, "PYTHONPATH": str(ROOT), **variables},
-        stdout=subprocess.PIPE if output is None else output.open("wb"),
-        stderr=subprocess.PIPE if output is None else subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def mtz(project: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
-    """Run the command; return its status and what it printed."""
-    process = start(project, *arguments, output=None, **variables)
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    return process.returncode, out, err
 
 
 def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:

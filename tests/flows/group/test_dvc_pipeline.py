@@ -101,7 +101,7 @@ def test_a_stage_dies_with_its_flow(group: Group) -> None:
     program = (
         "import sys, pathlib; from flows.group.dvc import Pipeline\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "Pipeline(folder).reproduce('collect@digits', on_line=lambda line: print(line, flush=True))"
+        "Pipeline(folder).reproduce('collect@digits', on_progress=lambda line: print(line, flush=True))"
     )
     flow = subprocess.Popen(
         [sys.executable, "-c", program, str(pipeline.folder)],

@@ -22,14 +22,11 @@ from flows.processes.child import Child, _start_cold, python_environment
 from flows.results.stage_result import StageFailed
 from tasks.warm_client import VARIABLE, Running
 from tests.support.small_project import is_alive
+from tests.support.stages import make_lenets
 from tests.support.waiting import PATIENCE_SECONDS, until
-from tests.tasks.stages.test_stages import template as stages_template
 
 ROOT = Path(__file__).parents[3]
 LIFELINE = ROOT / "flows" / "processes" / "lifeline.py"
-
-template = stages_template
-"""The project of two networks that the stages' own tests use."""
 
 PROGRAM = """
     from tasks.warm_client import hand_over
@@ -216,7 +213,7 @@ def test_what_is_read_at_start_only_is_not_ignored(folder: Path, served: Path) -
 
 def test_nothing_is_left_of_a_killed_owner(folder: Path, tmp_path: Path) -> None:
     program = (
-        "import os, sys, pathlib, time; from flows import warm; warm.PRELOADED = {'tasks': ()}\n"
+        "import os, sys, pathlib, time; from flows.processes import warm; warm.PRELOADED = {'tasks': ()}\n"
         "with warm.serving(pathlib.Path(sys.argv[1])):\n"
         "    print(os.environ['MTZ_WARM'], flush=True); time.sleep(3600)"
     )
@@ -345,10 +342,10 @@ PROBE = """
 """
 
 
-def test_stages(template: Path, tmp_path: Path) -> None:
+def test_stages(tmp_path: Path) -> None:
     """With all libraries: the same bytes as without them, nothing of one stage in the next, limits."""
     project = tmp_path / "project"
-    shutil.copytree(template, project)
+    make_lenets(project)
     for package in ("tasks", "mtz_core"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     params = yaml.safe_load((project / "params.yaml").read_text()) | {"runtime": {"threads": 2}}

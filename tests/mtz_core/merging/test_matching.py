@@ -1,30 +1,22 @@
-"""Functional difference and assignments against slow oracles, and the laws of matching."""
+"""The laws of matching, and the cost of a pairing against a slow oracle."""
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtz_core import ZipConfig
-from mtz_core.errors import IncompatibleNetworks
-from mtz_core.merging.compatibility import check_compatible
-from mtz_core.merging.difference import functional_difference, weigh_by_sensitivity
+from mtz_core.merging.difference import weigh_by_sensitivity
 from mtz_core.merging.matching import Matcher, descent
-from mtz_core.merging.pairing import GroupMatch, Pairing, assign, assign_greedily
+from mtz_core.merging.pairing import GroupMatch, Pairing, assign
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
 from mtz_core.settings import Method
 from mtz_core.statistics.calibration import as_batches, original_moments
-from mtz_core.statistics.linalg import DenseHessian, RowsHessian
 from mtz_core.statistics.sensitivity import Sensitivities
-from mtz_core.zipped.ownership import NOT_A_MEMBER
 from tests.support.networks import (
     TASKS,
     Case,
@@ -41,155 +33,6 @@ from tests.support.networks import (
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), dtype=torch.float64)
 RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6), dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), dtype=torch.float64)
-
-
-def random_hessian(size: int, rows: int, seed: int) -> RowsHessian:
-    generator = torch.Generator().manual_seed(seed)
-    return RowsHessian(torch.randn(rows, size, generator=generator, dtype=torch.float64), 0.05)
-
-
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 99), st.floats(0.05, 0.95))
-def test_functional_difference(size: int, rows: int, seed: int, alpha: float) -> None:
-    m_a, m_b = random_hessian(size, rows, seed), random_hessian(size, rows + 1, seed + 1)
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(n, size, generator=generator, dtype=torch.float64) + 3 for n in (4, 3))
-    inverse = torch.linalg.inv
-    parallel = inverse(inverse(m_a.dense()) / alpha + inverse(m_b.dense()) / (1 - alpha))
-    for forms in ((m_a, m_b), (DenseHessian(m_a.dense()), DenseHessian(m_b.dense()))):
-        found = functional_difference((a, b), forms, (alpha, 1 - alpha))
-        for i, s_i in enumerate(a):
-            for j, s_j in enumerate(b):
-                expected = 0.5 * (s_i - s_j) @ parallel @ (s_i - s_j)
-                torch.testing.assert_close(found[i, j], expected, rtol=1e-8, atol=1e-10)
-
-
-def test_functional_difference_is_the_cost_of_the_best_common_weights() -> None:
-    m_a, m_b = random_hessian(4, 9, 0).dense(), random_hessian(4, 9, 1).dense()
-    a, b = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
-    alpha, beta = 0.3, 1.2
-    found = functional_difference((a, b), (DenseHessian(m_a), DenseHessian(m_b)), (alpha, beta))
-
-    def cost(s: Tensor) -> Tensor:
-        return 0.5 * (alpha * (s - a[0]) @ m_a @ (s - a[0]) + beta * (s - b[0]) @ m_b @ (s - b[0]))
-
-    best = torch.linalg.solve(alpha * m_a + beta * m_b, alpha * m_a @ a[0] + beta * m_b @ b[0])
-    torch.testing.assert_close(found[0, 0], cost(best))
-    assert all(cost(best + 0.1 * torch.randn(4, dtype=torch.float64)) > found[0, 0] for _ in range(20))
-
-
-def test_functional_difference_of_equal_neurons_is_zero_and_never_negative() -> None:
-    rows = 1e3 + torch.randn(5, 4, dtype=torch.float64)
-    hessian = random_hessian(4, 9, 0)
-    found = functional_difference((rows, rows), (hessian, hessian), (0.5, 0.5))
-    assert bool((found >= 0).all())
-    torch.testing.assert_close(found.diagonal(), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
-def test_functional_difference_of_neurons_with_several_rows_is_the_sum_over_their_rows() -> None:
-    hessians = random_hessian(4, 9, 0), random_hessian(4, 7, 1)
-    a, b = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(5, 2, 4, dtype=torch.float64)
-    found = functional_difference((a.flatten(0, 1), b.flatten(0, 1)), hessians, (0.3, 0.7), slots=2)
-    parts = [functional_difference((a[:, slot], b[:, slot]), hessians, (0.3, 0.7)) for slot in range(2)]
-    torch.testing.assert_close(found, parts[0] + parts[1])
-
-
-@given(st.lists(st.tuples(st.floats(0.1, 9.0), st.floats(1e-6, 1e6)), min_size=2, max_size=4), st.integers(1, 5))
-def test_tasks_weigh_by_the_root_of_what_their_losses_feel(sides: list[tuple[float, float]], rows: int) -> None:
-    balance = [alpha for alpha, _ in sides]
-    sensitivity = [level * torch.rand(rows, dtype=torch.float64) for _, level in sides]
-    found = weigh_by_sensitivity(balance, sensitivity)
-    pulls = [alpha * float(np.sqrt(own.numpy().mean())) for alpha, own in zip(balance, sensitivity, strict=True)]
-    assert found == pytest.approx([pull / sum(pulls) for pull in pulls])
-    assert sum(found) == pytest.approx(1)
-    assert weigh_by_sensitivity(balance, [9.0 * own for own in sensitivity]) == pytest.approx(found)
-
-
-def test_tasks_that_feel_nothing_weigh_as_they_were_given() -> None:
-    silent = torch.zeros(4, dtype=torch.float64)
-    assert weigh_by_sensitivity([0.3, 0.7], [silent, silent]) == [0.3, 0.7]
-    assert weigh_by_sensitivity([0.3, 0.7], [silent, silent + 1]) == [0.0, 1.0]
-
-
-small_costs = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9999), st.booleans())
-
-
-def draw_cost(shape: tuple[int, int, int, bool]) -> np.ndarray:
-    """Random costs, with many ties if the last entry says so."""
-    rows, columns, seed, ties = shape
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 3, (rows, columns)).astype(float) if ties else generator.random((rows, columns))
-
-
-def total(cost: np.ndarray, pairs: np.ndarray) -> float:
-    return float(cost[pairs[:, 0], pairs[:, 1]].sum())
-
-
-def assert_disjoint(pairs: np.ndarray, count: int) -> None:
-    assert pairs.shape == (count, 2)
-    assert len(set(pairs[:, 0])) == len(set(pairs[:, 1])) == count
-
-
-@given(small_costs)
-def test_assign_finds_the_cheapest_pairs_of_every_cardinality(shape: tuple[int, int, int, bool]) -> None:
-    cost = draw_cost(shape)
-    rows, columns = cost.shape
-    for count in range(min(rows, columns) + 1):
-        cheapest = min(
-            sum(cost[i, j] for i, j in zip(chosen, partners, strict=True))
-            for chosen in combinations(range(rows), count)
-            for partners in permutations(range(columns), count)
-        )
-        pairs = assign(cost, count)
-        assert_disjoint(pairs, count)
-        assert total(cost, pairs) == pytest.approx(cheapest)
-
-
-def naive_greedy(cost: np.ndarray, count: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for _ in range(count):
-        free = [
-            (cost[i, j], i, j)
-            for i in range(cost.shape[0])
-            for j in range(cost.shape[1])
-            if i not in {a for a, _ in found} and j not in {b for _, b in found}
-        ]
-        found.append(min(free)[1:])
-    return found
-
-
-@given(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9999), st.booleans()))
-def test_greedy_assignment_is_the_naive_loop(shape: tuple[int, int, int, bool]) -> None:
-    cost = draw_cost(shape)
-    for count in range(min(cost.shape) + 1):
-        pairs, naive = assign_greedily(cost, count), naive_greedy(cost, count)
-        assert_disjoint(pairs, count)
-        assert [cost[i, j] for i, j in pairs] == [cost[i, j] for i, j in naive]
-        if not shape[3]:
-            assert [(int(i), int(j)) for i, j in pairs] == naive
-
-
-def test_assignments_never_need_the_greedy_choice() -> None:
-    cost = np.array([[0.0, 1.0], [1.0, 10.0]])
-    assert total(cost, assign(cost, 2)) == 2
-    assert total(cost, assign_greedily(cost, 2)) == 10
-
-
-def test_pairing_holds_shared_neurons_first_and_every_neuron_once() -> None:
-    pairing = Pairing.from_tuples(("a", "b"), (4, 3), np.array([[3, 0], [1, 2]]))
-    none = NOT_A_MEMBER
-    assert pairing.members.tolist() == [[1, 2], [3, 0], [0, none], [2, none], [none, 1]]
-    assert pairing.shared == 2
-
-
-def test_pairing_of_three_networks_orders_by_who_owns_the_neuron() -> None:
-    none = NOT_A_MEMBER
-    tuples = np.array([[none, 4, 0], [1, 2, none], [2, 0, 2], [0, 1, none], [none, 3, 1]])
-    expected = [[2, 0, 2], [0, 1, none], [1, 2, none], [none, 3, 1], [none, 4, 0], [3, none, none]]
-    pairing = Pairing.from_tuples(("a", "b", "c"), (4, 5, 3), tuples)
-    assert pairing.members.tolist() == expected
-    assert pairing.shared == 5
-    shuffled = Pairing.from_tuples(("a", "b", "c"), (4, 5, 3), tuples[::-1])
-    assert shuffled.members.tolist() == expected
 
 
 def pairs(found: GroupMatch, order: Sequence[int] = (0, 1)) -> set[tuple[int, ...]]:
@@ -286,7 +129,7 @@ def test_the_matrix_of_costs_is_the_functional_difference_of_the_rows() -> None:
     found, *_ = match_traced(traced_pair(MLP), calibration, ZipConfig(damping=damping, share=0.5))
     expected = assign(cost, 4)
     assert pairs(found) == {(int(i), int(j)) for i, j in expected}
-    assert found.cost == pytest.approx(total(cost, expected))
+    assert found.cost == pytest.approx(cost[expected[:, 0], expected[:, 1]].sum())
 
 
 # The cost of pairings in a residual network
@@ -418,104 +261,3 @@ def test_groups_of_a_chain_are_matched_once() -> None:
     matches = match_traced(traced_pair(LENET5), LENET5.calibration(20), ZipConfig(share=0.5))
     assert [found.group for found in matches] == ["0", "3", "7"]
     assert descent(matches) == ()
-
-
-# Networks that fit together, and those that do not
-
-
-def traced(*networks: nn.Module, shape: tuple[int, ...] = (12,), dtype: torch.dtype = torch.float32) -> dict:
-    return {
-        task: trace(network, torch.randn(2, *shape, dtype=dtype))
-        for task, network in zip("abc", networks, strict=False)
-    }
-
-
-def test_networks_of_other_widths_and_classes_fit_together() -> None:
-    graph = check_compatible(traced(mlp((9, 7), 3), mlp((5, 8), 4), mlp((7, 7), 2)))
-    assert [layer.name for layer in graph.layers] == ["0", "2", "4"]
-
-
-def test_networks_of_other_input_sizes_fit_together() -> None:
-    check_compatible(traced(mlp((9,), 3)) | {"b": trace(mlp((9,), 3, inputs=5), torch.randn(2, 5))})
-
-
-class Wired(nn.Module):
-    """The sum of what two layers put out, the second of which reads the first or the input."""
-
-    def __init__(self, chained: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
-        self.chained = chained
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.first(x)
-        out: Tensor = self.last(first + self.second(first if self.chained else x))
-        return out
-
-
-@pytest.mark.parametrize(
-    ("networks", "message"),
-    [
-        (
-            (mlp((9,), 3), mlp((9,), 3, activation=nn.Tanh)),
-            "a has relu reading step 0 where b has tanh reading step 0. Zip networks of the same topology.",
-        ),
-        (
-            (mlp((9,), 3), mlp((9, 9), 3)),
-            "a has nothing more where b has relu reading step 2. Zip networks of the same topology.",
-        ),
-        (
-            (mlp((9,), 3), mlp((9,), 3, bias=False)),
-            "a has linear '0' reading input where b has linear '0' without bias reading input.",
-        ),
-        (
-            (mlp((9,), 3), nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Identity(), nn.Linear(9, 3))),
-            "a has linear '2' reading step 1 where b has linear '3' reading step 1.",
-        ),
-        (
-            (Wired(True), Wired(False)),
-            "a has linear 'second' reading step 0 where b has linear 'second' reading input.",
-        ),
-        (
-            (mlp((9,), 3), mlp((9,), 3), mlp((9,), 3, activation=nn.Tanh)),
-            "a has relu reading step 0 where c has tanh reading step 0.",
-        ),
-    ],
-    ids=["activation", "depth", "bias", "name", "wiring", "the third"],
-)
-def test_networks_of_other_topology_are_refused_with_the_first_difference(
-    networks: tuple[nn.Module, ...], message: str
-) -> None:
-    with pytest.raises(IncompatibleNetworks, match="differ in structure: " + re.escape(message)):
-        check_compatible(traced(*networks))
-
-
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        (nn.Conv2d(1, 2, 3, stride=2), "stride=[2, 2]"),
-        (nn.Conv2d(1, 2, 3, padding=1), "padding=[1, 1]"),
-        (nn.Conv2d(1, 2, 3, dilation=2), "dilation=[2, 2]"),
-    ],
-    ids=["stride", "padding", "dilation"],
-)
-def test_kernels_that_move_otherwise_are_refused(other: nn.Module, words: str) -> None:
-    networks = [nn.Sequential(layer, nn.ReLU()) for layer in (nn.Conv2d(1, 2, 3), other)]
-    with pytest.raises(
-        IncompatibleNetworks, match=re.escape(f"a has conv2d '0' reading input where b has conv2d '0' ({words})")
-    ):
-        check_compatible(traced(*networks, shape=(1, 9, 9)))
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_networks_are_refused(count: int) -> None:
-    with pytest.raises(
-        IncompatibleNetworks, match=rf"two or more networks, not {count} \({'a' if count else 'none'}\)"
-    ):
-        check_compatible(traced(*[mlp((9,), 3)] * count))
-
-
-def test_networks_of_mixed_precision_are_refused() -> None:
-    networks = traced(mlp((9,), 3)) | {"b": trace(mlp((9,), 3).double(), torch.randn(2, 12).double())}
-    with pytest.raises(IncompatibleNetworks, match="mix float32 and float64"):
-        check_compatible(networks)

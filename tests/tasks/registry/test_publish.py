@@ -21,7 +21,7 @@ from tasks.registry import mlflow_client, publish
 from tasks.registry.mlflow_client import TrackingError
 from tasks.registry.release import Release
 from tasks.storage.s3 import Storage
-from tests.tasks.conftest import Place, Registry
+from tests.support.services import Place, Registry
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -191,19 +191,20 @@ KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
-from tasks import storage, tracking
+from tasks.registry import publish
+from tasks.storage import s3
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if sys.argv[1] == "before":
-    tracking._check_served = die
+    publish._check_served = die
 else:
     create = MlflowClient.create_model_version
     MlflowClient.create_model_version = lambda *a, **k: die(create(*a, **k))
 place, registry, home, release = pickle.loads(Path(sys.argv[2]).read_bytes())
-with storage.connect(place, home) as store:
-    tracking.register_release(registry, home, store, release)
+with s3.connect(place, home) as store:
+    publish.register_release(registry, home, store, release)
 """
 
 

@@ -31,18 +31,12 @@ from tasks.faults import EXIT_REFUSED
 from tasks.models.load import calibration, load_network, load_traced
 from tasks.params import load_params
 from tasks.stages.budget_checks import check_budget
-from tests.tasks.stages.test_stages import change, outputs, refused, write_images
+from tests.support.stages import change, outputs, perceptron, refused, write_images
 
 STAGES = ["collect a", "collect b", "hessians a", "hessians b", "match", "merge", "retrain", "evaluate"]
 SIZES = {"train": 120, "validation": 60, "test": 60}
 CLASSES = 6
 RETRAIN = {"images": 120, "iterations": 4, "validate_every": 2, "batch_size": 16, "learning_rate": 1e-4}
-
-
-def perceptron() -> nn.Module:
-    """A small network for images of 6 × 6."""
-    hidden = (nn.Linear(36, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU())
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, CLASSES))
 
 
 def train(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
@@ -72,7 +66,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network = train(*read_examples(root / f"data/{name}", "train"))
         save_file(network.state_dict(), root / f"networks/{name}.safetensors")
         models[name] = {
-            "network": "tests.tasks.stages.test_budget_checks:perceptron",
+            "network": "tests.support.stages:perceptron",
             "weights": f"networks/{name}.safetensors",
             "data": f"data/{name}",
         }

@@ -24,7 +24,7 @@ from tasks.registry import mlflow_client, upload
 from tasks.registry.build import gather
 from tasks.stages import register
 from tasks.storage.s3 import Storage
-from tests.tasks.conftest import Place, Registry
+from tests.support.services import Place, Registry
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -21,7 +21,7 @@ from mtz_core.retraining import Retraining
 from tasks.__main__ import main
 from tasks.data.examples import read_images
 from tasks.models.example_networks import lenet_300_100
-from tests.tasks.stages.test_stages import write_images
+from tests.support.stages import write_images
 
 CHECKPOINT = Path("checkpoints/retrain.safetensors")
 SIZES = {"train": 60, "validation": 30}

@@ -19,18 +19,18 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tasks.storage import embedded, s3
+from tests.support.services import Place
 from tests.support.waiting import PATIENCE_SECONDS
-from tests.tasks.conftest import Place
 
 ROOT = Path(__file__).resolve().parents[3]
 
 USER = """
 import sys
 from pathlib import Path
-from tasks import storage
-from tests.tasks.conftest import Place
+from tasks.storage import s3
+from tests.support.services import Place
 
-with storage.connect(Place(), Path(sys.argv[1])) as store:
+with s3.connect(Place(), Path(sys.argv[1])) as store:
     store.put_files("users", {sys.argv[2]: b"was here"})
     print(store.endpoint, flush=True)
     sys.stdin.readline()

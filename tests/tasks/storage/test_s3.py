@@ -16,8 +16,8 @@ from botocore.retries.standard import ExponentialBackoff
 from tasks.storage import errors, s3
 from tasks.storage.s3 import NoSuchObject, Storage, StorageError, StorageRefused
 from tests.faults.proxy import FaultyProxy
+from tests.support.services import Place
 from tests.support.waiting import PATIENCE_SECONDS, until
-from tests.tasks.conftest import Place
 
 
 class Clock:

@@ -30,8 +30,8 @@ from tasks.registry import mlflow_client
 from tasks.storage.s3 import Storage
 from tasks.studies import pareto
 from tasks.studies.pareto import Asked, InvalidPareto, Row, limits, measure_rows, reached, read_rows, write
-from tests.tasks.conftest import Place, Registry
-from tests.tasks.stages.test_stages import write_images
+from tests.support.services import Place, Registry
+from tests.support.stages import write_images
 
 SPLITS = {"train": 60, "validation": 20, "test": 30}
 CLASSES = 4
