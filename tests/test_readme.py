@@ -25,7 +25,7 @@ from mtz_core.network.operations import OPERATIONS
 from tasks.params import read_yaml, validate
 
 ROOT = Path.cwd()
-PAGES = (Path("README.md"), Path("data/README.md"), *sorted(Path("docs").rglob("*.md")))
+PAGES = (*sorted(Path().glob("*.md")), Path("data/README.md"), *sorted(Path("docs").rglob("*.md")))
 TUTORIAL = Path("docs/your-own-models.md")
 
 _BLOCK = re.compile(
