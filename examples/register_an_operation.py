@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mtz_core as mtz
-from mtz_core.operations import Operation, pointwise
+from mtz_core.network.operations import Operation, pointwise
 
 
 class Perceptron(nn.Module):
