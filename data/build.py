@@ -161,7 +161,7 @@ def draw(labels: Bytes, counts: dict[str, int], generator: np.random.Generator) 
 
 
 def encode_png(image: Bytes) -> bytes:
-    """Return a PNG with stored pixels; compressing many images at once in the Parquet file takes a quarter less space."""
+    """Return a PNG with stored pixels: the Parquet file compresses many at once, which takes a quarter less space."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

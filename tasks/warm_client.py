@@ -108,7 +108,7 @@ class Running:
                 raise TimeoutError
             record = b""
             with suppress(ConnectionResetError):
-                record = self._socket.recv(_LONGEST_RECORD, socket.MSG_PEEK)  # other threads shall see it, too
+                record = self._socket.recv(_LONGEST_RECORD, socket.MSG_PEEK)  # other threads must see it too
             self._status = int(record.split()[1]) if record else -signal.SIGKILL
         return self._status
 

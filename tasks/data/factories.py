@@ -106,7 +106,7 @@ def _function(factory: str) -> Callable[..., object]:
 
 
 def _called(where: str, function: Callable[..., object], split: str, arguments: Mapping[str, Any]) -> object:
-    import torch  # here: whoever only asks for keys does without it
+    import torch  # imported here, since keys do not need it
 
     random.seed(0)
     np.random.seed(0)

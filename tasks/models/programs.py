@@ -133,7 +133,7 @@ class Program(nn.Module):
 
     def __init__(self, archive: _Archive) -> None:
         super().__init__()
-        # What gives nothing only asserts what was so where the network was exported.
+        # A node without outputs only asserts something about the place of export.
         self._steps = [_step(node) for node in archive.graph["nodes"] if node["outputs"]]
         self._output = archive.graph["outputs"][0]["as_tensor"]["name"]
         self._input = ""
@@ -279,7 +279,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "as_scalar_type": lambda value: _DTYPES[value],
     "as_memory_format": lambda value: _MEMORY_FORMATS[value],
     "as_layout": lambda value: {_STRIDED: torch.strided}[value],
-    # Where it was exported is not where it runs.
+    # The device of the export does not matter here.
     "as_device": lambda value: torch.device("cpu"),
 }
 """Readers of arguments, by the name of the argument's kind."""
@@ -351,7 +351,7 @@ def _check_signature(graph: Mapping[str, Any], signature: Mapping[str, Any]) -> 
 
 
 def _tensors(archive: zipfile.ZipFile, folder: PurePosixPath, config: str) -> dict[str, tuple[Tensor, bool]]:
-    """Return the tensors that a config names, each with whether it is a parameter; names of one tensor get one object."""
+    """Return the tensors that a config names, each with whether it is a parameter; equal entries give one object."""
     if str(folder / config) not in archive.namelist():
         raise InvalidProgram(f"its tensors are pickled, as older versions of torch did. {_EXPORT_AGAIN}")
     entries = json.loads(archive.read(str(folder / config)))["config"]
