@@ -20,7 +20,7 @@ OnProgress = Callable[[str], None]
 
 
 class NotEmbedded(MtzError):
-    """The command is about the embedded storage, and the settings name another."""
+    """The command works on the embedded storage, and the settings name another."""
 
 
 def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> None:
@@ -53,7 +53,7 @@ def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> No
 
 
 def serve_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
-    """Serve the embedded storage until interrupted; tell how other programs reach it."""
+    """Serve the embedded storage until interrupted; print how other programs reach it."""
     home, settings = _embedded(project, params_file)
     with s3.connect(settings, home) as store:
         on_progress(f"endpoint     {store.endpoint}")

@@ -60,7 +60,7 @@ class Matched:
         pairings: The pairing of each neuron group. If neurons are dropped, it numbers those that are kept.
         costs: The predicted cost of each neuron group; with a budget, damage in nats.
         curves: What sharing costs, as `(group, neurons shared, cost)`.
-        descent: The total cost after each round of matching.
+        descent: The predicted cost of all groups before coordinate descent, and after every pairing that it took.
         keep: With a budget, the neurons that each task keeps.
         search: With a budget, how it was spent.
     """
@@ -113,8 +113,8 @@ def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float]
         workspace: The workspace of the group.
 
     Returns:
-        The pairing of every neuron group, the total cost after each round of matching, and the neurons that each task
-        keeps where neurons are dropped.
+        The pairing of every neuron group, the predicted costs during coordinate descent, and the neurons that each task
+        keeps if neurons are dropped.
 
     Raises:
         InvalidArtifact: The file is missing or damaged.

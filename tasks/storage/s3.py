@@ -389,7 +389,7 @@ class Storage:
         return stored
 
     def _twice(self, operation: Callable[[], T]) -> T:
-        """Return the result of fetching an object; try again once if it was damaged on its way or replaced meanwhile."""
+        """Return the result of fetching an object; try again once if it was damaged on its way or has been replaced."""
         try:
             return self._patiently(operation)
         except DamagedObject:
