@@ -149,7 +149,7 @@ class _Runs:
         try:
             while self._waiting or self._running:
                 self._start()
-                changed = sum([self._look(run) for run in self._read()])
+                changed = sum(self._look(run) for run in self._read())
                 pause = _FIRST_PAUSE_SECONDS if changed else min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
                 time.sleep(pause)
         except BaseException:
