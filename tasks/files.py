@@ -15,7 +15,7 @@ from mtz_core.errors import MtzError
 
 
 class InvalidArtifact(MtzError):
-    """A file that a stage reads is missing, damaged, or not what its name says."""
+    """A file that a stage reads is missing, damaged, or not what its name promises."""
 
 
 @contextmanager

@@ -32,7 +32,7 @@ _LONGEST_RECORD = 4096
 
 
 class NotWarm(Exception):
-    """The warm interpreter cannot run this and nothing has run; the message says why."""
+    """The warm interpreter cannot run this and nothing has run; the message is the reason."""
 
 
 class Running:

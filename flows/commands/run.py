@@ -66,7 +66,20 @@ def run_fleet(
 
 
 def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
-    """Run the groups that failed in the last run; errors are those of `run_fleet`."""
+    """Run the groups that failed in the last run.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        settings: Changes on the command line, as `key.path=value`.
+        debug: Print Prefect's log instead of the live display.
+
+    Raises:
+        NoRun: The fleet has not run yet.
+        FleetFailed: Some groups failed again; the others are done.
+        MtzError: Nothing was started.
+    """
     declared = read_fleet(project / params, project / fleet, settings)
     groups = failed_groups(find_home(project), declared.name, declared.common().storage)
     if groups == ():

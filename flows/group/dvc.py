@@ -57,6 +57,8 @@ class Stage:
 class Pipeline:
     """The DVC pipeline of a folder.
 
+    Every method that runs DVC raises `DvcFailed` if DVC itself fails, and `Interrupted` if the run is being stopped.
+
     Attributes:
         folder: The folder.
         environment: Variables that DVC and the stages need beside this process's own, such as credentials.

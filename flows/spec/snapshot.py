@@ -225,7 +225,18 @@ def sources_of(plan: GroupPlan, access: Access) -> dict[str, str]:
 
 
 def weights_of_program(digest: str, contents: Contents) -> str:
-    """Put the weights of an exported program into the contents, as safetensors; return their digest."""
+    """Put the weights of an exported program into the contents, as safetensors.
+
+    Args:
+        digest: The SHA-256 of the program.
+        contents: The store with the program, which receives the weights.
+
+    Returns:
+        The SHA-256 of the weights.
+
+    Raises:
+        InvalidProgram: The program cannot be read.
+    """
     key = f"weights of program {digest}"
     known = contents.recall(key)
     if known is None:

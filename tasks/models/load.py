@@ -86,7 +86,19 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
 
 
 def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tensor:
-    """Return a model's calibration images, without labels."""
+    """Read a model's calibration images, without labels.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        model: The model's name.
+
+    Returns:
+        A seeded sample of the training split, `[n, …]`.
+
+    Raises:
+        InvalidData: The training split cannot be used.
+    """
     settings = params.collect
     return read_images(workspace.root / params.models[model].data, "train", settings.images, settings.seed)
 
@@ -94,7 +106,20 @@ def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tenso
 def read_split(
     params: Params, workspace: Workspace, split: str, count: int | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return images of every model, and their labels if retraining uses them; otherwise labels stay unread."""
+    """Read images of every model, and their labels if retraining uses them; otherwise labels stay unread.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        split: `train`, `validation` or `test`.
+        count: The most examples of each model; None for all.
+
+    Returns:
+        The images and the labels by model; there are no labels if retraining does not use them.
+
+    Raises:
+        InvalidData: A model's split cannot be used.
+    """
     images: dict[str, torch.Tensor] = {}
     labels: dict[str, torch.Tensor] = {}
     for model, block in params.models.items():

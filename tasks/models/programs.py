@@ -211,7 +211,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The value of an earlier step, or of an input."""
+    """A reference to the value of an earlier step, or of an input.
+
+    Attributes:
+        name: Name of the value.
+    """
 
     name: str
 

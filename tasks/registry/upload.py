@@ -46,7 +46,18 @@ def manifest_key(folder: str) -> str:
 
 
 def upload(store: Storage, release: Release) -> int:
-    """Store the bundle, its manifest last, unless it exists; return how many objects were sent."""
+    """Store the bundle, its manifest last, unless it is complete already.
+
+    Args:
+        store: The storage.
+        release: The release.
+
+    Returns:
+        How many objects were sent.
+
+    Raises:
+        StorageError: The storage cannot be used.
+    """
     if _is_whole(store, release.folder):
         return 0
     manifest = {

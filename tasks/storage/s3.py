@@ -115,6 +115,8 @@ class StorageSettings(Protocol):
 class Storage:
     """An open, writable storage. Keys and folders are relative to its prefix.
 
+    Every method that sends a request raises `StorageError` if the storage cannot be used.
+
     Attributes:
         endpoint: URL of the S3 server; None for AWS itself.
         bucket: Name of the bucket.
