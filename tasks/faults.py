@@ -1,4 +1,4 @@
-"""Two ways in which a stage fails that its callers must distinguish: faults that may pass by themselves, and refusals."""
+"""Two ways in which a stage fails that callers must distinguish: faults that may pass by themselves, and refusals."""
 
 from mtz_core.errors import MtzError
 
