@@ -49,19 +49,35 @@ Indices = npt.NDArray[np.int64]
 
 
 class UnusableSource(Exception):
-    """A source file that is missing or is not what its name promises."""
+    """A source file is missing, or is not what its name promises."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images (count × 28 × 28) and their labels (count), in the order of the source."""
+    """Images and their labels, in the order of the source.
+
+    Attributes:
+        images: Grey values from 0 to 255, `[count, 28, 28]`.
+        labels: Class numbers from 0 to 9, `[count]`.
+    """
 
     images: Bytes
     labels: Bytes
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:
-    """The array of unsigned bytes in a gzipped IDX file of that many dimensions. Raises UnusableSource."""
+    """Return the array of unsigned bytes in a gzipped IDX file.
+
+    Args:
+        path: The file.
+        dimensions: Number of dimensions that the array must have.
+
+    Returns:
+        The array, in the shape that the file's header states.
+
+    Raises:
+        UnusableSource: The file is missing, is not gzip, is not such an IDX file, or does not match its header.
+    """
     try:
         content = gzip.decompress(path.read_bytes())
     except FileNotFoundError:
@@ -84,7 +100,18 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
 
 
 def read_original(folder: Path, origin: str) -> LabelledImages:
-    """One original set, `origin` being `train` or `t10k`. Raises UnusableSource."""
+    """Read one original set and check that images and labels fit together.
+
+    Args:
+        folder: The folder with the original files.
+        origin: `train` or `t10k`.
+
+    Returns:
+        All images of the set, with their labels.
+
+    Raises:
+        UnusableSource: A file cannot be used, an image is not 28 × 28, the counts differ, or a label is above 9.
+    """
     image_path = folder / f"{origin}-images-idx3-ubyte.gz"
     label_path = folder / f"{origin}-labels-idx1-ubyte.gz"
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1)
@@ -107,7 +134,19 @@ def apportion(total: int, class_sizes: Indices) -> Indices:
 
 
 def draw(labels: Bytes, counts: dict[str, int], generator: np.random.Generator) -> dict[str, Indices]:
-    """Disjoint class-stratified draws, sorted positions per split. Raises UnusableSource where a class is too small."""
+    """Draw disjoint, class-stratified samples.
+
+    Args:
+        labels: The label of each image, `[count]`.
+        counts: Number of images to draw for each split.
+        generator: The source of randomness.
+
+    Returns:
+        The ascending positions of each split's images.
+
+    Raises:
+        UnusableSource: There are too few images of a class.
+    """
     class_sizes = np.bincount(labels, minlength=10)
     shares = {split: apportion(count, class_sizes) for split, count in counts.items()}
     if np.any(sum(shares.values()) > class_sizes):
@@ -122,14 +161,14 @@ def draw(labels: Bytes, counts: dict[str, int], generator: np.random.Generator) 
 
 
 def encode_png(image: Bytes) -> bytes:
-    """A PNG whose pixels are stored, not deflated: compressing many images at once in the file takes a quarter less."""
+    """Return a PNG with stored pixels: the Parquet file compresses many at once, which takes a quarter less space."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
 def as_table(original: LabelledImages, positions: Indices, origin: str, class_names: list[str]) -> pa.Table:
-    """Images and labels as Hugging Face datasets lay them out; `path` tells the image's place in the original."""
+    """Return images and labels in the layout of Hugging Face datasets; `path` is the image's place in the original."""
     features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema(
@@ -145,7 +184,7 @@ def as_table(original: LabelledImages, positions: Indices, origin: str, class_na
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write under a temporary name, then rename: readers see the old file or the whole new one."""
+    """Write under a temporary name, then rename, so that readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         unfinished = Path(folder) / path.name
@@ -162,7 +201,20 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def build(source: Path, out: Path, name: str) -> Iterator[tuple[Path, int]]:
-    """Write the three files of one set; yields each path with its number of images. Raises UnusableSource, OSError."""
+    """Write the three files of one data set.
+
+    Args:
+        source: The folder that holds the folder `name` with the original files.
+        out: The folder to write to; the files go to its folder `name`.
+        name: The data set, `mnist` or `fashion-mnist`.
+
+    Yields:
+        The path of each file that was written, with its number of images.
+
+    Raises:
+        UnusableSource: An original file cannot be used.
+        OSError: A file cannot be written.
+    """
     generator = np.random.default_rng([SEED, list(CLASS_NAMES).index(name)])
     for origin in ("train", "t10k"):
         original = read_original(source / name, origin)
@@ -174,6 +226,7 @@ def build(source: Path, out: Path, name: str) -> Iterator[tuple[Path, int]]:
 
 
 def main() -> None:
+    """Build both data sets from the command line; exit with one line if that fails."""
     parser = argparse.ArgumentParser(
         description="Build the example data (data/README.md) from the full MNIST and Fashion-MNIST.",
         epilog="Each source folder holds the four original files: {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",

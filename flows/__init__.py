@@ -1,1 +1,1 @@
-"""Prefect flows that decide when and where the stages run."""
+"""Prefect flows and commands that decide when and where the stages run."""

@@ -1,4 +1,4 @@
-"""The command `mtz`, also `python -m flows`; without the extra `[pipeline]` it ends with one line that says so."""
+"""The command `mtz`, also `python -m flows`; without the extra `[pipeline]` it exits with one line that names it."""
 
 import sys
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ _PIPELINE = ("boto3", "dvc", "mlflow", "prefect", "typer")
 
 
 def main() -> None:
-    """Run the command line, if what it needs is installed."""
+    """Run the command line if its dependencies are installed."""
     missing = [name for name in _PIPELINE if find_spec(name) is None]
     if missing:
         sys.exit(

@@ -1,1 +1,1 @@
-"""The stages of the pipeline, one file each, and the doors to files, S3 and MLflow."""
+"""The stages of the pipeline, one file each, and all access to files, S3 and MLflow."""

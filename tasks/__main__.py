@@ -1,4 +1,8 @@
-"""Run one stage: ``python -m tasks STAGE [MODEL]``, in the folder of a group's pipeline."""
+"""Run one stage: `python -m tasks STAGE [MODEL]`, in the folder of a group's pipeline.
+
+The exit status is 0 on success, `EXIT_TRY_AGAIN` after a fault that may pass by itself, `EXIT_REFUSED` if the stage
+cannot do what was asked, and 1 after any other error.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +26,17 @@ GROUP_STAGES = ("match", "merge", "retrain", "evaluate", "register")
 """Stages that run once for the group, in this order."""
 
 EXTRAS = ("pareto",)
-"""What is no stage, as nothing in the pipeline needs it."""
+"""Commands that are not stages, since nothing in the pipeline needs them."""
 
 MEMORY_LIMIT = "MTZ_MEMORY_LIMIT"
-"""Environment variable: how many bytes of data the stage's process may have."""
+"""Environment variable: the most bytes of data that the stage's process may have."""
 
 _REFUSALS = (Refused, UnsupportedModule, IncompatibleNetworks, InvalidConfig)
-"""Errors that say of these networks, or of what is asked for, that it cannot be."""
+"""Errors that mean that these networks, or these settings, can never work."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a stage and tell an error in one line.
-
-    Returns 0 if it went well, `EXIT_TRY_AGAIN` after a fault that may pass by itself, `EXIT_REFUSED` if it cannot
-    be done as asked, 1 after any other error.
-    """
+    """Run a stage, print any error as one line, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tasks",
         description="Run one stage of a group's pipeline, reading params.yaml and the files of earlier stages.",
@@ -111,7 +111,7 @@ def _message(error: Exception) -> str:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Tell whether an allocation failed; torch says so in a RuntimeError's text only."""
+    """Return whether an allocation failed; torch reports it only in the text of a `RuntimeError`."""
     if isinstance(error, RuntimeError):
         return any(
             message in str(error) for message in ("can't allocate memory", "std::bad_alloc", "CUDA out of memory")

@@ -1,4 +1,4 @@
-"""One digest of all code that a result depends on: modules, and what they import of ours, at any depth."""
+"""One digest of all the code that a result depends on: modules, and their imports from the project, at any depth."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ _ROOT = Path(__file__).parents[1]
 
 
 def code_digest(*modules: str) -> str:
-    """Return the SHA-256 of the source code of modules and of all that they import from the project.
+    """Return the SHA-256 of the source code of modules and of everything that they import from the project.
 
-    The project is `mtz_core`, `tasks` and whatever lies in the current folder: changes of installed libraries are not
-    noticed. Nothing is imported; the sources are read.
+    The project is `mtz_core`, `tasks` and the current folder. Changes of installed libraries are not noticed. The
+    sources are read; nothing is imported.
+
+    Args:
+        modules: Full names of the modules.
+
+    Returns:
+        The digest, hexadecimal.
     """
     sources = {name: sha256(file) for name, file in sources_of(*modules).items()}
     return hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
 
 
 def sources_of(*modules: str) -> dict[str, Path]:
-    """Return the source files of modules and of all that they import from the project, by the modules' names."""
+    """Return the source files of modules and of everything that they import from the project, by module name."""
     found: dict[str, Path] = {}
     pending = list(modules)
     while pending:
@@ -38,7 +44,7 @@ def sources_of(*modules: str) -> dict[str, Path]:
 
 
 def _file(module: str) -> Path | None:
-    """Return the file of a module of the project, None for any other."""
+    """Return the file of a module of the project; None for any other module."""
     top = module.partition(".")[0]
     if not top:
         return None
@@ -47,7 +53,7 @@ def _file(module: str) -> Path | None:
 
 
 def _imported(module: str, file: Path) -> Iterator[str]:
-    """Yield what a module imports, wherever in its code, and the packages that it is in."""
+    """Yield the names that a module imports, anywhere in its code, and the packages that contain it."""
     parent = module.rpartition(".")[0]
     yield parent
     package = module if file.name == "__init__.py" else parent
@@ -63,7 +69,7 @@ def _imported(module: str, file: Path) -> Iterator[str]:
 
 
 def _whole(module: str) -> Iterator[str]:
-    """Yield a module; of a package, which may load any of its modules when it is asked, all of them."""
+    """Yield a module and, if it is a package, all modules in it: a package may load any of them lazily."""
     yield module
     file = _file(module)
     if file is not None and file.name == "__init__.py":
@@ -73,7 +79,7 @@ def _whole(module: str) -> Iterator[str]:
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield all nodes but those that only type checkers see."""
+    """Yield all nodes except those that only type checkers see."""
     pending = [tree]
     while pending:
         node = pending.pop()

@@ -1,4 +1,4 @@
-"""Ends of a stage that those who run it tell apart: faults that may pass by themselves, and refusals."""
+"""Two ways in which a stage fails that callers must distinguish: faults that may pass by themselves, and refusals."""
 
 from mtz_core.errors import MtzError
 
@@ -6,7 +6,7 @@ EXIT_TRY_AGAIN = 75
 """Exit status of a stage that failed for a passing reason (`EX_TEMPFAIL`), such as a storage that did not answer."""
 
 EXIT_REFUSED = 65
-"""Exit status of a stage that cannot do what is asked with these inputs (`EX_DATAERR`), however often it is tried."""
+"""Exit status of a stage that can never do what was asked with these inputs (`EX_DATAERR`)."""
 
 
 class ServiceFault(MtzError):
@@ -14,4 +14,4 @@ class ServiceFault(MtzError):
 
 
 class Refused(MtzError):
-    """The result does not keep what was promised, so nothing is registered."""
+    """The result breaks a promise, such as an accuracy floor, so nothing is registered."""

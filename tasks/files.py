@@ -15,12 +15,12 @@ from mtz_core.errors import MtzError
 
 
 class InvalidArtifact(MtzError):
-    """A file that a stage should read is missing, damaged, or not what its name says."""
+    """A file that a stage reads is missing, damaged, or not what its name promises."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and is gone when it does not."""
+    """Yield a temporary path that replaces `path` if the block succeeds, and is removed if it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -32,7 +32,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and is gone when it does not."""
+    """Yield a temporary folder that replaces `path` if the block succeeds, and is removed if it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,24 +47,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """The name under which something is made first; fixed, so the next run uses up what a killed one left."""
+    """Return the name under which a file is made first; it is fixed, so the next run reuses what a killed one left."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, keys in the order of `value`."""
+    """Write a JSON file; keys keep the order of `value`."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `InvalidArtifact`."""
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InvalidArtifact: The file cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -74,7 +84,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file, as DVC's plots read it."""
+    """Write a CSV file in the form that DVC's plots read."""
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

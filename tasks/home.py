@@ -1,4 +1,4 @@
-"""Where the runtime state of a project lives: the folder `.mtz`."""
+"""The folder `.mtz`, which holds the runtime state of a project."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,17 @@ HOME_NAME = ".mtz"
 
 
 def find_home(start: Path | None = None) -> Path:
-    """The absolute path of the `.mtz` folder that belongs to `start` (default: the current folder).
+    """Return the absolute path of the `.mtz` folder that belongs to a folder.
 
-    `MTZ_HOME` wins where it is set; otherwise the nearest `.mtz` beside or above `start`, so that a process inside a
-    workspace finds the project's folder; otherwise `start/.mtz`, which need not exist yet.
+    The environment variable `MTZ_HOME` wins if it is set. Otherwise it is the nearest `.mtz` in `start` or above, so
+    that a process inside a workspace finds the project's folder. Otherwise it is `start/.mtz`, which need not exist
+    yet.
+
+    Args:
+        start: The folder to start from; the current folder by default.
+
+    Returns:
+        The folder, which may not exist.
     """
     configured = os.environ.get("MTZ_HOME")
     if configured:

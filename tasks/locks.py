@@ -1,4 +1,4 @@
-"""Locks between processes. The kernel lets go of one when its holder ends, however it ends."""
+"""Locks between processes. The kernel releases a lock when its holder ends, however it ends."""
 
 import fcntl
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def open_lock(file: Path) -> int:
-    """A descriptor of the lock file `file`, made where it is not there; not passed on to child processes."""
+    """Return a descriptor of a lock file, created if necessary; child processes do not inherit it."""
     return os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
 
 
 def try_exclusive(descriptor: int) -> bool:
-    """Take the lock alone if nobody else holds it; says whether that worked."""
+    """Take the lock exclusively if nobody else holds it; return whether that worked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -23,7 +23,7 @@ def try_exclusive(descriptor: int) -> bool:
 
 @contextmanager
 def exclusive(file: Path) -> Iterator[None]:
-    """Hold the lock alone, waiting for it."""
+    """Hold the lock exclusively while the block runs, waiting for it if necessary."""
     descriptor = open_lock(file)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""How a stage tells people what it is doing: one plain line a step, on standard output."""
+"""Progress of a stage: one plain line a step, on standard output."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 
 
 def show_progress(text: str) -> None:
-    """Tell one step."""
+    """Print one step."""
     print(text, flush=True)
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held so far."""
+    """Return the most bytes of memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,9 +1,11 @@
-"""Where a model's files come from: a location becomes the digest of its content in the store of contents.
+"""Sources of a model's files: a location becomes the digest of its content in the store of contents.
 
-networks/digits.safetensors          a file of the project
-s3://bucket/key                      an object at the storage's endpoint, with the same credentials
-models:/NAME@ALIAS, models:/NAME/3   a version in the MLflow registry, which has one .safetensors file
-models:/NAME@ALIAS#PATH              that file of it
+A location is one of these:
+
+    networks/digits.safetensors          a file of the project
+    s3://bucket/key                      an object at the storage's endpoint, with the same credentials
+    models:/NAME@ALIAS, models:/NAME/3   a version in the MLflow registry, which has one .safetensors file
+    models:/NAME@ALIAS#PATH              that file of it
 """
 
 from __future__ import annotations
@@ -37,12 +39,20 @@ _CALIBRATION = "calibration"
 
 
 class SourceError(MtzError):
-    """A source cannot be had as it is named; trying again does not help."""
+    """A source cannot be fetched as it is named; trying again does not help."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """What resolving needs: the project's folder and home, the contents, the storage, the registry's settings."""
+    """Everything that is needed to resolve a source.
+
+    Attributes:
+        project: The project's folder.
+        home: The folder of its runtime state.
+        contents: The store that receives the files.
+        store: The storage whose endpoint and credentials are used for `s3://` locations.
+        registry: The settings of the MLflow registry for `models:/` locations.
+    """
 
     project: Path
     home: Path
@@ -52,10 +62,19 @@ class Access:
 
 
 def resolve_file(name: str, location: str, access: Access) -> str:
-    """Put the file at `location` into the contents; returns its digest.
+    """Put a file into the contents; files that were fetched before and have not changed are not fetched again.
 
-    `name` is what errors call it, such as `models.digits.weights`. What was fetched before and has not changed is not
-    fetched again. Raises `SourceError`, and `ServiceFault` for what may pass by itself.
+    Args:
+        name: The name of the setting for error messages, such as `models.digits.weights`.
+        location: A path in the project, `s3://bucket/key` or `models:/name@alias`.
+        access: Where to look, and where to put the file.
+
+    Returns:
+        The SHA-256 of the content, hexadecimal.
+
+    Raises:
+        SourceError: The location is wrong, or its file cannot be fetched.
+        ServiceFault: A service failed in a way that may pass by itself.
     """
     with _told(f"{name}: {location}"):
         if location.startswith(_S3):
@@ -68,11 +87,21 @@ def resolve_file(name: str, location: str, access: Access) -> str:
 
 
 def resolve_data(name: str, spec: str | Mapping[str, Any], access: Access) -> dict[str, str]:
-    """Put a model's data into the contents; returns the digest of each file, `{train,validation,test}.{parquet,arrow}`.
+    """Put a model's data into the contents.
 
-    `spec` is the location of a folder (of the project, or `s3://bucket/prefix/`), or `{train: file, validation: file,
-    test: file}` with `calibration` as another word for `train`, or `{factory: "package.module:function", arguments:
-    {…}}`, see `tasks.data.factories`. Raises like `resolve_file`.
+    Args:
+        name: The name of the setting for error messages.
+        spec: The location of a folder (of the project, or `s3://bucket/prefix/`); or `{train: file, validation: file,
+            test: file}`, with `calibration` as another word for `train`; or `{factory: "package.module:function",
+            arguments: {…}}`, see `tasks.data.factories`.
+        access: Where to look, and where to put the files.
+
+    Returns:
+        The SHA-256 of each file, by its name: `train`, `validation` and `test` with the suffix `.parquet` or `.arrow`.
+
+    Raises:
+        SourceError: The specification is wrong, or a file cannot be fetched.
+        ServiceFault: A service failed in a way that may pass by itself.
     """
     if isinstance(spec, str):
         files = _folder(name, spec, access)
@@ -128,7 +157,7 @@ def _registered(location: str, access: Access) -> str:
 
 
 def _fetched(version: ModelVersion, file: str, access: Access) -> str:
-    """The digest of a version's file, fetched through our own door where it lies in S3."""
+    """Return the digest of a version's file, fetched with our own S3 client if it lies in S3."""
     if version.location.startswith(_S3):
         bucket, prefix = _bucket_and_key(version.location)
         place = access.store.elsewhere(bucket)
@@ -157,7 +186,7 @@ def _only_weights(version: ModelVersion, files: list[str]) -> str:
 
 
 def _folder(name: str, location: str, access: Access) -> dict[str, str]:
-    """The location of each split's file in a folder."""
+    """Return the location of each split's file in a folder."""
     with _told(f"{name}: {location}"):
         if location.startswith(_S3):
             bucket, prefix = _bucket_and_key(location)
@@ -182,7 +211,7 @@ def _folder(name: str, location: str, access: Access) -> dict[str, str]:
 
 
 def _named(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """The location of each split's file as a mapping gives it."""
+    """Return the location of each split's file as given in a mapping."""
     given = {"train" if key == _CALIBRATION else key: location for key, location in spec.items()}
     if set(given) != set(SPLITS) or len(given) != len(spec):
         raise SourceError(
@@ -199,7 +228,7 @@ def _named(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _made(name: str, spec: Mapping[str, Any], access: Access) -> dict[str, str]:
-    """The files of a data set that a factory gives, made once, in a process of its own."""
+    """Return the files of a data set that a factory makes, once and in a process of its own."""
     unknown = set(spec) - {"factory", "arguments"}
     if unknown:
         raise SourceError(f"{name}: {min(unknown)!r} is unknown beside a factory. Known: factory, arguments.")
@@ -238,7 +267,7 @@ def _bucket_and_key(location: str) -> tuple[str, str]:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Errors inside the block name the source."""
+    """Name the source in errors that the block raises."""
     try:
         yield
     except NoSuchObject as error:

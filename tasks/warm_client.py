@@ -1,6 +1,6 @@
-"""Handing work to a warm interpreter: a server that has imported the libraries already and forks a child per request.
+"""Client of a warm interpreter: a server that has already imported the libraries and forks a child for each request.
 
-`flows/processes/warm.py` starts the servers, `flows/processes/warm_server.py` is their program. Their sockets lie in
+`flows/processes/warm.py` starts the servers; `flows/processes/warm_server.py` is their program. Their sockets are in
 the folder that the environment variable MTZ_WARM names, one for each kind of work. Both sides send records
 (SOCK_SEQPACKET):
 
@@ -10,9 +10,9 @@ the folder that the environment variable MTZ_WARM names, one for each kind of wo
     server  "ended STATUS", negative for a signal
     client  closes its side: whatever is left of the process group is killed
 
-So a client that dies takes its child along. If the server dies, so do its children, and their clients see its end.
+A client that dies therefore takes its child along. If the server dies, so do its children, and their clients notice.
 
-This file uses the standard library only, since each stage's process imports it before anything else.
+This file uses the standard library only, since the process of every stage imports it before anything else.
 """
 
 import json
@@ -26,28 +26,29 @@ from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "MTZ_WARM"
-"""Environment variable: the folder of the warm interpreters' sockets. Without it every process starts by itself."""
+"""Environment variable: the folder of the warm interpreters' sockets. If unset, every process starts on its own."""
 
 _LONGEST_RECORD = 4096
 
 
 class NotWarm(Exception):
-    """The warm interpreter cannot run this, and nothing has run; the message says why."""
+    """The warm interpreter cannot run this and nothing has run; the message is the reason."""
 
 
 class Running:
     """A Python module that runs in a child of a warm interpreter.
 
     Args:
-        interpreter: its socket.
-        arguments: the module's name, or a `.py` file, then its arguments.
-        folder: the working folder.
-        environment: all of its environment variables.
-        streams: descriptors of its standard input, output and error.
-        from_folder: the working folder comes first on the module path, as with `python -m`; otherwise it is not on it.
+        interpreter: The socket of the warm interpreter.
+        arguments: The module's name, or a `.py` file, then its arguments.
+        folder: The working folder.
+        environment: All environment variables of the child.
+        streams: Descriptors of its standard input, output and error.
+        from_folder: If true, the working folder comes first on the module path, as with `python -m`; otherwise it is
+            not on the path.
 
     Raises:
-        NotWarm: nothing has run.
+        NotWarm: The interpreter does not answer or refuses; nothing has run.
     """
 
     def __init__(
@@ -81,18 +82,24 @@ class Running:
         self._socket.close()
 
     def poll(self) -> int | None:
-        """Return the exit status, negative for a signal, or None while it runs."""
+        """Return the exit status, negative for a signal, or None while the child runs."""
         with suppress(TimeoutError):
             return self.wait(0)
         return None
 
     def wait(self, seconds: float | None = None) -> int:
-        """Wait for the end; return the exit status, negative for a signal. Several threads may wait.
+        """Wait for the end of the child.
 
-        A child whose server died was killed.
+        Several threads may wait. A child whose server died counts as killed.
+
+        Args:
+            seconds: The longest time to wait; None for no limit.
+
+        Returns:
+            The exit status, negative for a signal.
 
         Raises:
-            TimeoutError: it still runs.
+            TimeoutError: The child still runs.
         """
         if self._status is None:
             ready = select.poll()
@@ -101,23 +108,23 @@ class Running:
                 raise TimeoutError
             record = b""
             with suppress(ConnectionResetError):
-                record = self._socket.recv(_LONGEST_RECORD, socket.MSG_PEEK)  # other threads shall see it, too
+                record = self._socket.recv(_LONGEST_RECORD, socket.MSG_PEEK)  # other threads must see it too
             self._status = int(record.split()[1]) if record else -signal.SIGKILL
         return self._status
 
     def signal(self, number: int) -> None:
-        """Send a signal to its process group."""
+        """Send a signal to the child's process group."""
         with suppress(OSError):
             self._socket.send(bytes([number]))
 
     def release(self) -> None:
-        """Let go of it: whatever is left of its process group is killed."""
+        """Release the child: whatever is left of its process group is killed."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
 
 def hand_over() -> None:
-    """Run this `python -m tasks …` in the warm interpreter and end as it ended; return if it must run here."""
+    """Run this `python -m tasks …` in the warm interpreter and end with its status; return if it must run here."""
     sockets = os.environ.pop(VARIABLE, None)
     if sockets is None:
         return
@@ -136,5 +143,5 @@ def hand_over() -> None:
 
 
 def cold_start(reason: NotWarm) -> str:
-    """Return the line that tells why a process starts without the warm interpreter."""
+    """Return the line that explains why a process starts without the warm interpreter."""
     return f"The warm interpreter is not used: {reason}. Starting without it, which takes some seconds longer."

@@ -67,8 +67,5 @@ def test_helpers_hold_no_tests() -> None:
     assert helpers
     for path in helpers:
         assert not path.stem.startswith(("test_", "conftest"))
-        assert not [node.name for node in ast.parse(path.read_text()).body if is_test(node)]
-
-
-def is_test(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        functions = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        assert not [name for name in functions if name.startswith("test_")]

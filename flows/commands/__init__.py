@@ -1,1 +1,1 @@
-"""What the commands of `mtz` do, one module a command."""
+"""The commands of `mtz`, one module a command."""

@@ -1,4 +1,4 @@
-"""What must be true before a run is worth starting."""
+"""`mtz check`: everything that must be in order before a run is worth starting."""
 
 import shutil
 import tempfile
@@ -15,7 +15,7 @@ from tasks.sources import Access
 from tasks.storage.contents import Contents
 
 LEAST_FREE_BYTES = 1 << 30
-"""Activations and Hessians of a small group, once in its workspace and once in DVC's cache."""
+"""Bytes for the activations and Hessians of a small group, once in its workspace and once in DVC's cache."""
 
 
 class NotReady(MtzError):
@@ -25,13 +25,22 @@ class NotReady(MtzError):
 def check_project(
     project: Path, params: Path, fleet: Path, groups: Sequence[str], settings: Sequence[str]
 ) -> tuple[Fleet, tuple[GroupPlan, ...]]:
-    """Check what can be checked at once: the folder, the settings, the files they name, the disk.
+    """Check what can be checked at once: the folder, the settings, the files that they name, the disk.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        groups: Names of the wanted groups; all if empty.
+        settings: Changes on the command line, as `key.path=value`.
 
     Returns:
-        The fleet, and those of the groups that its file lists.
+        The fleet, and the wanted groups among those that its file lists.
 
     Raises:
-        NotReady, InvalidFleet, InvalidParams: with the remedy.
+        NotReady: The folder is no project, a file is missing in every group, or the disk is nearly full.
+        InvalidFleet: The fleet file, a name of a group or a change cannot be used.
+        InvalidParams: The parameters cannot be used.
     """
     if not (project / PIPELINE).is_file():
         raise NotReady(f"there is no {PIPELINE} in {project}. Run mtz in the folder of the project.")
@@ -43,13 +52,20 @@ def check_project(
     plans = select(listed, groups) if declared.file.auto is None else listed
     problems = [_missing_file(project, plan) for plan in plans]
     if plans and all(problems):
-        raise NotReady(str(problems[0]))  # of some only, their groups fail, and the others go on
+        raise NotReady(str(problems[0]))  # if only some have problems, their groups fail and the others go on
     check_disk(find_home(project))
     return declared, plans
 
 
 def check_disk(home: Path) -> None:
-    """Check that there is some space left. Raises `NotReady`."""
+    """Check that there is some space left.
+
+    Args:
+        home: The folder on the disk in question.
+
+    Raises:
+        NotReady: Less than `LEAST_FREE_BYTES` are free.
+    """
     home.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(home).free
     if free < LEAST_FREE_BYTES:
@@ -67,10 +83,19 @@ def check_all(
     settings: Sequence[str],
     on_progress: Callable[[str], None],
 ) -> None:
-    """Check everything that a run needs, network factories, weights, storage and registry included.
+    """Check everything that a run needs, including network factories, weights, storage and registry.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        groups: Names of the wanted groups; all if empty.
+        settings: Changes on the command line, as `key.path=value`.
+        on_progress: Receives a line for each part that is in order.
 
     Raises:
-        MtzError: the first thing that is not right.
+        NotReady: A file that a group's parameters name is missing.
+        MtzError: Anything else that is not in order; the first such problem is raised.
     """
     from tasks.registry import mlflow_client
     from tasks.storage import s3
@@ -107,7 +132,7 @@ def _check_declared(
 
 
 def _missing_file(project: Path, plan: GroupPlan) -> str | None:
-    """Return what a group's parameters name and the project lacks; what the fleet declares is not looked at."""
+    """Return which file of a group's parameters is missing; a group of models that the fleet declares needs none."""
     if plan.models:
         return None
     for name, model in plan.params.models.items():
@@ -123,9 +148,13 @@ def _missing_file(project: Path, plan: GroupPlan) -> str | None:
 
 
 def _check_networks(project: Path, params: Params) -> None:
-    """Trace each network, with the weights that are there already, and see that they can be zipped as asked.
+    """Trace each network and check that the networks can be zipped as configured.
 
-    Networks that a pretrain stage makes are traced untrained.
+    Networks of a pretrain stage are traced untrained; all others have their weights.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters of the group.
     """
     from mtz_core.merging.compatibility import check_compatible, shared_counts
     from tasks.artifacts.paths import Workspace

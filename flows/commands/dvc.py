@@ -15,14 +15,26 @@ from tasks.storage import s3
 
 
 class UnknownGroup(MtzError):
-    """There is no workspace of that name."""
+    """There is no workspace of this name."""
 
 
 def run_dvc(project: Path, params_file: Path, group: str | None, arguments: Sequence[str]) -> int:
-    """Run `dvc` in the project, or in a group's workspace, on this terminal; return its exit status.
+    """Run `dvc` in the project, or in a group's workspace, on this terminal.
+
+    Args:
+        project: The folder of the project.
+        params_file: The parameters file, relative to the project.
+        group: Name of the group; None for the project itself.
+        arguments: Arguments of `dvc`.
+
+    Returns:
+        The exit status of `dvc`.
 
     Raises:
-        UnknownGroup, WorkspaceBusy, StorageError, InvalidParams.
+        UnknownGroup: The group has no workspace.
+        WorkspaceBusy: Another process works in the workspace.
+        StorageError: The storage cannot be used.
+        InvalidParams: The parameters cannot be used.
     """
     settings = load_params(project / params_file).storage
     home = find_home(project)

@@ -1,4 +1,4 @@
-"""`mtz pareto`: error against stored bytes for one group, on what the stages before `match` have made."""
+"""`mtz pareto`: error against stored bytes for one group, from the results of the stages before `match`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from tasks.studies.pareto import Asked, Row, limits, read_rows
 _WIDTH_WITHOUT_TERMINAL = 120
 
 MATCH = "match"
-"""What this stage needs is needed here, too."""
+"""The stage whose inputs are needed here too."""
 
 
 class ParetoFailed(MtzError):
@@ -45,11 +45,18 @@ def draw_pareto(
     """Bring the group's stages before `match` up to date, measure the curve, and print it as a table.
 
     Args:
-        group: its name; that of the parameters by default.
-        settings: `key.path=value` to change.
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        group: Name of the group; by default the one in the parameters.
+        asked: The networks to compare.
+        settings: Changes on the command line, as `key.path=value`.
+        on_progress: Receives progress messages.
 
     Raises:
-        MtzError: in its kinds; `ParetoFailed` with the reason that the process which measures has told.
+        ParetoFailed: The process that measures failed; the message is its error.
+        KeyboardInterrupt: The user interrupted; all child processes have been stopped.
+        MtzError: The project is not ready, or a stage, the storage or the workspace cannot be used.
     """
     name = group or str(read_yaml(project / params).get("group"))
     declared, _ = check_project(project, params, fleet, (), settings)
@@ -80,7 +87,7 @@ def draw_pareto(
 
 
 def _bring_up_to_date(pipeline: Pipeline, stages: Sequence[Stage], on_progress: Callable[[str], None]) -> None:
-    """Restore, or run, those stages that `match` needs and that DVC finds changed."""
+    """Restore or run those stages that `match` needs and that DVC reports as changed."""
     needed = needed_by(stages, MATCH)
     if not pipeline.changed() & needed:
         return
@@ -93,7 +100,7 @@ def _bring_up_to_date(pipeline: Pipeline, stages: Sequence[Stage], on_progress: 
 
 
 def needed_by(stages: Sequence[Stage], name: str) -> frozenset[str]:
-    """The stages that one needs, directly or not."""
+    """Return the stages that a stage needs, directly or indirectly."""
     direct = {stage.name: stage.needs for stage in stages}[name]
     return frozenset(direct).union(*(needed_by(stages, other) for other in direct))
 
@@ -116,7 +123,7 @@ def _measure(folder: Path, environment: Mapping[str, str], asked: Asked, on_prog
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    """One row a network: what it stores, and the error of each task with its rise."""
+    """Return a table with one row per network: its bytes, and the error of each task with its rise."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     table = Table(title="Test error by stored bytes, %; rise in points", title_justify="left", title_style="bold")
     table.add_column("method")

@@ -33,8 +33,18 @@ def run_fleet(
 ) -> None:
     """Bring the groups up to date and print a summary.
 
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        groups: Names of the wanted groups; all if empty.
+        settings: Changes on the command line, as `key.path=value`.
+        verify: Check every group with DVC, rather than trust the records of unchanged groups.
+        debug: Print Prefect's log instead of the live display.
+
     Raises:
-        MtzError: nothing was started, or, as `FleetFailed`, some groups failed.
+        FleetFailed: Some groups failed; the others are done.
+        MtzError: Nothing was started.
     """
     console = console_for_people()
     declared, plans = check_project(project, params, fleet, groups, settings)
@@ -56,7 +66,20 @@ def run_fleet(
 
 
 def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
-    """Run the groups that failed in the last run. Raises like `run_fleet`."""
+    """Run the groups that failed in the last run.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        settings: Changes on the command line, as `key.path=value`.
+        debug: Print Prefect's log instead of the live display.
+
+    Raises:
+        NoRun: The fleet has not run yet.
+        FleetFailed: Some groups failed again; the others are done.
+        MtzError: Nothing was started.
+    """
     declared = read_fleet(project / params, project / fleet, settings)
     groups = failed_groups(find_home(project), declared.name, declared.common().storage)
     if groups == ():
@@ -66,7 +89,18 @@ def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[st
 
 
 def show_plan(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
-    """Show the groups of the fleet, and why they are those. Raises `MtzError` in its kinds."""
+    """Print the groups of the fleet and the reasons for them.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        settings: Changes on the command line, as `key.path=value`.
+        debug: Print Prefect's log instead of the live display.
+
+    Raises:
+        MtzError: The fleet cannot be planned.
+    """
     declared, _ = check_project(project, params, fleet, (), settings)
     home = find_home(project)
     console = console_for_people()
@@ -92,7 +126,23 @@ def deploy_fleet(
     settings: Sequence[str],
     on_progress: Callable[[str], None],
 ) -> None:
-    """Have a Prefect server run the fleet by the clock. Raises `MtzError` in its kinds; then nothing was changed."""
+    """Deploy the fleet to a Prefect server, which runs it on a schedule.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        name: Name of the deployment; by default the fleet's name.
+        cron: The schedule, five fields as in crontab.
+        timezone: The schedule's time zone, such as Europe/Zurich.
+        pool: The work pool for the fleet's runs.
+        overlap: Whether a run that is due while the last one is still going is skipped or queued.
+        settings: Changes for every run, as `key.path=value`.
+        on_progress: Receives the result.
+
+    Raises:
+        MtzError: The project is not ready, or the server or the schedule cannot be used.
+    """
     os.environ.update(servers.prefect_environment(find_home(project)))
     from flows.commands import schedule
 
@@ -123,7 +173,7 @@ def _named(fleet: Fleet, plans: Sequence[GroupPlan]) -> str:
 
 
 def console_for_people() -> Console:
-    """Return a console that is as wide as the terminal, or wide enough for tables where there is none."""
+    """Return a console that is as wide as the terminal, or wide enough for tables if there is none."""
     console = Console()
     if not console.is_terminal:
         console.width = _WIDTH_WITHOUT_TERMINAL
@@ -132,10 +182,17 @@ def console_for_people() -> Console:
 
 @contextmanager
 def prefect(home: Path, debug: bool) -> Iterator[None]:
-    """Let flows run in this process: on the server that PREFECT_API_URL names, or on one that is started here.
+    """Let flows run in this process, on the server that PREFECT_API_URL names or on one that is started here.
+
+    Args:
+        home: The folder of the project's runtime state.
+        debug: Print Prefect's log.
+
+    Yields:
+        Nothing; flows may run while the block does.
 
     Raises:
-        ServiceFailed: the server does not answer.
+        ServiceFailed: The server does not answer.
     """
     os.environ.update(servers.prefect_environment(home, debug))
     if servers.uses_own_prefect_server():
@@ -156,7 +213,7 @@ def prefect(home: Path, debug: bool) -> Iterator[None]:
 
 
 def _flush() -> None:
-    """Hand over what Prefect still has to say to its server, which stops before this process ends."""
+    """Send what Prefect still has to report to its server, which stops before this process ends."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

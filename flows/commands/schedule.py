@@ -1,8 +1,8 @@
-"""Fleets on a schedule: a deployment on a Prefect server that goes on running, and workers that carry out its runs.
+"""Fleets on a schedule: a deployment on a permanent Prefect server, and workers that carry out its runs.
 
-What is deployed is a name: workers import the flow from their own installed environment, so no code travels. The server
-lets one run at a time in. A run whose process is killed is marked as crashed by its worker; where the worker dies too,
-the server marks it once it has missed heartbeats for `_SILENCE`. Either way the next one may start.
+Only a name is deployed: workers import the flow from their own installed environment, so no code travels. The server
+admits one run at a time. A run whose process is killed is marked as crashed by its worker; if the worker dies too, the
+server marks the run once it has missed heartbeats for `_SILENCE`. In both cases the next run may start.
 """
 
 import os
@@ -49,7 +49,7 @@ HEARTBEAT_SECONDS = 30  # the shortest that Prefect allows
 _SILENCE = timedelta(seconds=4 * HEARTBEAT_SECONDS)
 _WATCHED = (FLEET_FLOW, "zip-group", "zip-group-job")
 _AUTOMATION = "mtz: mark runs without heartbeat as crashed"
-# What a worker runs by itself; told so, it does without a process before, which would look for code to fetch.
+# A worker's own default; given explicitly, it saves a process that would look for code to fetch.
 _COMMAND = "python -m prefect.engine"
 _POLL_SECONDS = 2.0
 _SHOWN_RUNS = 5
@@ -80,7 +80,7 @@ class NoSchedule(MtzError):
 
 
 class RunFailed(MtzError):
-    """A run that was waited for did not end well."""
+    """A run that was waited for did not succeed."""
 
 
 def deploy(
@@ -95,19 +95,26 @@ def deploy(
     overlap: Overlap = "skip",
     group_pool: str | None = None,
 ) -> str:
-    """Have the server run a fleet by the clock; deploying the same name again changes it. Return its full name.
+    """Let the server run a fleet on a schedule; deploying the same name again changes the deployment.
 
     Args:
-        params, fleet: the files, relative to the project, which is a folder of the machine of the pool's workers.
-        cron: five fields, as in crontab.
-        timezone: by which they are meant, such as Europe/Zurich.
-        pool: the work pool; made, for workers that run processes, where it is missing.
-        parameters: of the flow, on top of those above, for every run.
-        overlap: what becomes of a run that is due while the last one is still going: left out, or run after it.
-        group_pool: the work pool of the groups' jobs, where it is a pool that runs them.
+        project: The folder of the project, on the machine of the pool's workers.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        name: Name of the deployment.
+        cron: The schedule, five fields as in crontab.
+        timezone: The schedule's time zone, such as Europe/Zurich.
+        pool: The work pool; created, for workers that run processes, if it is missing.
+        parameters: Further parameters of the flow for every run.
+        overlap: Whether a run that is due while the last one is still going is skipped or queued.
+        group_pool: The work pool of the groups' jobs, if a pool runs them.
+
+    Returns:
+        The full name of the deployment.
 
     Raises:
-        NoServer, InvalidSchedule: nothing was changed.
+        NoServer: No server answers.
+        InvalidSchedule: The schedule or the parameters are wrong, or both pools are the same.
     """
     schedule = _schedule(cron, timezone)
     if group_pool == pool:
@@ -138,13 +145,21 @@ def deploy_flow(
     schedule: CronSchedule | IntervalSchedule | None = None,
     overlap: Overlap | None = None,
 ) -> None:
-    """Make the server send runs of a flow to a pool, or change how it does; without `overlap` any number at a time.
+    """Create or change the deployment of a flow to a work pool.
 
     Args:
-        entrypoint: where workers import the flow from, `package.module.name`.
+        client: Client of the Prefect server.
+        flow: The flow.
+        entrypoint: Where workers import the flow from, `package.module.name`.
+        name: Name of the deployment.
+        pool: The work pool; created, for workers that run processes, if it is missing.
+        parameters: Parameters of the flow for every run.
+        schedule: When runs start; None for no schedule.
+        overlap: Whether a run that is due while the last one is still going is skipped or queued; None allows any
+            number of runs at a time.
 
     Raises:
-        InvalidSchedule: the flow has no such parameters.
+        InvalidSchedule: The flow has no such parameters.
     """
     try:
         if parameters:
@@ -172,25 +187,45 @@ def deploy_flow(
 
 
 def pause(name: str) -> None:
-    """Start no more runs by the clock. Raises `NoServer`, `NoSchedule`."""
+    """Stop starting runs on the schedule.
+
+    Args:
+        name: Name of the deployment.
+
+    Raises:
+        NoServer: No server answers.
+        NoSchedule: There is no such deployment.
+    """
     _set_paused(name, True)
 
 
 def resume(name: str) -> None:
-    """Start runs by the clock again. Raises `NoServer`, `NoSchedule`."""
+    """Start runs on the schedule again.
+
+    Args:
+        name: Name of the deployment.
+
+    Raises:
+        NoServer: No server answers.
+        NoSchedule: There is no such deployment.
+    """
     _set_paused(name, False)
 
 
 def start(name: str, parameters: Mapping[str, Any], wait: bool, on_progress: OnProgress) -> None:
-    """Have a run started now, and tell which it is.
+    """Start a run now and report its name.
 
     Args:
-        parameters: for this run, in place of the deployment's; `settings` come after the deployment's own.
-        wait: for its end.
+        name: Name of the deployment.
+        parameters: Parameters of this run, in place of the deployment's; `settings` are added to the deployment's own.
+        wait: Whether to wait for the end of the run.
+        on_progress: Receives the run's name and address.
 
     Raises:
-        NoServer, NoSchedule, InvalidSchedule.
-        RunFailed: it was waited for, and did not end well.
+        NoServer: No server answers.
+        NoSchedule: There is no such deployment.
+        InvalidSchedule: The server refuses the parameters.
+        RunFailed: The run was waited for and did not succeed.
     """
     with _server() as client:
         found = _read(client, name)
@@ -210,7 +245,16 @@ def start(name: str, parameters: Mapping[str, Any], wait: bool, on_progress: OnP
 
 
 def status(name: str, on_progress: OnProgress) -> None:
-    """Tell when the next runs are due and how the last ones ended. Raises `NoServer`, `NoSchedule`."""
+    """Report when the next runs are due and how the last ones ended.
+
+    Args:
+        name: Name of the deployment.
+        on_progress: Receives the lines.
+
+    Raises:
+        NoServer: No server answers.
+        NoSchedule: There is no such deployment.
+    """
     with _server() as client:
         found = _read(client, name)
         waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED])
@@ -237,11 +281,12 @@ def worker(pool: str, limit: int | None) -> NoReturn:
     """Become a worker of the pool, in this folder, until Ctrl-C; runs are processes of this machine.
 
     Args:
-        limit: as many runs at a time; None for any number. Of a schedule that skips, a worker takes the run that is to
-            be skipped, too, so it needs room for two: with one, such runs wait and are late.
+        pool: The work pool.
+        limit: The most runs at a time; None for any number. A worker also takes the runs that are to be skipped, so it
+            needs room for two: with one, such runs wait and are late.
 
     Raises:
-        NoServer.
+        NoServer: No server answers.
     """
     _check_server()
     home = find_home()
@@ -254,7 +299,7 @@ def worker(pool: str, limit: int | None) -> NoReturn:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", ProcessWorker.type]
     if limit is not None:
         command += ["--limit", str(limit)]
-    # Signals then reach it as its supervisor, or the terminal, sends them.
+    # So that it receives the signals of its supervisor, or of the terminal, itself.
     os.execve(sys.executable, command, environment)
 
 
@@ -287,7 +332,7 @@ def _check_server() -> None:
 
 @contextmanager
 def _server() -> Iterator[SyncPrefectClient]:
-    """Open the server that PREFECT_API_URL names. Raises `NoServer`, also where it goes away in the block."""
+    """Connect to the server that PREFECT_API_URL names; raise `NoServer`, also if it goes away in the block."""
     _check_server()
     try:
         with get_client(sync_client=True) as client:
@@ -334,7 +379,7 @@ def _at(when: datetime | None) -> str:
 
 
 def _watch_heartbeats(client: SyncPrefectClient) -> None:
-    """Have the server mark runs as crashed that stop saying that they are alive."""
+    """Let the server mark runs as crashed when their heartbeats stop."""
     beat = "prefect.flow-run.heartbeat"
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     automation = AutomationCore(

@@ -20,11 +20,23 @@ OnProgress = Callable[[str], None]
 
 
 class NotEmbedded(MtzError):
-    """The command is about the embedded storage, and the settings name another."""
+    """The command works on the embedded storage, and the settings name another."""
 
 
 def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> None:
-    """Serve MLflow's and Prefect's pages, with the storage behind them, until interrupted."""
+    """Serve MLflow's and Prefect's pages, with the storage behind them, until interrupted.
+
+    Args:
+        project: The folder of the project.
+        params_file: The parameters file, relative to the project.
+        on_progress: Receives the addresses of the pages.
+
+    Raises:
+        InvalidParams: The parameters cannot be used.
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
+        ServiceFailed: A server does not start.
+    """
     params = load_params(project / params_file)
     home = find_home(project)
     home.mkdir(parents=True, exist_ok=True)
@@ -53,7 +65,18 @@ def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> No
 
 
 def serve_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
-    """Serve the embedded storage until interrupted; tell how other programs reach it."""
+    """Serve the embedded storage until interrupted; print how other programs reach it.
+
+    Args:
+        project: The folder of the project.
+        params_file: The parameters file, relative to the project.
+        on_progress: Receives the lines.
+
+    Raises:
+        NotEmbedded: The settings name another storage.
+        InvalidParams: The parameters cannot be used.
+        StorageError: The storage cannot be used.
+    """
     home, settings = _embedded(project, params_file)
     with s3.connect(settings, home) as store:
         on_progress(f"endpoint     {store.endpoint}")
@@ -67,7 +90,18 @@ def serve_storage(project: Path, params_file: Path, on_progress: OnProgress) -> 
 
 
 def export_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
-    """Print shell commands that set the variables with which other programs reach the embedded storage."""
+    """Print shell commands that set the variables with which other programs reach the embedded storage.
+
+    Args:
+        project: The folder of the project.
+        params_file: The parameters file, relative to the project.
+        on_progress: Receives the commands.
+
+    Raises:
+        NotEmbedded: The settings name another storage.
+        InvalidParams: The parameters cannot be used.
+        StorageError: The storage cannot be used.
+    """
     home, settings = _embedded(project, params_file)
     with s3.connect(settings, home) as store:
         for name, value in store.environment().items():

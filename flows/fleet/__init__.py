@@ -1,1 +1,1 @@
-"""A fleet: what it consists of tonight, which of its groups have to run, and the flow that runs them."""
+"""A fleet: its groups, which of them have to run, and the flow that runs them."""

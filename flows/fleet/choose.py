@@ -1,4 +1,4 @@
-"""The planner at work: models compared by their statistics, and put into groups."""
+"""The planner: compares models by their statistics and puts them into groups."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,9 +21,19 @@ def choose(
 ) -> Choice:
     """Compare the models and put them into groups, within the limits of the fleet file.
 
+    Args:
+        fleet: The fleet; its file must have a block `auto`.
+        measured: The models with their statistics, by name.
+        access: How the models' files are fetched.
+        on_progress: Receives progress messages.
+
+    Returns:
+        The affinities of the models and the groups.
+
     Raises:
-        MissingContent, StorageError: a model's files are not to be had.
-        MtzError: a network cannot be built or traced.
+        MissingContent: A model's file is neither here nor in the storage.
+        StorageError: The storage cannot be used.
+        MtzError: A network cannot be built or traced.
     """
     auto = fleet.file.auto
     assert auto is not None
@@ -49,7 +59,7 @@ def _statistics(name: str, measured: Measured, access: Access) -> ModelStatistic
 
 
 def _load(name: str, measured: Measured, access: Access) -> Network:
-    """Build the network here; its files need not be in this machine's workspaces."""
+    """Build the network in a temporary folder; its files need not be in this machine's workspaces."""
     places = ("networks/", "data/")
     files = {path: digest for path, digest in measured.snapshot.files.items() if path.startswith(places)}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A fleet as one Prefect flow: what changed is zipped, group beside group, and a failing one stops no other."""
+"""A fleet as one Prefect flow: groups that changed are zipped in parallel, and a failing one stops no other."""
 
 import json
 import os
@@ -43,7 +43,7 @@ from tasks.storage.s3 import Storage
 
 _PLANNER = "planner"
 _RESOLVERS = 8
-"""Sources that are read at a time; most of it is waiting."""
+"""Number of sources that are read at a time; most of the work is waiting."""
 
 
 class FleetBusy(MtzError):
@@ -59,19 +59,26 @@ def zip_fleet(
     settings: Sequence[str] = (),
     verify: bool = False,
 ) -> FleetResult:
-    """Bring all groups up to date; return what the run came to.
+    """Bring all groups up to date.
 
     Args:
-        project: the folder of the project.
-        params, fleet: the files, relative to the project.
-        groups: names of groups; all by default.
-        settings: `key.path=value` to change in all groups.
-        verify: ask DVC in every group's workspace, rather than trust what is recorded of unchanged groups.
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        groups: Names of the wanted groups; all if empty.
+        settings: Changes in all groups, as `key.path=value`.
+        verify: Check every group with DVC, rather than trust the records of unchanged groups.
+
+    Returns:
+        The result of the run.
 
     Raises:
-        FleetFailed: a group failed; the others are done.
-        FleetBusy: another run of this fleet has not ended.
-        InvalidFleet, InvalidParams, StorageError, TrackingError: nothing was started.
+        FleetFailed: A group failed; the others are done.
+        FleetBusy: Another run of this fleet has not ended; nothing was started.
+        InvalidFleet: The fleet file cannot be used; nothing was started.
+        InvalidParams: The parameters cannot be used; nothing was started.
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
     """
     start = time.monotonic()
     root = Path(project).resolve()
@@ -81,7 +88,7 @@ def zip_fleet(
         seconds = round(time.monotonic() - start, 3)
         result = FleetResult(declared.name, run.id, run.started, reports, seconds, memory.bytes)
         result = replace(result, warning=_keep(result, run.access))
-    if deployment.id:  # nobody is there to be shown what `mtz run` shows
+    if deployment.id:  # a deployment has no terminal for the summary of `mtz run`
         print(summary_text(result, run.access.home))
     if any(report.status == "failed" for report in reports):
         raise FleetFailed(result)
@@ -89,7 +96,7 @@ def zip_fleet(
 
 
 def _keep(result: FleetResult, access: Access) -> str:
-    """Write down what a run came to, here, in the storage and for Prefect's pages; return what the webhook says."""
+    """Record the result of a run here, in the storage and on Prefect's pages; return the webhook's warning."""
     values = result.as_values()
     write_json(last_run(access.home, result.fleet), values)
     content = json.dumps(values, indent=2).encode()
@@ -101,10 +108,24 @@ def _keep(result: FleetResult, access: Access) -> str:
 
 @flow(name="plan-fleet", persist_result=False)
 def plan_fleet(project: str, params: str, fleet: str, settings: Sequence[str] = ()) -> PlannedFleet:
-    """Return the fleet's groups, those that the planner chooses included, and which of them have nothing to do.
+    """Return the fleet's groups, including those that the planner chooses, and which of them need no work.
+
+    Args:
+        project: The folder of the project.
+        params: The parameters file, relative to the project.
+        fleet: The fleet file, relative to the project.
+        settings: Changes in all groups, as `key.path=value`.
+
+    Returns:
+        The plan, with reports of the groups that need no work or cannot be started.
 
     Raises:
-        FleetBusy, InvalidFleet, InvalidParams, StorageError, TrackingError, ServiceFailed.
+        FleetBusy: Another run of this fleet has not ended.
+        InvalidFleet: The fleet file cannot be used.
+        InvalidParams: The parameters cannot be used.
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
+        ServiceFailed: A server for workers elsewhere does not start.
     """
     root = Path(project).resolve()
     with open_fleet(read_fleet(root / params, root / fleet, settings), root) as run:
@@ -115,22 +136,35 @@ def plan_fleet(project: str, params: str, fleet: str, settings: Sequence[str] = 
 
 @dataclass(frozen=True)
 class FleetRun:
-    """A fleet of which no other run is under way, with its services up."""
+    """A run of a fleet, with its services up; no other run of the same fleet is under way.
+
+    Attributes:
+        fleet: The fleet.
+        project: The project's files.
+        access: How models' files are fetched.
+        executor: What runs the jobs.
+        places: Returns the blocks `storage` and `tracking` for workers, with addresses that they can reach.
+        id: Identifier of the run, which starts with its time.
+        started: When the run started, ISO 8601, UTC.
+    """
 
     fleet: Fleet
     project: Project
     access: Access
     executor: Executor
     places: Callable[[], Mapping[str, Any]]
-    """Returns the blocks storage and tracking as workers need them: with addresses that they can reach."""
     id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def bring_up_to_date(self, names: Sequence[str], verify: bool) -> list[GroupReport]:
-        """Return a report of every group, in the fleet's order, and of every model that kept the planner from its work.
+        """Bring groups up to date.
 
         Args:
-            names, verify: as of `zip_fleet`.
+            names: Names of the wanted groups; all if empty.
+            verify: Check every group with DVC, rather than trust the records of unchanged groups.
+
+        Returns:
+            A report of every model that the planner had to leave out, then of every group, in the fleet's order.
         """
         plan = self.plan(names)
         plans = select(plan.groups, names)
@@ -144,16 +178,22 @@ class FleetRun:
         return [*plan.failed, *(reports[plan.name] for plan in plans)]
 
     def plan(self, names: Sequence[str] = ()) -> FleetPlan:
-        """Return the groups that the file lists and those that the planner chooses. Raises `InvalidFleet`.
+        """Return the groups that the file lists and those that the planner chooses.
 
         Args:
-            names: of the groups that are wanted, all where there are none; what the file lists needs no planner.
+            names: Names of the wanted groups; all if empty. If the file lists them all, the planner is not needed.
+
+        Returns:
+            The groups, and the models that the planner left out.
+
+        Raises:
+            InvalidFleet: Two groups would register under one name, or a group would zip what the fleet registers.
         """
         listed = self.fleet.explicit_groups()
         check_names(listed)
         if self.fleet.file.auto is None or (names and {plan.name for plan in listed}.issuperset(names)):
             return FleetPlan(listed)
-        from flows.fleet.choose import choose  # brings torch, which no other part of a run needs
+        from flows.fleet.choose import choose  # imports torch, which no other part of a run needs
 
         measured, failed = self._measure()
         progress.current.get().busy(_PLANNER, "comparing models")
@@ -166,7 +206,15 @@ class FleetRun:
     def take(
         self, plans: Sequence[GroupPlan], take: Callable[[GroupPlan, Access], Snapshot]
     ) -> tuple[dict[str, Snapshot], dict[str, GroupReport]]:
-        """Return the snapshots of groups or models, and reports of those whose sources cannot be had."""
+        """Take the snapshots of groups or models, several at a time.
+
+        Args:
+            plans: The groups or models.
+            take: Takes the snapshot of one.
+
+        Returns:
+            The snapshots by name, and a report of each whose sources cannot be fetched.
+        """
         snapshots: dict[str, Snapshot] = {}
         reports: dict[str, GroupReport] = {}
         with ThreadPoolExecutor(_RESOLVERS) as pool:
@@ -180,7 +228,16 @@ class FleetRun:
     def run(
         self, kind: Literal["group", "model"], plans: Sequence[GroupPlan], snapshots: Mapping[str, Snapshot]
     ) -> dict[str, GroupReport]:
-        """Run what is to be done, side by side; return a report of each."""
+        """Run jobs in parallel.
+
+        Args:
+            kind: `group`, or `model` for a model's statistics.
+            plans: The groups or models.
+            snapshots: Their snapshots by name.
+
+        Returns:
+            A report of each, by name.
+        """
         contents, reports = self.access.contents, dict[str, GroupReport]()
         if not plans:
             return reports
@@ -205,7 +262,7 @@ class FleetRun:
         return reports
 
     def _measure(self) -> tuple[dict[str, Measured], list[GroupReport]]:
-        """Return where the statistics of the models in no group are, made where they changed, and what failed."""
+        """Return the statistics of all models in no group, measured where they changed, and reports of failed ones."""
         plans = {name: self.fleet.model(name) for name in self.fleet.file.free_models()}
         snapshots, reports = self.take(list(plans.values()), self.project.model)
         fingerprints = {name: snapshot.keep(self.access.contents) for name, snapshot in snapshots.items()}
@@ -223,7 +280,7 @@ class FleetRun:
         return measured, [replace(reports[name], kind="model") for name in plans if name not in measured]
 
     def settled(self, snapshots: Mapping[str, Snapshot]) -> dict[str, GroupReport]:
-        """Return reports of the groups whose outcome is known, and registered in the registry and storage at hand."""
+        """Return reports of the groups with a known outcome that this registry and this storage have, too."""
         store, common = self.access.store, self.fleet.common()
         fingerprints = {name: snapshot.keep(self.access.contents) for name, snapshot in snapshots.items()}
         known = outcomes.recall(store, fingerprints.values())
@@ -242,17 +299,28 @@ class FleetRun:
                 report.release = store.url(outcome.release)
                 report.version = versions.get((outcome.model, outcome.content_digest))
                 if report.version is None or stored.get(manifests[fingerprint]) is None:
-                    continue  # not in this registry, or not in this storage: its flow puts it there
+                    continue  # this registry or storage lacks it, and its flow adds it
             settled[name] = report
         return settled
 
 
 @contextmanager
 def open_fleet(fleet: Fleet, project: Path) -> Iterator[FleetRun]:
-    """Begin a run of the fleet: its services are up, and no other run of it is under way.
+    """Start a run of the fleet: its services are up, and no other run of it is under way.
+
+    Args:
+        fleet: The fleet.
+        project: The folder of the project.
+
+    Yields:
+        The run.
 
     Raises:
-        FleetBusy, InvalidParams, StorageError, TrackingError, ServiceFailed.
+        FleetBusy: Another run of this fleet has not ended.
+        InvalidParams: The parameters cannot be used.
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
+        ServiceFailed: A server for workers elsewhere does not start.
     """
     home, common = find_home(project), fleet.common()
     with ExitStack() as stack:
@@ -269,7 +337,7 @@ def open_fleet(fleet: Fleet, project: Path) -> Iterator[FleetRun]:
 
 
 def _places(common: Params, store: Storage, home: Path, stack: ExitStack) -> dict[str, Any]:
-    """Return the blocks storage and tracking for workers; what is embedded here is served to those elsewhere."""
+    """Return the blocks `storage` and `tracking` for workers; embedded services are served to workers elsewhere."""
     places = {"storage": common.storage.model_dump(), "tracking": common.tracking.model_dump()}
     if common.flow.executor == "local":
         return places
@@ -284,7 +352,7 @@ def _places(common: Params, store: Storage, home: Path, stack: ExitStack) -> dic
 
 @contextmanager
 def _alone(home: Path, fleet: str) -> Iterator[None]:
-    """Hold the fleet's lock while the block runs. Raises `FleetBusy`."""
+    """Hold the fleet's lock while the block runs; raise `FleetBusy` if another process holds it."""
     file = home / "runs" / f"{fleet}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_lock(file)

@@ -1,4 +1,4 @@
-"""A plan of a fleet: its groups, those that the planner chose, and why; `flows.fleet.choose` chooses them."""
+"""The plan of a fleet: its groups, including those that the planner chose; `flows.fleet.choose` chooses them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flows.results.group_report import GroupReport
 from flows.spec.fleet_file import GroupPlan
 from flows.spec.snapshot import Snapshot
 
-if TYPE_CHECKING:  # these bring torch, which most runs of a fleet do without
+if TYPE_CHECKING:  # these import torch, which most runs of a fleet do not need
     from mtz_core.grouping.affinity import Affinities
     from mtz_core.grouping.groups import Grouping
 
@@ -19,18 +19,29 @@ _PREFIX = "auto"
 
 @dataclass(frozen=True)
 class Measured:
-    """A model whose statistics are there."""
+    """A model whose statistics exist.
+
+    Attributes:
+        plan: The model as a group of its own.
+        snapshot: Its snapshot.
+        statistics: SHA-256 of its Hessians and sensitivities, a content.
+        tags: The model's tags.
+    """
 
     plan: GroupPlan
     snapshot: Snapshot
     statistics: str
-    """SHA-256 of its Hessians and sensitivities, a content."""
     tags: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner has compared, and chosen."""
+    """The planner's comparison and its result.
+
+    Attributes:
+        affinities: The affinities of all pairs.
+        grouping: The groups, and the models that are better left alone.
+    """
 
     affinities: Affinities
     grouping: Grouping
@@ -45,8 +56,9 @@ class FleetPlan:
     """The groups of a fleet.
 
     Attributes:
-        failed: models whose sources or statistics are not to be had, so that the planner left them out.
-        choice: why the planner chose the groups that the file does not list; None where there are none.
+        groups: The groups that the file lists, then those that the planner chose.
+        failed: Models without sources or statistics, which the planner left out.
+        choice: Why the planner chose its groups; None if it was not needed.
     """
 
     groups: Sequence[GroupPlan]
@@ -56,7 +68,12 @@ class FleetPlan:
 
 @dataclass(frozen=True)
 class PlannedFleet:
-    """The groups of a fleet, with reports of those that have nothing to do, or cannot be begun."""
+    """The groups of a fleet and what a run would do.
+
+    Attributes:
+        plan: The groups.
+        reports: Reports of the groups that need no work or cannot be started, by name.
+    """
 
     plan: FleetPlan
     reports: Mapping[str, GroupReport]

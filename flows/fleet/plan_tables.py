@@ -1,4 +1,4 @@
-"""`mtz fleet plan`, for people: the groups, what they would save, why these, and which models are better left alone."""
+"""`mtz fleet plan` for people: the groups, what they would save and why, and the models that are better left alone."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tasks.studies.charts import draw_fleet
 
 
 def print_plan(console: Console, planned: PlannedFleet, home: Path, fleet: str) -> None:
-    """Print the plan; where the planner has chosen, draw the fleet, too."""
+    """Print the plan; if the planner chose groups, also draw the fleet."""
     plan, choice = planned.plan, planned.plan.choice
     console.print(_groups(planned))
     if choice is not None:

@@ -21,7 +21,7 @@ from mtz_core.errors import MtzError
 from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 
 STAGE_STARTS = re.compile(r"> ")
-"""What DVC says when it runs a stage's command."""
+"""What DVC prints when it runs a stage's command."""
 
 _STAGE_IS_OVER = re.compile(r"(Generating|Updating) lock file |ERROR: failed to reproduce ")
 _EXIT_STATUS = re.compile(r"exited with (-?\d+)$")
@@ -38,7 +38,14 @@ class DvcFailed(MtzError):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as DVC sees it; paths are relative to the pipeline's folder."""
+    """A stage as DVC sees it; paths are relative to the pipeline's folder.
+
+    Attributes:
+        name: The stage's name.
+        needs: The stages that it needs.
+        dependencies: Local files and folders that it reads.
+        outputs: Files and folders that it writes.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -48,10 +55,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The pipeline of `folder`.
+    """The DVC pipeline of a folder.
 
-    Args:
-        environment: variables that DVC and the stages need beyond this process's own, such as credentials.
+    Every method that runs DVC raises `DvcFailed` if DVC itself fails, and `Interrupted` if the run is being stopped.
+
+    Attributes:
+        folder: The folder.
+        environment: Variables that DVC and the stages need beside this process's own, such as credentials.
     """
 
     folder: Path
@@ -77,15 +87,21 @@ class Pipeline:
     def reproduce(
         self, stage: str, *, force: bool = False, on_progress: Callable[[str], None] = lambda line: None
     ) -> StageResult:
-        """Bring one stage up to date: run it, or restore what an earlier run of it made, or leave it.
+        """Bring one stage up to date: run it, restore what an earlier run of it made, or leave it.
 
         Args:
-            force: run it in any case.
-            on_line: receives each line of DVC and of the stage.
+            stage: The stage's name.
+            force: Run the stage in any case.
+            on_progress: Receives each line of DVC and of the stage.
+
+        Returns:
+            The result of the stage.
 
         Raises:
-            StageFailed: with the stage's own `error:` line as the reason.
-        """
+            StageFailed: The stage failed; the reason is its own `error:` line if there is one.
+            StageRefused: The stage cannot do what is configured with these inputs.
+            Interrupted: The run is being stopped.
+        """  # noqa: DOC501 - `_stage_failure` makes one of these
         options = ["--force"] if force else []
         start = time.monotonic()
         command_start = command_end = start
@@ -118,10 +134,14 @@ class Pipeline:
         """Restore the outputs of all stages that this or any other clone has run with the same inputs; run none.
 
         Returns:
-            The stages whose outputs were there: named by dvc.lock, or by a record of runs, local or on the remote.
+            The stages whose outputs existed, according to dvc.lock or to a record of runs, local or on the remote.
+
+        Raises:
+            DvcFailed: DVC itself failed.
+            Interrupted: The run is being stopped.
         """
-        # DVC has no option for this. It starts commands through $SHELL: with one that always fails, a stage that cannot
-        # be restored fails, and DVC goes on with those that do not need it.
+        # DVC has no option for this. It starts commands through $SHELL: if that always fails, a stage that cannot be
+        # restored fails, and DVC goes on with the stages that do not need it.
         nothing_runs = {"SHELL": shutil.which("false") or "/usr/bin/false"}
         command = ("dvc", "--wait-for-lock", "repro", "--pull", "--keep-going")
         status, lines = self._run(command, self._transfer_seconds(), **nothing_runs)
@@ -134,19 +154,24 @@ class Pipeline:
         return frozenset(f"files/md5/{output['md5'][:2]}/{output['md5'][2:]}" for output in self._outputs())
 
     def push(self) -> None:
-        """Send all data of this pipeline to the remote."""
-        # Not --run-cache: it sends the records of all runs of all groups each time. Our dvc.lock does as well.
+        """Send all data of this pipeline to the remote.
+
+        Raises:
+            DvcFailed: DVC failed.
+            Interrupted: The run is being stopped.
+        """
+        # Not --run-cache: it sends the records of all runs of all groups each time. The stored dvc.lock is enough.
         self._output(("dvc", "--wait-for-lock", "push"), self._transfer_seconds())
 
     def _outputs(self) -> Iterator[dict[str, Any]]:
-        """Yield what dvc.lock says of every output: `path`, `md5`, `size`."""
+        """Yield what dvc.lock records of every output: `path`, `md5`, `size`."""
         if not (lock := self.folder / "dvc.lock").exists():
             return
         for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values():
             yield from stage.get("outs", ())
 
     def _transfer_seconds(self) -> float:
-        """Return the time after which a transfer of all outputs must have got stuck."""
+        """Return the time after which a transfer of all outputs must be stuck."""
         return _STUCK_SECONDS + sum(output["size"] for output in self._outputs()) / _SLOWEST_BYTES_PER_SECOND
 
     def _json(self, arguments: Sequence[str]) -> Any:
@@ -160,11 +185,16 @@ class Pipeline:
         return lines
 
     def _run(self, arguments: Sequence[str], patience: float | None = None, **variables: str) -> tuple[int, list[str]]:
-        """Run a command that may be run any number of times, again if it is killed; return its status and output.
+        """Run a command that may safely be repeated, again if it is killed.
 
         Args:
-            patience: seconds after which it is killed. (DVC has no limit of its own where a server accepts and says
-                nothing.)
+            arguments: The Python module, or `.py` file, and its arguments.
+            patience: Seconds after which the command is killed; None for no limit. (DVC has no limit of its own for a
+                server that accepts a connection and never answers.)
+            **variables: Further environment variables.
+
+        Returns:
+            The exit status and the lines of output.
         """
         for _ in range(_ATTEMPTS):
             child = self._start(*arguments, **variables)
@@ -201,7 +231,7 @@ def _dvc_reason(lines: list[str]) -> str:
 
 
 def _stage_failure(stage: str, status: int, lines: list[str]) -> Exception:
-    """Return the exception that tells why `dvc repro` failed, from its status and what it and the stage said."""
+    """Return the exception for a failed `dvc repro`, from its status and its output."""
     if stopping():
         return Interrupted()
     if status < 0:

@@ -1,4 +1,4 @@
-"""Script: print as JSON what DVC knows of the pipeline in the working folder, each stage after those it needs.
+"""Script: print what DVC knows of the pipeline in the working folder as JSON, each stage after those it needs.
 
 It runs in a process of its own (see `flows.group.dvc`), so that no flow has to import DVC.
 """

@@ -1,4 +1,4 @@
-"""One group as a Prefect flow: its stages that changed, in order, then a check that the release is there."""
+"""One group as a Prefect flow: its stages that changed, in order, then a check that the release exists."""
 
 import time
 from pathlib import Path
@@ -24,11 +24,24 @@ REGISTER = "register"
 
 @flow(name="zip-group", flow_run_name="{job[group]}", persist_result=False)
 def zip_group(job: Job, home: Path) -> dict[str, Any]:
-    """Bring one group up to date; return its `GroupReport` as plain values.
+    """Bring one group up to date.
+
+    Args:
+        job: The group.
+        home: The folder of the worker's runtime state.
+
+    Returns:
+        The group's `GroupReport` as plain values.
 
     Raises:
-        InvalidParams, WorkspaceBusy, MissingContent, StageFailed, DvcFailed, StorageError, TrackingError.
-        StageRefused: it cannot be zipped as asked; that is recorded, and not tried again.
+        StageRefused: The group cannot be zipped as configured; that is recorded, and not tried again.
+        StageFailed: A stage failed.
+        InvalidParams: The parameters cannot be used.
+        WorkspaceBusy: Another process works in the workspace.
+        MissingContent: A file of the snapshot is neither here nor in the storage.
+        DvcFailed: DVC itself failed.
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
     """
     start = time.monotonic()
     group = job["group"]
@@ -55,9 +68,13 @@ def zip_group(job: Job, home: Path) -> dict[str, Any]:
 
 
 def _release(run: PipelineRun, report: GroupReport) -> None:
-    """Make sure that this registry and this storage hold the release that the register stage has recorded.
+    """Make sure that this registry and this storage have the release that the register stage recorded.
 
-    Its record may come from a run on another registry, or the registry may have been lost since.
+    The record may come from a run with another registry, or the registry may have been lost since.
+
+    Args:
+        run: The run of the group's pipeline.
+        report: The report, which receives the release.
     """
     progress.current.get().busy(run.name, "checking the release")
     own = Workspace(run.pipeline.folder)
@@ -86,7 +103,7 @@ def _outcome(run: PipelineRun, report: GroupReport) -> Outcome:
 
 
 def _publish(report: GroupReport) -> None:
-    """Show the group's results in Prefect's pages."""
+    """Show the group's results on Prefect's pages."""
     key = f"group-{report.group}".lower().replace("_", "-")
     if report.metrics is not None:
         create_table_artifact(metrics_table(report), key=f"{key}-errors", description=f"{report.group}: test error")

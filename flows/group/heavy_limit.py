@@ -1,7 +1,7 @@
-"""At most so many heavy stages at a time over all workers: a global concurrency limit of the Prefect server.
+"""A limit on heavy stages at a time over all workers: a global concurrency limit of the Prefect server.
 
-A stage holds its place by a lease, which it renews. A holder that is killed renews no more, and the server gives the
-place away within `LEASE_SECONDS` and a quarter of a minute.
+A stage holds its place by a lease, which it renews. A holder that is killed stops renewing, and the server frees the
+place within `LEASE_SECONDS` and a quarter of a minute.
 """
 
 import random
@@ -22,20 +22,23 @@ HEAVY = "mtz-heavy"
 """Name of the limit on the server."""
 
 LEASE_SECONDS = 60.0
-"""The shortest that the server grants."""
+"""The shortest lease that the server grants, in seconds."""
 
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 5.0
 
 
 class NoPlace(ServiceFault):
-    """The Prefect server gave no place for a heavy stage."""
+    """The Prefect server granted no place for a heavy stage."""
 
 
 def ensure(limit: int | None) -> None:
-    """Make the server let at most `limit` heavy stages run at a time; None takes the limit away.
+    """Set the most heavy stages that the server lets run at a time.
 
-    The server has one such limit: of several fleets at a time, the one that began last decides.
+    The server has one such limit: of several fleets that run at a time, the one that started last decides.
+
+    Args:
+        limit: The number of stages; None removes the limit.
     """
     with get_client(sync_client=True) as client:
         if limit is not None:
@@ -49,14 +52,17 @@ def ensure(limit: int | None) -> None:
 
 @contextmanager
 def heavy_place(limit: int | None) -> Iterator[None]:
-    """Hold one of the places for heavy stages while the block runs, waiting for it; without a limit, at once.
+    """Hold one of the places for heavy stages while the block runs, waiting for it if necessary.
 
     Args:
-        limit: as given to `ensure`; only whether there is one matters here.
+        limit: As given to `ensure`. Only whether there is a limit matters here; without one there is no wait.
+
+    Yields:
+        Nothing; the place is held while the block runs.
 
     Raises:
-        NoPlace: there is no limit of this name, or the server does not answer.
-        Interrupted: the run is being stopped.
+        NoPlace: The server has no limit of this name, or does not answer.
+        Interrupted: The run is being stopped.
     """
     if limit is None:
         yield
@@ -72,11 +78,11 @@ def heavy_place(limit: int | None) -> Iterator[None]:
 
 
 def _taken() -> AbstractContextManager[None]:
-    """Wait for a place; return what gives it back."""
+    """Wait for a place; return the context whose exit releases it."""
     pause = _FIRST_PAUSE_SECONDS
     while True:
-        # Work that is being done is worth more than the limit: a server that is away for longer than it can be asked
-        # again ends neither the block nor what it did. For a while one stage too many may then run.
+        # Running work matters more than the limit: if the server is unreachable beyond all retries, the block goes on.
+        # For a while, one stage too many may then run.
         place = concurrency(
             HEAVY, strict=True, max_retries=0, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
         )

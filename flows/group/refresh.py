@@ -1,4 +1,4 @@
-"""The stages of one workspace brought up to date: what changed is run, the rest is left, or restored."""
+"""Bringing the stages of one workspace up to date: changed stages are run or restored, the others are left."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,18 @@ _LOCK = "dvc.lock"
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """A held workspace, prepared for a job, with the storage open."""
+    """A held workspace, prepared for a job, with the storage open.
+
+    Attributes:
+        job: The job.
+        home: The folder of the worker's runtime state.
+        params: The parameters of the group.
+        store: The storage.
+        contents: The store of contents.
+        pipeline: The workspace's pipeline.
+        stages: Its stages, each after those it needs.
+        name: The name under which the run is shown and logged.
+    """
 
     job: Job
     home: Path
@@ -40,10 +51,9 @@ class PipelineRun:
     pipeline: Pipeline
     stages: tuple[Stage, ...]
     name: str
-    """Under which it is shown and logged."""
 
     def bring_up_to_date(self) -> list[StageResult]:
-        """Restore what was run elsewhere; run what else changed, and what reads the results of that."""
+        """Restore stages that were run elsewhere; run the other changed stages and those that read their results."""
         missing = frozenset[str]()
         if not (self.pipeline.folder / _LOCK).exists():
             missing = self._fetch_locks()
@@ -77,7 +87,7 @@ class PipelineRun:
         push_data.with_options(**self._retries())(self.name, self.pipeline, self.params.storage, self.home, key)
 
     def _fetch_locks(self) -> frozenset[str]:
-        """Begin with the stages that another machine, or a model's own workspace, has run; return their names."""
+        """Start from the stages that another machine, or a model's own workspace, has run; return their names."""
         key = lock_key(self.job["kind"], self.job["group"])
         models = [lock_key("model", model) for model in self.params.models]
         found = self.store.read_many([key, *models])
@@ -92,7 +102,7 @@ class PipelineRun:
         return frozenset(yaml.safe_load(content)["stages"])
 
     def _is_stored(self, results: Iterable[StageResult]) -> bool:
-        """Tell whether nothing changed and the remote holds all outputs; DVC stores a folder's list after its files."""
+        """Return whether nothing changed and the remote has all outputs; DVC stores a folder's list after its files."""
         return all(result.outcome == "unchanged" for result in results) and all(
             self.store.exists(f"dvc/{name}") for name in self.pipeline.output_objects()
         )
@@ -113,24 +123,49 @@ class PipelineRun:
 
 @task(name="push", task_run_name="{name} · push", cache_policy=NO_CACHE, persist_result=False)
 def push_data(name: str, pipeline: Pipeline, settings: StorageParams, home: Path, key: str) -> None:
-    """Send a workspace's data, and then its dvc.lock, to the storage. Raises `DvcFailed`, `StorageError`."""
-    # Joined anew, which starts the embedded server again where it has died.
+    """Send a workspace's data, and then its dvc.lock, to the storage.
+
+    Args:
+        name: The name under which the run is shown.
+        pipeline: The workspace's pipeline.
+        settings: Where the storage is.
+        home: The folder of the worker's runtime state.
+        key: The object for the dvc.lock.
+
+    Raises:
+        DvcFailed: DVC failed.
+        StorageError: The storage cannot be used.
+    """
+    # A new connection starts the embedded server again if it has died.
     with s3.connect(settings, home) as store:
         pipeline.push()
         store.put(key, (pipeline.folder / _LOCK).read_bytes())
 
 
 def lock_key(kind: str, name: str) -> str:
-    """Return where the newest dvc.lock of a group's, or a model's, workspace is kept in the storage."""
+    """Return the object with the newest dvc.lock of a group's, or a model's, workspace."""
     return f"locks/{kind}s/{name}.lock"
 
 
 @contextmanager
 def opened(job: Job, home: Path, folder: Path, shown_as: str) -> Iterator[PipelineRun]:
-    """Open the storage, hold the workspace in `folder`, and bring it up to date with the job's snapshot.
+    """Open the storage, hold a workspace, and bring it up to date with the job's snapshot.
+
+    Args:
+        job: The job.
+        home: The folder of the worker's runtime state.
+        folder: The folder of the workspace.
+        shown_as: The name under which the run is shown and logged.
+
+    Yields:
+        The prepared run.
 
     Raises:
-        InvalidParams, WorkspaceBusy, MissingContent, DvcFailed, StorageError.
+        InvalidParams: The job's settings cannot be used.
+        WorkspaceBusy: Another process works in the workspace.
+        MissingContent: A file of the snapshot is neither here nor in the storage.
+        DvcFailed: DVC does not understand the pipeline.
+        StorageError: The storage cannot be used.
     """
     params = validate(job["settings"], f"{job['kind']} '{job['group']}'")
     shown = progress.current.get()

@@ -16,11 +16,11 @@ from flows.results.stage_result import StageFailed
 from tasks.faults import ServiceFault
 
 HEAVY_STAGES = ("match", "merge", "retrain")
-"""Those that take most of the time and memory of a group."""
+"""The stages that take most of a group's time and memory."""
 
 
 def log_file(home: Path, group: str, stage: str) -> Path:
-    """Return the file that holds what DVC and the stage printed when the stage ran last."""
+    """Return the file with everything that DVC and the stage printed when the stage ran last."""
     return home / "logs" / group / f"{stage}.log"
 
 
@@ -47,13 +47,23 @@ def _can_be_retried(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
 def reproduce_stage(
     group: str, stage: str, pipeline: Pipeline, home: Path, force: bool = False, heavy: int | None = None
 ) -> dict[str, Any]:
-    """Bring one stage up to date; return its `StageResult` as a mapping.
+    """Bring one stage up to date.
 
     Args:
-        heavy: how many heavy stages may run at a time, on all workers together; None: as many as there are workers.
+        group: The name under which the stage is shown and logged.
+        stage: Name of the stage.
+        pipeline: The workspace's pipeline.
+        home: The folder of the worker's runtime state.
+        force: Run the stage in any case.
+        heavy: How many heavy stages may run at a time on all workers together; None for no limit.
+
+    Returns:
+        The `StageResult` as a mapping.
 
     Raises:
-        StageFailed, StageRefused.
+        StageFailed: The stage failed.
+        StageRefused: The stage cannot do what is configured with these inputs.
+        NoPlace: The server granted no place for a heavy stage.
     """
     logger = get_run_logger()
     shown = progress.current.get()
@@ -80,7 +90,7 @@ def reproduce_stage(
 
 
 class _Log:
-    """The log of a stage. It is written from when the stage starts: of one that need not run, the last log stays."""
+    """The log of a stage, written from when the stage starts: if it need not run, its last log stays."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -88,7 +98,7 @@ class _Log:
         self._open: IO[str] | None = None
 
     def add(self, line: str) -> None:
-        """Take a line of DVC or of the stage."""
+        """Add a line of DVC or of the stage."""
         if self._open is not None:
             print(line, file=self._open, flush=True)
             return
@@ -97,13 +107,13 @@ class _Log:
             self.begin()
 
     def begin(self) -> None:
-        """Begin the file, with what was said until now."""
+        """Begin the file with the lines so far."""
         if self._open is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._open = self._file.open("w", encoding="utf-8")
             print(*self._before, sep="\n", file=self._open, flush=True)
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         if self._open is not None:
             self._open.close()

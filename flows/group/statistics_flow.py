@@ -18,10 +18,23 @@ from tasks.storage.outcomes import Outcome
 
 @flow(name="measure-model", flow_run_name="{job[group]}", persist_result=False)
 def measure_model(job: Job, home: Path) -> dict[str, Any]:
-    """Bring a model's statistics up to date; return its `GroupReport` as plain values.
+    """Bring a model's statistics up to date.
+
+    Args:
+        job: The model.
+        home: The folder of the worker's runtime state.
+
+    Returns:
+        The model's `GroupReport` as plain values.
 
     Raises:
-        InvalidParams, WorkspaceBusy, MissingContent, StageFailed, StageRefused, DvcFailed, StorageError.
+        StageRefused: The model cannot be measured as configured; that is recorded, and not tried again.
+        StageFailed: A stage failed.
+        InvalidParams: The parameters cannot be used.
+        WorkspaceBusy: Another process works in the workspace.
+        MissingContent: A file of the snapshot is neither here nor in the storage.
+        DvcFailed: DVC itself failed.
+        StorageError: The storage cannot be used.
     """
     start = time.monotonic()
     name, model = shown_as(job), job["group"]

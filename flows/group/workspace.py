@@ -1,9 +1,9 @@
-"""A workspace: the files of a snapshot with a DVC repository of its own, and what its stages have made.
+"""A workspace: the files of a snapshot, with a DVC repository of its own, and the outputs of its stages.
 
     HOME/workspaces/GROUP/        one per group
     HOME/statistics/MODEL/        one per model whose statistics several groups, or the planner, need
         .dvc/config               no_scm; the cache is shared by all workspaces, the remote is the storage
-        dvc.yaml params.yaml      of the snapshot; params.yaml says where things are kept, too
+        dvc.yaml params.yaml      of the snapshot; params.yaml also has the settings of storage and registry
         mtz_core/ tasks/          the stages' code
         networks/ data/ …         every file that a stage reads and no stage makes: copies, or hard links of large files
         (all else)                what DVC keeps there: dvc.lock and the stages' outputs
@@ -33,7 +33,7 @@ from tasks.storage.contents import Contents
 from tasks.storage.s3 import Storage
 
 LINKED_FROM_BYTES = 1 << 20
-"""Files of this size and above are linked to the contents, where they are read-only."""
+"""Files of this size and above are hard links to the contents, where they are read-only."""
 
 _REMOTE = "storage"
 _SECTION = f"'remote \"{_REMOTE}\"'"
@@ -41,7 +41,7 @@ _BROUGHT = Path(".dvc", "brought.json")
 _UNKNOWN: list[Any] = ["", 0, 0]
 _TIMEOUTS = {"connect_timeout": "20", "read_timeout": "60"}
 """Seconds; DVC itself would wait for ever."""
-_PATIENCE_SECONDS = 60.0  # for the children of a killed run to be gone
+_PATIENCE_SECONDS = 60.0  # for the children of a killed run to end
 _POLL_SECONDS = 0.2
 
 
@@ -51,7 +51,13 @@ class WorkspaceBusy(MtzError):
 
 @dataclass(frozen=True)
 class Remote:
-    """Where DVC shares data: an `s3://` URL, or a folder."""
+    """Where DVC shares data.
+
+    Attributes:
+        url: An `s3://` URL, or a folder.
+        endpoint: URL of the S3 server; None for AWS or a folder.
+        region: The bucket's region; None for a folder.
+    """
 
     url: str
     endpoint: str | None = None
@@ -59,7 +65,7 @@ class Remote:
 
 
 def folder_of(home: Path, group: str) -> Path:
-    """Return the folder of the group's workspace."""
+    """Return the folder of a group's workspace."""
     return home / "workspaces" / group
 
 
@@ -74,7 +80,7 @@ def remote_of(store: Storage) -> Remote:
 
 
 def environment_of(store: Storage, home: Path) -> dict[str, str]:
-    """Return the variables that DVC and the stages need: the way to the storage, and where state is kept."""
+    """Return the variables that DVC and the stages need to reach the storage and to find the runtime state."""
     return {**store.environment(), "MTZ_HOME": str(home), "DVC_SITE_CACHE_DIR": str(home / "dvc")}
 
 
@@ -85,10 +91,17 @@ def cache_of(home: Path) -> Path:
 
 @contextmanager
 def held(folder: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[Path]:
-    """Hold a workspace for this process, waiting up to a minute for it; yield its folder.
+    """Hold a workspace for this process, waiting up to a minute for it.
+
+    Args:
+        folder: The folder of the workspace.
+        patience: The longest time to wait, in seconds.
+
+    Yields:
+        The folder.
 
     Raises:
-        WorkspaceBusy: another process holds it, or a DVC that someone started by hand works in it.
+        WorkspaceBusy: Another process holds the workspace, or a DVC process that was started by hand works in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
@@ -116,18 +129,27 @@ def prepare(
     remote: Remote,
     environment: Mapping[str, str],
 ) -> tuple[Pipeline, tuple[Stage, ...]]:
-    """Bring the workspace up to date with a snapshot; return its pipeline and stages.
+    """Bring the workspace up to date with a snapshot.
 
-    Files are replaced by renaming, and only where their content differs, so DVC need not hash them again and nobody
-    sees half a file; files that are no longer in the snapshot are removed; stages' outputs are left alone. Being killed
-    in between does no harm. The caller must hold the workspace.
+    Files are replaced by renaming, and only where their content differs, so that DVC need not hash them again and
+    nobody reads half a file. Files that are no longer in the snapshot are removed; stages' outputs are not touched. A
+    kill at any point does no harm. The caller must hold the workspace.
 
     Args:
-        settings: what its params.yaml says: the snapshot's parameters, and where things are kept.
+        folder: The folder of the workspace.
+        snapshot: The files and parameters.
+        contents: The store with the files.
+        settings: The content of params.yaml: the snapshot's parameters, and the settings of storage and registry.
         cache: DVC's cache, shared by the workspaces of one machine.
+        remote: DVC's remote.
+        environment: Variables that DVC and the stages need.
+
+    Returns:
+        The workspace's pipeline and its stages.
 
     Raises:
-        MissingContent, StorageError: a content is not to be had.
+        MissingContent: A file of the snapshot is neither here nor in the storage.
+        StorageError: The storage cannot be used.
         DvcFailed: DVC does not understand the pipeline.
     """
     configure(folder, cache, remote)
@@ -135,7 +157,7 @@ def prepare(
     known = _recorded(folder)
     there = {name for name, entry in known.items() if _stat(folder / name) == entry[1:]}
     brought = {name: known[name] for name in there if known[name][0] == snapshot.files.get(name)}
-    # Written down before anything appears: what a killed run has brought is found again and removed when it must go.
+    # Recorded before anything is placed, so that files of a killed run are found again and removed when outdated.
     _record(folder, {**dict.fromkeys(snapshot.files, _UNKNOWN), **known})
     for name, digest in snapshot.files.items():
         if name not in brought:
@@ -149,13 +171,23 @@ def prepare(
 
 
 def place(files: Mapping[str, str], contents: Contents, folder: Path) -> None:
-    """Put contents, path → SHA-256, into an empty folder. Raises `MissingContent`, `StorageError`."""
+    """Put contents into an empty folder.
+
+    Args:
+        files: The SHA-256 of each file, by its path in the folder.
+        contents: The store with the files.
+        folder: The folder.
+
+    Raises:
+        MissingContent: A content is neither here nor in the storage.
+        StorageError: The storage cannot be used.
+    """
     for name, digest in files.items():
         _bring(contents.path(digest), folder / name)
 
 
 def configure(folder: Path, cache: Path, remote: Remote) -> None:
-    """Write the DVC configuration of a workspace. Credentials are no part of it: they come from the environment."""
+    """Write the DVC configuration of a workspace, without credentials, which come from the environment."""
     core = {"no_scm": "true", "analytics": "false", "check_update": "false", "remote": _REMOTE}
     # DVC compares fetched files with their digests only on request.
     shared = {"url": remote.url, "verify": "true"}
@@ -168,9 +200,16 @@ def configure(folder: Path, cache: Path, remote: Remote) -> None:
 
 
 def configure_by_hand(folder: Path, remote: Remote) -> dict[str, str]:
-    """Write, into `folder`, a configuration in which the remote is the default one; return how DVC finds it.
+    """Write a DVC configuration in which the remote is the default one.
 
-    It has the lowest rank of all, so whatever the project's and the user's own configurations say comes first.
+    It has the lowest rank of all, so that the project's and the user's own configurations take precedence.
+
+    Args:
+        folder: The folder to write to.
+        remote: DVC's remote.
+
+    Returns:
+        The environment variables with which DVC finds the configuration.
     """
     options = {
         "url": remote.url,
@@ -216,7 +255,7 @@ def _stat(file: Path) -> list[int]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the file by renaming, unless it says this already."""
+    """Write a file by renaming, unless it has this content already."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,17 +265,17 @@ def _write(path: Path, text: str) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """Return the name under which a file is made first; fixed, so the next run uses up what a killed one left."""
+    """Return the name under which a file is made first; it is fixed, so the next run reuses what a killed one left."""
     return path.with_name(f".{path.name}.partial")
 
 
 def _recorded(folder: Path) -> dict[str, list[Any]]:
-    """Return what was brought: name → digest, size, time of change."""
+    """Return the record of the files that were placed: name → digest, size, time of change."""
     with suppress(FileNotFoundError, ValueError):
         recorded = json.loads((folder / _BROUGHT).read_text(encoding="utf-8"))
         if isinstance(recorded, dict):
             return recorded
-        return dict.fromkeys(recorded, _UNKNOWN)  # as it was recorded before there were digests
+        return dict.fromkeys(recorded, _UNKNOWN)  # the former format, without digests
     return {}
 
 
@@ -245,16 +284,22 @@ def _record(folder: Path, brought: Mapping[str, list[Any]]) -> None:
 
 
 def _release_locks_of_the_dead(folder: Path) -> int | None:
-    """Remove DVC's list of readers and writers if none of them lives; return one that does.
+    """Remove DVC's list of readers and writers if none of them lives.
 
-    DVC does so itself, but takes any process that has got the number of a dead one for a DVC.
+    DVC does so itself, but mistakes any process with the id of a dead one for a DVC process.
+
+    Args:
+        folder: The folder of the workspace.
+
+    Returns:
+        The process id of a living reader or writer; None if there is none.
     """
     entries = folder / ".dvc" / "tmp" / "rwlock"
     try:
         locks = json.loads(entries.read_text(encoding="utf-8") or "{}")
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError:  # written half when its writer was killed
+    except json.JSONDecodeError:  # its writer was killed while writing
         locks = {}
     readers = [reader for paths in locks.get("read", {}).values() for reader in paths]
     for holder in (*readers, *locks.get("write", {}).values()):

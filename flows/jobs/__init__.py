@@ -1,1 +1,1 @@
-"""Jobs, and what runs them: threads of this process, a Dask cluster, a Prefect work pool."""
+"""Jobs and their executors: threads of this process, a Dask cluster, a Prefect work pool."""

@@ -1,4 +1,4 @@
-"""How many jobs fit on this machine at a time: what cores and memory this process may use."""
+"""How many jobs fit on this machine at a time, by the cores and memory that this process may use."""
 
 import os
 from collections.abc import Iterable
@@ -15,9 +15,12 @@ def places(workers: int | Literal["auto"], threads: int, memory: float | None) -
     """Return how many jobs may run here at a time, at least one.
 
     Args:
-        workers: how many were asked for; `auto` is what fits.
-        threads: that one job computes with.
-        memory: GiB that one job takes; None if that is not known, and then cores alone decide.
+        workers: The number in the settings; `auto` for as many as fit.
+        threads: Threads that one job computes with.
+        memory: GiB that one job takes; None if unknown, and then only cores count.
+
+    Returns:
+        The number of jobs.
     """
     if workers != "auto":
         return workers
@@ -37,11 +40,11 @@ def cores(cgroup: Path = _CGROUP) -> int:
 
 
 def available_memory(cgroup: Path = _CGROUP) -> int:
-    """Return how many bytes can still be had without swapping, within the container's limit."""
+    """Return how many bytes are available without swapping, within the container's limit."""
     found: int = psutil.virtual_memory().available
     limit, used = _words(cgroup / "memory.max"), _words(cgroup / "memory.current")
     if limit and used and limit[0] != "max":
-        # Cached files are given up first.
+        # Cached files can be evicted.
         cached = _count(cgroup / "memory.stat", ("active_file", "inactive_file"))
         found = min(found, max(0, int(limit[0]) - int(used[0]) + cached))
     return found

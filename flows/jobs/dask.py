@@ -1,4 +1,4 @@
-"""Ways to run the same jobs: threads of this process, a Dask cluster and, in `flows.pool`, a Prefect work pool."""
+"""Jobs as tasks on the workers of a Dask cluster."""
 
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,17 +28,21 @@ _CONNECTING_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class DaskExecutor:
-    """Workers of a Dask scheduler; each job is a task of the flow that runs.
+    """An executor on the workers of a Dask scheduler; each job is a task of the flow that runs.
 
-    Dask gives the job of a lost worker to another. Jobs that are lost with their scheduler are started again
-    on the next one.
+    Dask gives the job of a lost worker to another. Jobs that are lost with their scheduler are started again on the
+    next one.
 
     Everything that Dask sends is pickled, so whoever reaches its scheduler can run any code on the workers: keep it
     behind TLS, or in a network of its own.
 
     Attributes:
-        address: of the scheduler, such as `tls://host:8786`; `local` starts a cluster on this machine.
-        workers, memory, environment: of such a cluster.
+        address: Address of the scheduler, such as `tls://host:8786`; `local` starts a cluster on this machine.
+        workers: Number of workers of a local cluster; `auto` for as many as fit.
+        memory: GiB that one job takes on a local cluster; None if unknown.
+        home: The folder of the project's runtime state.
+        environment: Further environment variables of a local cluster.
+        work: Name of the function that runs a job.
     """
 
     address: str
@@ -49,7 +53,15 @@ class DaskExecutor:
     work: str = WORK
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
-        """See `Executor`."""
+        """Run all jobs, see `Executor.run`.
+
+        Args:
+            jobs: The jobs.
+            done: Called with each job and its report, in this thread.
+
+        Raises:
+            ExecutorFailed: No job could be started.
+        """
         if not jobs:
             return
         _check_installed()
@@ -116,7 +128,7 @@ def _check_installed() -> None:
 
 @contextmanager
 def _connected(cluster: "Cluster") -> Iterator["DaskTaskRunner"]:
-    """Connect Prefect's tasks to the scheduler. Raises `ExecutorFailed`."""
+    """Connect Prefect's tasks to the scheduler; raise `ExecutorFailed` if it does not answer."""
     from prefect_dask.task_runners import DaskTaskRunner
 
     patience = _CONNECTING_SECONDS if cluster.logs is None else _STARTING_SECONDS

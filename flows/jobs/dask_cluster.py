@@ -25,9 +25,9 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _GIB = 1 << 30
 
 _SETTINGS = {
-    # A worker takes a job only when it is free: one that waits at a busy worker would wait for hours.
+    # A worker takes a job only when it is free: a job queued at a busy worker would wait for hours.
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
-    # Where no worker ever comes up, jobs fail instead of waiting for ever.
+    # If no worker ever starts, jobs fail instead of waiting for ever.
     "DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT": "600s",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "300s",
     "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "false",
@@ -36,26 +36,35 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """How a client reaches a scheduler."""
+    """The address of a scheduler, and what a client needs to reach it.
+
+    Attributes:
+        address: The scheduler's address.
+        security: Certificates made for this cluster; None leaves them to Dask's own configuration.
+        logs: Folder of the logs, if the processes were started here.
+    """
 
     address: str
     security: Security | None = field(default=None, repr=False)
-    """Certificates of our own; None leaves it to Dask's own configuration."""
     logs: Path | None = None
-    """Folder of the logs, if the processes are ours."""
 
 
 @contextmanager
 def local_cluster(home: Path, workers: int, memory: float | None, environment: Mapping[str, str]) -> Iterator[Cluster]:
-    """Start a scheduler and workers; yield at once, stop them at the end. A worker that dies is replaced.
+    """Start a scheduler and workers, which stop at the end of the block; a worker that dies is replaced.
 
-    Each worker has the folder `HOME/dask/worker-N` and, in it, an `.mtz` of its own. They listen on loopback only, and
-    take orders only from who holds the certificate that is made for this cluster: whoever may talk to a scheduler can
-    run any code.
+    Each worker has the folder `HOME/dask/worker-N` and, in it, an `.mtz` of its own. All listen on loopback only, and
+    accept only clients with the certificate that is made for this cluster: whoever may talk to a scheduler can run any
+    code.
 
     Args:
+        home: The folder of the project's runtime state.
+        workers: Number of workers.
         memory: GiB above which a worker takes no more jobs; None for no bound.
-        environment: variables that scheduler and workers get on top of this process's own.
+        environment: Variables for scheduler and workers beside this process's own.
+
+    Yields:
+        The cluster, at once: its processes may still be starting.
     """
     folder = home / "dask"
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +90,7 @@ def local_cluster(home: Path, workers: int, memory: float | None, environment: M
 
 
 class _Worker:
-    """One place for a worker: its folder, and the process that works there now."""
+    """A place for a worker: its folder, and the process that works there now."""
 
     def __init__(self, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._folder = folder
@@ -93,7 +102,7 @@ class _Worker:
         self._short_lives = 0
 
     def keep(self) -> None:
-        """Start the process, if none is running; after lives that were short, wait longer and longer before."""
+        """Start the process if none is running; after short lives, wait longer and longer before that."""
         if self._child is not None:
             if not self._child.ended():
                 return
@@ -106,15 +115,15 @@ class _Worker:
         own.mkdir(parents=True, exist_ok=True)
         self._log = (self._folder / "worker.log").open("ab")
         homes = {"MTZ_HOME": str(own), "PREFECT_HOME": str(own / "prefect")}
-        # They run the code that starts them, also where that is not the installed one.
+        # They run the code that starts them, even if that is not the installed one.
         homes["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_CODE), os.environ.get("PYTHONPATH"))))
         everything = python_environment(**{**self._environment, **homes})
-        everything.pop(WARM, None)  # each has warm interpreters of its own, as on a machine of its own
+        everything.pop(WARM, None)  # each has its own warm interpreters, as on its own machine
         self._child = Child(self._command, self._folder, everything, self._log, server=True)
         self._started = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the process with all that it started."""
+        """Stop the process and everything that it started."""
         if self._child is not None:
             self._child.stop()
             self._child = None
@@ -127,7 +136,7 @@ class _Worker:
 
 
 class _Keeper:
-    """Keeps all workers running until stopped."""
+    """A thread that keeps all workers running until it is stopped."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._workers = workers
@@ -154,7 +163,7 @@ class _Keeper:
 
 @contextmanager
 def _certificate(security: Security, file: Path) -> Iterator[Path]:
-    """Keep the cluster's key and certificate in a file that only its owner reads, while the block runs."""
+    """Keep the cluster's key and certificate in a file that only its owner can read while the block runs."""
     file.unlink(missing_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""What every executor does: run jobs, and report on each as it ends."""
+"""The interface of executors: they run jobs and report on each as it ends."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,8 +11,9 @@ ReportValues = dict[str, Any]
 """A `GroupReport` as a mapping."""
 
 Done = Callable[[Job, ReportValues], None]
+"""Called with a job that has ended and its report."""
 WORK = "flows.jobs.run_job:run_job"
-"""The function that runs a job, by name: workers in other processes import it."""
+"""Name of the function that runs a job: workers in other processes import it."""
 
 
 class ExecutorFailed(MtzError):
@@ -20,14 +21,21 @@ class ExecutorFailed(MtzError):
 
 
 class Executor(Protocol):
-    """Runs jobs."""
+    """Something that runs jobs."""
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Run all jobs; call `done` in this thread as each ends, with its report.
 
-        A job that breaks, by an exception or with its worker, ends with a report that says why it failed, and stops
-        no other. A job whose worker is lost is run again, on another worker if there is one, a few times. An interrupt
-        stops all jobs. Raises `ExecutorFailed`.
+        A job that breaks, by an exception or with its worker, ends with a report that gives the reason, and stops no
+        other. A job whose worker is lost is run again, on another worker if there is one, a few times. An interrupt
+        stops all jobs.
+
+        Args:
+            jobs: The jobs.
+            done: Called with each job and its report.
+
+        Raises:
+            ExecutorFailed: No job could be started.
         """
 
 
@@ -37,7 +45,7 @@ def threads_of(jobs: Sequence[Job]) -> int:
 
 
 def report_of(job: Job, result: Callable[[], ReportValues]) -> ReportValues:
-    """Return the result, or a report of the exception that it raises."""
+    """Return the result of a function, or a report of the exception that it raises."""
     try:
         return result()
     except Exception as error:

@@ -15,11 +15,12 @@ from flows.spec.job import Job
 
 @dataclass(frozen=True)
 class LocalExecutor:
-    """Threads of this process; the stages of a job are processes of their own anyway.
+    """An executor on threads of this process; the stages of a job are processes of their own anyway.
 
     Attributes:
-        memory: GiB that one job takes, as far as known.
-        work: the name of the function that runs a job.
+        workers: The most jobs at a time; `auto` for as many as fit.
+        memory: GiB that one job takes; None if unknown.
+        work: Name of the function that runs a job.
     """
 
     workers: int | Literal["auto"] = "auto"
@@ -27,7 +28,7 @@ class LocalExecutor:
     work: str = WORK
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
-        """See `Executor`."""
+        """Run all jobs, see `Executor.run`."""
         if not jobs:
             return
         run_job = pkgutil.resolve_name(self.work)

@@ -1,4 +1,4 @@
-"""Jobs as runs of a deployment in a Prefect work pool, whose workers may be anywhere; reports come back through S3."""
+"""Jobs as runs of a deployment in a Prefect work pool with workers anywhere; reports come back through S3."""
 
 import json
 import time
@@ -30,24 +30,40 @@ from tasks.storage.s3 import Storage
 
 FLOW = "zip-group-job"
 DEPLOYMENT = f"{FLOW}/group"
-"""What workers of the pool run; `mtz fleet deploy` makes it."""
+"""The deployment that workers of the pool run; `mtz fleet deploy` creates it."""
 
 _TRIES = 3
 _STARTS_AT_ONCE = 50
-_PAGE = 200  # as many as the server names at once
+_PAGE = 200  # the server's limit for one answer
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 
 
 @flow(name=FLOW, flow_run_name="{job[group]}", persist_result=False)
 def zip_group_job(job: dict[str, Any]) -> None:
-    """Run a job on this worker, in its own `.mtz`, and leave its report in the storage. Raises `StorageError`."""
+    """Run a job on this worker, in its own `.mtz`, and store its report.
+
+    Args:
+        job: The job.
+
+    Raises:
+        StorageError: The storage cannot be used.
+    """
     own = cast(Job, job)
     deliver(own, run_job(own), find_home())
 
 
 def deliver(job: Job, report: ReportValues, home: Path) -> None:
-    """Leave a job's report in the storage, for whoever started the job. Raises `StorageError`."""
+    """Store a job's report, for the process that started the job.
+
+    Args:
+        job: The job.
+        report: Its report.
+        home: The folder of the worker's runtime state.
+
+    Raises:
+        StorageError: The storage cannot be used.
+    """
     with s3.connect(StorageParams(**job["settings"]["storage"]), home) as store:
         store.put(report_key(job), json.dumps(report).encode())
 
@@ -59,12 +75,15 @@ def report_key(job: Job) -> str:
 
 @dataclass(frozen=True)
 class PoolExecutor:
-    """Workers of a work pool. A run that crashes, as one does whose worker is killed, is started again a few times.
+    """An executor on the workers of a work pool.
+
+    A run that crashes, as it does when its worker is killed, is started again a few times.
 
     Attributes:
-        pool: where the deployment's runs go.
-        workers: as many runs are under way at a time; `auto` leaves that to the workers' own limits.
-        store: where the workers leave their reports.
+        pool: The work pool that receives the deployment's runs.
+        workers: The most runs at a time; `auto` leaves that to the workers' own limits.
+        store: The storage in which the workers leave their reports.
+        deployment: Full name of the deployment.
     """
 
     pool: str
@@ -73,7 +92,7 @@ class PoolExecutor:
     deployment: str = DEPLOYMENT
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
-        """See `flows.jobs.executor.Executor`."""
+        """Run all jobs, see `flows.jobs.executor.Executor.run`."""
         if not jobs:
             return
         with get_client(sync_client=True) as client:
@@ -98,7 +117,13 @@ class PoolExecutor:
 
 @dataclass
 class _Run:
-    """One try of a job."""
+    """One attempt at a job.
+
+    Attributes:
+        job: The job.
+        number: Number of the attempt, from 1.
+        state: Last known state of its flow run.
+    """
 
     job: Job
     number: int
@@ -119,12 +144,12 @@ class _Runs:
         self._done = done
 
     def all(self) -> None:
-        """Start every job and see it end; on any interrupt cancel what is under way."""
+        """Start every job and wait for its end; on any interrupt, cancel the runs under way."""
         pause = _FIRST_PAUSE_SECONDS
         try:
             while self._waiting or self._running:
                 self._start()
-                changed = sum([self._look(run) for run in self._read()])
+                changed = sum(self._look(run) for run in self._read())
                 pause = _FIRST_PAUSE_SECONDS if changed else min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
                 time.sleep(pause)
         except BaseException:
@@ -150,7 +175,7 @@ class _Runs:
         return [run for page in pages for run in self._client.read_flow_runs(flow_run_filter=_these(page))]
 
     def _look(self, found: FlowRun) -> bool:
-        """Act on the state of a run; tell whether it has changed."""
+        """Act on the state of a run; return whether it has changed."""
         run, state = self._running[found.id], found.state
         if state is None or state.name == run.state:
             return False

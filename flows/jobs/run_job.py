@@ -1,4 +1,4 @@
-"""A job: what a worker, on whatever machine, has to bring up to date. It names contents, and has no secrets."""
+"""Running a job on a worker, on whatever machine."""
 
 import importlib
 import socket
@@ -17,12 +17,16 @@ from tasks.storage import s3
 
 
 def run_job(job: Job, home: Path | None = None) -> dict[str, Any]:
-    """Bring a group, or a model's statistics, up to date; return its `GroupReport` as plain values.
+    """Bring a group, or a model's statistics, up to date.
 
-    What can be cured elsewhere never raises: the report says what went wrong.
+    An error that a user can cure never raises: the report has the reason.
 
     Args:
-        home: the worker's own `.mtz`; by default the one of the current folder.
+        job: The job.
+        home: The worker's own `.mtz`; by default the one of the current folder.
+
+    Returns:
+        The `GroupReport` as plain values.
     """
     start = time.monotonic()
     home = home or find_home()
@@ -42,11 +46,11 @@ def run_job(job: Job, home: Path | None = None) -> dict[str, Any]:
 
 
 _FLOWS = {"group": ("group.flow", "zip_group"), "model": ("group.statistics_flow", "measure_model")}
-"""Prefect takes seconds to import, so the flows are only imported where one runs."""
+"""Modules and names of the flows, imported only where one runs, since Prefect takes seconds to import."""
 
 
 def _keep_log(job: Job, home: Path, failure: StageFailed) -> str:
-    """Store the failed stage's log, which may lie on another machine than the one that reads this."""
+    """Store the failed stage's log for readers on other machines; return where it is."""
     from flows.group.stage import log_file
 
     log = log_file(home, shown_as(job), failure.stage)

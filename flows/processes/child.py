@@ -26,14 +26,18 @@ class Interrupted(Exception):
 
 
 class Child:
-    """A Python module running in a process group of its own, which ends when this process does.
+    """A Python module that runs in a process group of its own, which ends when this process does.
 
     Args:
-        arguments: the module's name, or a `.py` file, then its arguments.
-        folder: the working folder.
-        environment: all of its environment variables.
-        output: where standard output and error go; by default to a pipe, read with `lines()`.
-        server: it is stopped by whoever started it, not by `stop_all`, so that flows being stopped can still say so.
+        arguments: The module's name, or a `.py` file, then its arguments.
+        folder: The working folder.
+        environment: All environment variables of the child.
+        output: Where standard output and error go; by default a pipe that `lines()` reads.
+        server: Whether it is stopped only by its starter and not by `stop_all`, so that flows being stopped can still
+            report to it.
+
+    Raises:
+        Interrupted: The run is being stopped; nothing was started.
     """
 
     def __init__(
@@ -64,13 +68,13 @@ class Child:
             os.close(sink)
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of output as they come, until the child has closed it."""
+        """Yield the lines of output as they come, until the child closes it."""
         assert self._output is not None
         for line in self._output:
             yield line.decode(errors="replace").rstrip("\r\n")
 
     def ended(self) -> bool:
-        """Tell whether the child has ended."""
+        """Return whether the child has ended."""
         return self._process.poll() is not None
 
     def wait(self) -> int:
@@ -82,7 +86,7 @@ class Child:
         return status
 
     def stop(self) -> None:
-        """End the whole process group: politely first, by force after twenty seconds."""
+        """End the whole process group with SIGTERM, and after twenty seconds with SIGKILL."""
         self._signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired, TimeoutError):
             self._process.wait(_GRACE_SECONDS)
@@ -94,7 +98,7 @@ class Child:
         if isinstance(self._process, warm_client.Running):
             self._process.signal(number)
             return
-        with suppress(ProcessLookupError, PermissionError):  # gone; macOS says PermissionError of a group of zombies
+        with suppress(ProcessLookupError, PermissionError):  # gone; macOS raises PermissionError for a group of zombies
             os.killpg(self._process.pid, number)
 
     def _forget(self) -> None:
@@ -109,7 +113,7 @@ class Child:
 def _start_warm(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str], sink: int
 ) -> warm_client.Running | None:
-    """Start a module in its warm interpreter; return None, and say why in the output, if it cannot run there."""
+    """Start a module in its warm interpreter; if it cannot run there, return None and write why to the output."""
     if Path(arguments[0]).stem not in _RUN_WARM or warm_client.VARIABLE not in environment or _stopping.is_set():
         return None
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
@@ -136,7 +140,7 @@ def _start_cold(
 
 
 def stop_all() -> None:
-    """Stop every child but servers, and let no new one start."""
+    """Stop every child except servers, and let no new one start."""
     _stopping.set()
     with _guard:
         children = list(_running)
@@ -147,7 +151,7 @@ def stop_all() -> None:
 
 
 def stopping() -> bool:
-    """Tell whether `stop_all` was called."""
+    """Return whether `stop_all` was called."""
     return _stopping.is_set()
 
 

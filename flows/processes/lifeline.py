@@ -1,6 +1,6 @@
-"""Entry of every child process: runs a Python module in a process group that dies with its parent.
+"""Entry point of every child process: runs a Python module in a process group that dies with its parent.
 
-Run as a script, `python -P lifeline.py MODULE ARG…`, in a session of its own, standard input being a pipe whose writing
+Run as a script, `python -P lifeline.py MODULE ARG…`, in a session of its own. Standard input is a pipe whose writing
 end only the parent holds. However the parent ends, even by `kill -9`, the pipe closes and the group is killed: no stage
 goes on writing into a workspace that a new run may already be using.
 """
@@ -20,7 +20,7 @@ def _die_with_parent(pipe: int) -> None:
 
 
 def main() -> None:
-    """Run the module, or the `.py` file, named by the first argument as `python -m` would."""
+    """Run the module, or the `.py` file, that the first argument names, as `python -m` would."""
     pipe = os.dup(0)
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - keeps the imports of a process that starts often few
         os.dup2(nothing.fileno(), 0)

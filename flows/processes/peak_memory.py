@@ -1,4 +1,4 @@
-"""The most memory that a run and all its processes took at once."""
+"""The most memory that a run and all its processes take at once."""
 
 import threading
 from types import TracebackType
@@ -9,10 +9,13 @@ _SAMPLE_SECONDS = 1.0
 
 
 class PeakMemory:
-    """Samples the memory of this process and all below it, once a second, while its block runs.
+    """A sampler of the memory of this process and all below it, once a second, while its block runs.
 
-    `bytes` is the largest sum seen. Memory that processes share counts once (proportional set size) where the system
-    tells, several times elsewhere.
+    Memory that processes share counts once (proportional set size) where the system reports it, several times
+    elsewhere.
+
+    Attributes:
+        bytes: The largest sum seen so far, in bytes.
     """
 
     def __init__(self) -> None:

@@ -20,22 +20,33 @@ _ANSWER_SECONDS = 30.0
 
 
 class ServiceFailed(MtzError):
-    """A server did not start."""
+    """A server did not start or does not answer."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that was started and may not answer yet."""
+    """A server that was started and may not answer yet.
+
+    Attributes:
+        name: The server's name for messages.
+        url: Its address.
+        health: The path that answers once the server is ready.
+        log: The file of its output.
+        child: Its process.
+    """
 
     name: str
     url: str
     health: str
-    """Path that answers once the server is ready."""
     log: Path
     child: Child
 
     def wait(self) -> None:
-        """Wait until it answers. Raises `ServiceFailed`."""
+        """Wait until the server answers.
+
+        Raises:
+            ServiceFailed: The server ended, or did not answer in time.
+        """
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(self.url + self.health):
             if self.child.ended():
@@ -48,9 +59,17 @@ class Server:
 
 
 def prefect_environment(home: Path, debug: bool = False) -> dict[str, str]:
-    """Return the settings of Prefect, for its server and for flows alike; must be set before Prefect is imported.
+    """Return the settings of Prefect for its server and for flows; they must be set before Prefect is imported.
 
-    Its console handler is silent unless `debug`: it would tear the progress display, and the server keeps all it says.
+    Its console handler is silent unless `debug` is set: it would break the progress display, and the server keeps the
+    log.
+
+    Args:
+        home: The folder of the project's runtime state.
+        debug: Whether Prefect's log is printed.
+
+    Returns:
+        The environment variables.
     """
     settings = {
         "DO_NOT_TRACK": "1",
@@ -65,12 +84,16 @@ def prefect_environment(home: Path, debug: bool = False) -> dict[str, str]:
 
 
 def uses_own_prefect_server() -> bool:
-    """Tell whether the user runs a Prefect server and names it in PREFECT_API_URL."""
+    """Return whether the user runs a Prefect server and names it in PREFECT_API_URL."""
     return bool(os.environ.get("PREFECT_API_URL"))
 
 
 def check_own_prefect_server() -> None:
-    """Ask the server that PREFECT_API_URL names whether it is there. Raises `ServiceFailed`."""
+    """Check that the server that PREFECT_API_URL names answers.
+
+    Raises:
+        ServiceFailed: It does not answer.
+    """
     url = os.environ["PREFECT_API_URL"].rstrip("/")
     if not _answers(f"{url}/health", urllib.request.build_opener()):
         raise ServiceFailed(
@@ -81,15 +104,15 @@ def check_own_prefect_server() -> None:
 
 @contextmanager
 def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
-    """Start Prefect's server with its database in the home; yield at once, stop it at the end."""
+    """Start Prefect's server with its database in the home; yield at once, and stop it at the end of the block."""
     port = port or free_port()
     options = ("--host", _HOST, "--port", str(port), "--analytics-off", "--log-level", "WARNING")
     environment = {
         **prefect_environment(home, debug=True),
         "PREFECT_API_URL": f"http://{_HOST}:{port}/api",
-        # Pages ask the address they came from.
+        # The pages call the address that they were loaded from.
         "PREFECT_UI_API_URL": f"http://{_HOST}:{port}/api",
-        # In memory, as by default, places that were held when a server ended would never be free again.
+        # With the default, in memory, places that were held when a server ended would never be freed.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     with _serving(
@@ -100,10 +123,16 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
 
 @contextmanager
 def mlflow_server(home: Path, store: str, environment: Mapping[str, str], port: int | None = None) -> Iterator[Server]:
-    """Start MLflow's server on the tracking store; yield at once, stop it at the end.
+    """Start MLflow's server on the tracking store; stop it at the end of the block.
 
     Args:
-        environment: what it needs to show artifacts: the storage's address and credentials.
+        home: The folder of the project's runtime state.
+        store: URI of the tracking store.
+        environment: The storage's address and credentials, which the server needs to show artifacts.
+        port: The port; any free one by default.
+
+    Yields:
+        The server, at once: it may not answer yet.
     """
     port = port or free_port()
     options = ("--host", _HOST, "--port", str(port), "--backend-store-uri", store, "--workers", "1")
@@ -127,7 +156,17 @@ def _serving(
 
 
 def free_port(preferred: int = 0) -> int:
-    """Return the preferred port if it is free, or else any free one, on loopback."""
+    """Return a free port on loopback.
+
+    Args:
+        preferred: The port to return if it is free.
+
+    Returns:
+        The preferred port, or else any free one.
+
+    Raises:
+        ServiceFailed: No port is free.
+    """
     for port in (preferred, 0):
         with socket.socket() as probe:
             try:

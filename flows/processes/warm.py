@@ -1,6 +1,6 @@
 """Warm interpreters: servers that have imported the libraries already, and fork a child instead of starting a process.
 
-Each `dvc` command takes a second to start, each stage several, and a group's run starts two dozen of them.
+Each `dvc` command takes a second to start, each stage several seconds, and a group's run starts two dozen of them.
 """
 
 import atexit
@@ -36,7 +36,7 @@ PRELOADED: dict[str, tuple[str, ...]] = {
         *("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store", "alembic.command"),
     ),
 }
-"""What each interpreter imports. DVC has one of its own because its import changes logging and standard output."""
+"""Modules that each interpreter imports. DVC has its own because its import changes logging and standard output."""
 
 _IMPORT_SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
 """What `tasks/registry/mlflow_client.py` sets before it imports MLflow; the children's environment is their own."""
@@ -51,9 +51,15 @@ _LONGEST_FOLDER = 90  # a socket's path has at most 107 bytes
 def serving(home: Path) -> Iterator[None]:
     """Keep warm interpreters ready for `Child` and for the stages while the block runs.
 
-    Returns at once: they import while the caller goes on, and the first requests wait for them. They end with the
-    block, or with this process however it ends. What they say goes to `home/logs/warm-….log`. A process that was
-    started within such a block uses its parent's. On systems other than Linux there are none.
+    The interpreters import while the caller goes on, and the first requests wait for them. They end with the block, or
+    with this process however it ends. Their output goes to `home/logs/warm-….log`. A process that was started within
+    such a block uses its parent's. On systems other than Linux there are none.
+
+    Args:
+        home: The folder of the project's runtime state.
+
+    Yields:
+        Nothing, at once.
     """
     before = os.environ.get(VARIABLE)
     if sys.platform != "linux" or (before and Path(before).is_dir()):
@@ -91,7 +97,7 @@ def _keep(home: Path) -> None:
 
 
 class _Interpreter:
-    """One server, which is started again if it dies; meanwhile there are processes that start by themselves."""
+    """One server, which is started again if it dies; meanwhile processes start on their own."""
 
     def __init__(self, address: Path, modules: Sequence[str], log: Path) -> None:
         self._address, self._modules, self._log = address, modules, log
@@ -103,7 +109,7 @@ class _Interpreter:
         threading.Thread(target=self._keep, daemon=True).start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # The socket is there before the server answers, so clients wait. It is the server's alone, so they do not wait
+        # The socket exists before the server answers, so clients wait. Only the server holds it, so they do not wait
         # for a dead one.
         self._address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, self._log.open("ab") as output:
@@ -138,6 +144,6 @@ class _Interpreter:
             self._lifeline.close()
             try:
                 self._process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:  # it still imports
+            except subprocess.TimeoutExpired:  # it is still importing
                 self._process.kill()
                 self._process.wait()

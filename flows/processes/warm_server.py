@@ -1,9 +1,9 @@
 """A warm interpreter: `python warm_server.py SOCKET MODULE…` imports the modules, then forks a child for each request.
 
-`tasks/warm_client.py` says what both sides send. SOCKET is the descriptor of a listening socket; standard input is a
-pipe of which only the owner holds the writing end: when that closes, the server ends with all its children.
+`tasks/warm_client.py` describes the protocol. SOCKET is the descriptor of a listening socket; standard input is a pipe
+of which only the owner holds the writing end: when that closes, the server ends with all its children.
 
-The server does nothing but import, so that a child is what a fresh process would be after these imports. Our own
+The server only imports, so that a child is what a fresh process would be after these imports. The project's own
 packages are not among them: a child imports those of its working folder. This file uses the standard library only.
 """
 
@@ -28,10 +28,10 @@ _READ_AT_START = (
     *("PYTHON", "LD_", "LANG", "LC_", "MALLOC_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "GOTO_", "NPY_", "ATEN_"),
     *("TORCH_", "TORCHDYNAMO_", "PYTORCH_", "ARROW_", "MPL", "MLFLOW_LOGGING", "DVC_SHOW_TRACEBACK"),
 )
-"""First letters of the environment variables that Python and the libraries read when they start, and never again.
+"""Prefixes of the environment variables that Python and the libraries read when they start, and never again.
 
-Not among them: what libraries set themselves when they are imported (TORCHINDUCTOR_CACHE_DIR, KMP_…), lest an owner
-that imports one is refused, and what CUDA reads, which starts in the children.
+Variables that libraries set themselves on import (TORCHINDUCTOR_CACHE_DIR, KMP_…) are not among them, since an owner
+that imports one of these libraries would be refused; nor are those of CUDA, which starts in the children.
 """
 
 _LONGEST_REQUEST = 1 << 20
@@ -39,12 +39,12 @@ _LONGEST_REQUEST = 1 << 20
 
 @dataclass
 class _Client:
-    """Whoever asks for a child.
+    """A process that asks for a child.
 
     Attributes:
-        connection: its descriptor; None once the client is gone.
-        child: process id, 0 before there is one.
-        ended: the child is a zombie. It stays one until its client is gone, so that its id means it alone.
+        connection: The descriptor of its socket; None once the client is gone.
+        child: Process id of the child, 0 before there is one.
+        ended: Whether the child is a zombie. It stays one until its client is gone, so that its id is not reused.
     """
 
     connection: int | None
@@ -54,7 +54,13 @@ class _Client:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a child shall do: the request, descriptors of its standard streams, and whom to tell that it starts."""
+    """The work of a child.
+
+    Attributes:
+        request: The request as JSON.
+        streams: Descriptors of its standard streams.
+        connection: Descriptor of the socket that receives the answer.
+    """
 
     request: bytes
     streams: list[int]
@@ -62,10 +68,10 @@ class _Work:
 
 
 class _Server:
-    """Forks children and tells their clients how they ended.
+    """A server that forks children and reports to their clients how they ended.
 
     Attributes:
-        alive: reading end of a pipe that closes when the server ends.
+        alive: Reading end of a pipe that closes when the server ends.
     """
 
     def __init__(self, listener: int) -> None:
@@ -76,9 +82,9 @@ class _Server:
         self._listen_to(listener)
 
     def serve(self) -> _Work:
-        """Serve until the owner ends. Returns in the children only."""
+        """Serve until the owner ends; return in the children only."""
         while True:
-            key = self._ready.select()[0][0]  # one at a time: what is done for one may close the others
+            key = self._ready.select()[0][0]  # one at a time: handling one may close the others
             client: _Client | None = key.data
             if key.fd == 0:
                 self._end()
@@ -154,7 +160,7 @@ class _Server:
             with suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        with suppress(OSError):  # an owner that was killed has left them
+        with suppress(OSError):  # an owner that was killed has left these behind
             address = Path(self._listener.getsockname())
             address.unlink()
             address.parent.rmdir()
@@ -162,7 +168,7 @@ class _Server:
 
 
 def _tell(connection: int, answer: str) -> None:
-    with suppress(OSError):  # nobody listens any more
+    with suppress(OSError):  # the client is gone
         os.write(connection, answer.encode())
 
 
@@ -200,7 +206,7 @@ def _run(work: _Work, alive: int, started_with: Mapping[str, str]) -> None:
 
 
 def _draw_anew() -> None:
-    """Let random numbers that nobody has given a seed differ from the other children's; `random` does so by itself."""
+    """Reseed random generators, so that unseeded numbers differ from other children's; `random` does so by itself."""
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:
@@ -208,19 +214,19 @@ def _draw_anew() -> None:
 
 
 class _Refused(Exception):
-    """A child of this server would not be what a fresh process is."""
+    """A child of this server would differ from a fresh process."""
 
 
 class _Ending:
-    """The last step of a child's exit, after all that Python does in order: it ends at once.
+    """The last step of a child's exit, after everything that Python does in order: it ends at once.
 
-    To take a process with all these libraries apart takes half a second, and copies the memory that it shares.
+    Shutting down a process with all these libraries takes half a second, and copies the memory that it shares.
     """
 
     status: object = None
 
     def __call__(self) -> None:
-        if isinstance(self.status, int):  # else Python has more to say
+        if isinstance(self.status, int):  # otherwise Python prints an error first
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.status & 0xFF)
@@ -245,7 +251,7 @@ def _die_with_server(alive: int) -> None:
 
 def main() -> None:
     """Import the modules, then serve."""
-    atexit.register(_at_end)  # first, so that it comes last
+    atexit.register(_at_end)  # registered first, so that it runs last
     started_with = dict(os.environ)
     if not sys.flags.safe_path:
         del sys.path[0]  # this file's folder
@@ -253,7 +259,7 @@ def main() -> None:
     for module in modules:
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # the collector of a child shall not write to pages that all share
+    gc.freeze()  # a child's collector must not write to the shared pages
     server = _Server(int(listener))
     _run(server.serve(), server.alive, started_with)
 

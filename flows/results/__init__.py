@@ -1,1 +1,1 @@
-"""What came out: of a stage, of a group, of a fleet; shown, recorded, reported."""
+"""Results of a stage, of a group, of a fleet: shown, recorded, reported."""

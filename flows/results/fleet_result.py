@@ -1,4 +1,4 @@
-"""What a run of a fleet came to, kept for `mtz fleet retry` and for other programs."""
+"""The result of a run of a fleet, kept for `mtz fleet retry` and for other programs."""
 
 import json
 from collections import Counter
@@ -14,7 +14,17 @@ from tasks.storage import s3
 
 @dataclass(frozen=True)
 class FleetResult:
-    """What a run came to; times in seconds, memory in bytes."""
+    """The result of a run.
+
+    Attributes:
+        fleet: The fleet's name.
+        run: Identifier of the run.
+        started: When the run started, ISO 8601, UTC.
+        reports: A report of every group, and of every model that failed.
+        seconds: Wall time.
+        peak_bytes: The most memory that the run and its processes took, in bytes.
+        warning: The webhook's warning; empty if there is none.
+    """
 
     fleet: str
     run: str
@@ -25,7 +35,7 @@ class FleetResult:
     warning: str = ""
 
     def as_values(self) -> dict[str, Any]:
-        """Return it as plain values: what is written to `last.json`, for `mtz fleet retry` and for other programs."""
+        """Return the result as plain values, as written to `last.json`."""
         return {
             "fleet": self.fleet,
             "run": self.run,
@@ -45,7 +55,7 @@ class FleetFailed(MtzError):
     """Some groups failed.
 
     Attributes:
-        result: what the run came to.
+        result: The result of the run.
     """
 
     def __init__(self, result: FleetResult) -> None:
@@ -55,16 +65,25 @@ class FleetFailed(MtzError):
 
 
 def last_run(home: Path, fleet: str) -> Path:
-    """Return the file that says what the fleet's last run came to."""
+    """Return the file with the result of the fleet's last run."""
     return home / "runs" / fleet / "last.json"
 
 
 def failed_groups(home: Path, fleet: str, settings: StorageParams) -> tuple[str, ...] | None:
     """Return the groups that failed in the fleet's last run from here, or else from any machine.
 
-    None stands for all groups: where a model failed, the planner has left it out, and may choose others now.
+    Args:
+        home: The folder of the project's runtime state.
+        fleet: The fleet's name.
+        settings: Where the storage is.
 
-    Raises `NoRun`, `StorageError`.
+    Returns:
+        Names of the groups. None stands for all groups: if a model failed, the planner left it out, and may choose
+            other groups now.
+
+    Raises:
+        NoRun: The fleet has not run yet.
+        StorageError: The storage cannot be used.
     """
     file = last_run(home, fleet)
     if file.exists():

@@ -1,4 +1,4 @@
-"""What became of one group, or of one model's statistics, in a run."""
+"""The report of one group, or of one model's statistics, in a run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,36 +7,46 @@ from typing import Any, Literal
 from flows.results.stage_result import StageResult
 
 Status = Literal["merged", "unchanged", "refused", "failed", "measured"]
-"""How a group ends, or, `measured`, a model's statistics."""
+"""How a group ends; `measured` is how a model's statistics end."""
 
 
 @dataclass
 class GroupReport:
-    """What came out of one group's run. Of a model's statistics, `group` is the model, and nothing is registered."""
+    """The result of one group's run. For a model's statistics, `group` is the model, and nothing is registered.
+
+    Attributes:
+        group: Name of the group or model.
+        status: How it ended.
+        reason: Why it was refused or failed, or other remarks.
+        log: Where the whole output of the failed stage is kept.
+        fingerprint: Fingerprint of the snapshot.
+        stages: Results of the stages.
+        seconds: Wall time.
+        folder: The workspace.
+        metrics: The content of `metrics.json`.
+        model: Name of the registered model.
+        version: Number of the registered version.
+        release: URL of the bundle.
+        content_digest: Digest of the registered content.
+        kind: `group`, or `model` for a model's statistics.
+        statistics: SHA-256 of a model's statistics, a content.
+    """
 
     group: str
     status: Status = "merged"
     reason: str = ""
-    """Why it was refused, or failed; what else is worth telling."""
     log: str = ""
-    """Where all that the failed stage said is kept."""
     fingerprint: str = ""
-    """Of the snapshot that it was made from."""
     stages: list[StageResult] = field(default_factory=list)
     seconds: float = 0.0
     folder: str = ""
     metrics: dict[str, Any] | None = None
-    """The content of metrics.json."""
     model: str = ""
     version: int | None = None
-    """The registered version."""
     release: str = ""
-    """Where the bundle lies."""
     content_digest: str = ""
-    """Of the registered content."""
     kind: Literal["group", "model"] = "group"
     statistics: str = ""
-    """SHA-256 of a model's statistics, a content."""
 
     @property
     def pretraining_seconds(self) -> float:
@@ -54,7 +64,7 @@ class GroupReport:
         return max(0.0, self.seconds - self.pretraining_seconds - self.zipping_seconds)
 
     def as_values(self) -> dict[str, Any]:
-        """Return it as plain values, which travel between machines."""
+        """Return the report as plain values, which can be sent between machines."""
         return asdict(self)
 
 
@@ -64,7 +74,7 @@ def as_report(values: Mapping[str, Any]) -> GroupReport:
 
 
 def metrics_table(report: GroupReport) -> list[dict[str, Any]]:
-    """Return one row a task: errors in percent before zipping, zipped, after light retraining, and what is stored."""
+    """Return one row per task: errors in percent (before, zipped, after light retraining) and what is stored."""
     assert report.metrics is not None
     stored = report.metrics["stored"]
     return [

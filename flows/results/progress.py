@@ -1,4 +1,4 @@
-"""What people see while a run is going on: one line a group."""
+"""The display of a run in progress: one line a group."""
 
 import threading
 import time
@@ -20,40 +20,49 @@ from flows.results.stage_result import StageResult
 
 
 class Progress(Protocol):
-    """Receives what happens in the groups, from several threads."""
+    """A receiver of what happens in the groups, called from several threads."""
 
     def planned(self, group: str, stages: int) -> None:
-        """The group has that many stages."""
+        """Receive the number of stages of a group."""
 
     def busy(self, group: str, what: str) -> None:
-        """The group is at a stage, or at something between stages."""
+        """Receive what a group is doing: a stage, or a step between stages."""
 
     def show_line(self, group: str, line: str) -> None:
-        """What it is at has printed a line."""
+        """Receive a line of output of what a group is doing."""
 
     def finished(self, group: str, result: StageResult) -> None:
-        """A stage is up to date."""
+        """Receive the result of a stage that is up to date."""
 
     def ended(self, group: str, status: Status, reason: str = "") -> None:
-        """Nothing more will happen in the group."""
+        """Receive the end of a group."""
 
 
 class Silent:
-    """Shows nothing."""
+    """A receiver that shows nothing."""
 
-    def planned(self, group: str, stages: int) -> None: ...
-    def busy(self, group: str, what: str) -> None: ...
-    def show_line(self, group: str, line: str) -> None: ...
-    def finished(self, group: str, result: StageResult) -> None: ...
-    def ended(self, group: str, status: Status, reason: str = "") -> None: ...
+    def planned(self, group: str, stages: int) -> None:
+        """Do nothing."""
+
+    def busy(self, group: str, what: str) -> None:
+        """Do nothing."""
+
+    def show_line(self, group: str, line: str) -> None:
+        """Do nothing."""
+
+    def finished(self, group: str, result: StageResult) -> None:
+        """Do nothing."""
+
+    def ended(self, group: str, status: Status, reason: str = "") -> None:
+        """Do nothing."""
 
 
 current: ContextVar[Progress] = ContextVar("current", default=Silent())  # noqa: B039 - it has no state
-"""Where the flows of this context report to."""
+"""The receiver for the flows of this context."""
 
 
 class Lines(Silent):
-    """Prints one line for each stage that is finished; for logs and pipes."""
+    """A receiver that prints one line for each finished stage; for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -62,11 +71,13 @@ class Lines(Silent):
         self._console.print(Text(f"[{group}] {text}"), soft_wrap=True)
 
     def finished(self, group: str, result: StageResult) -> None:
+        """Print the outcome of a stage, unless it was unchanged."""
         if result.outcome != "unchanged":
             seconds = f" ({result.seconds:.1f} s)" if result.seconds else ""
             self._print(group, f"{result.stage}: {result.outcome}{seconds}")
 
     def ended(self, group: str, status: Status, reason: str = "") -> None:
+        """Print how the group ended."""
         self._print(group, f"{status}: {reason}" if reason else status)
 
 
@@ -94,27 +105,32 @@ class _Row:
 
 
 class Display(Silent):
-    """A live table: group, stages done, what it is at, its last line, how long."""
+    """A live table: group, stages done, current step, its last line, elapsed time."""
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
         self._guard = threading.Lock()
 
     def planned(self, group: str, stages: int) -> None:
+        """Set the number of stages of a group."""
         self._row(group).stages = stages
 
     def busy(self, group: str, what: str) -> None:
+        """Set the current step of a group."""
         row = self._row(group)
         row.what, row.line = what, ""
 
     def show_line(self, group: str, line: str) -> None:
+        """Set the last line of a group, unless it is blank."""
         if line.strip():
             self._row(group).line = line.strip()
 
     def finished(self, group: str, result: StageResult) -> None:
+        """Count a stage of a group as done."""
         self._row(group).done += 1
 
     def ended(self, group: str, status: Status, reason: str = "") -> None:
+        """Set how a group ended, and stop its clock."""
         row = self._row(group)
         row.what, row.line, row.status = status, reason, status
         row.end = time.monotonic()
@@ -130,7 +146,7 @@ class Display(Silent):
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         with self._guard:
             rows = list(self._rows.items())
-        if len(rows) > _ALL_SHOWN:  # of a large fleet, those that are worth looking at
+        if len(rows) > _ALL_SHOWN:  # of a large fleet, only groups in progress, refused or failed
             well = Counter(row.status for _, row in rows if row.status not in (None, "refused", "failed"))
             rows = [(group, row) for group, row in rows if row.status not in well]
             table.add_row("", "", "", ", ".join(f"{count} {status}" for status, count in well.items()), "", Text())
@@ -144,10 +160,14 @@ class Display(Silent):
 
 @contextmanager
 def shown(console: Console, quiet: bool = False) -> Iterator[None]:
-    """Show the progress of the flows that run inside: live on a terminal, otherwise as lines.
+    """Show the progress of the flows in the block: live on a terminal, otherwise as lines.
 
     Args:
-        quiet: show lines only, where something else prints to the terminal too.
+        console: Where to show it.
+        quiet: Show lines only, for a terminal to which something else prints too.
+
+    Yields:
+        Nothing.
     """
     live = console.is_terminal and not quiet
     progress = Display() if live else Lines(console)

@@ -1,4 +1,4 @@
-"""What became of a stage, and how one can fail."""
+"""The result of a stage, and the ways in which it can fail."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +12,9 @@ class StageFailed(MtzError):
     """A stage ended with an error.
 
     Attributes:
-        stage: its name.
-        can_be_retried: the same command may succeed later: a service did not answer, or the process was killed.
+        stage: The stage's name.
+        can_be_retried: Whether the same command may succeed later, since a service did not answer or the process was
+            killed.
     """
 
     def __init__(self, stage: str, reason: str, can_be_retried: bool = False) -> None:
@@ -23,17 +24,23 @@ class StageFailed(MtzError):
 
 
 class StageRefused(StageFailed):
-    """A stage found that the group cannot be zipped as asked; with the same inputs it always will."""
+    """A stage found that the group cannot be zipped as configured; with the same inputs it always will."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of a stage."""
+    """The result of a stage.
+
+    Attributes:
+        stage: The stage's name.
+        outcome: Whether it was executed, restored or unchanged.
+        seconds: Wall time including DVC's part; 0 if the stage needed no process of its own.
+        command_seconds: Wall time of the stage's own process.
+        last_line: The last line that the stage printed, if it was executed.
+    """
 
     stage: str
     outcome: StageStatus
     seconds: float = 0.0
-    """Wall time with DVC's part, 0 where the stage needed no process of its own."""
     command_seconds: float = 0.0
-    """Wall time of the stage's own process."""
     last_line: str = ""

@@ -1,4 +1,4 @@
-"""What a run came to, for people: errors, sizes, what became of every group, how long it took, where to look."""
+"""The summary of a run for people: errors, sizes, the status of every group, times, and where to find more."""
 
 import io
 import shlex

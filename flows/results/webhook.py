@@ -1,4 +1,4 @@
-"""A webhook: who is to know hears what a run came to."""
+"""A webhook that receives the result of each run."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 URL = "MTZ_WEBHOOK_URL"
-"""Environment variable with the address; it often has a secret in it, so it is no parameter and never told."""
+"""Environment variable with the address; it often contains a secret, so it is no parameter and is never printed."""
 
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = 10
@@ -17,9 +17,15 @@ _FIRST_PAUSE_SECONDS = 1.0
 
 
 def notify(result: Mapping[str, Any]) -> str:
-    """Post what a run came to as JSON, a sentence of it as `text`; return a warning if that did not work.
+    """Post the result of a run as JSON, with a summary sentence as `text`.
 
-    Without the variable `MTZ_WEBHOOK_URL` nothing is posted. What a run has done counts, whether or not it is heard of.
+    Without the variable `MTZ_WEBHOOK_URL` nothing is posted. A failure does not change the result of the run.
+
+    Args:
+        result: The result as plain values.
+
+    Returns:
+        A warning if the post failed; empty otherwise.
     """
     url = os.environ.get(URL)
     if not url:
@@ -37,7 +43,7 @@ def notify(result: Mapping[str, Any]) -> str:
             reason = f"it answered {error.code}"
             if error.code < 500:
                 break
-        except (OSError, ValueError) as error:  # the message of a ValueError would have the address in it
+        except (OSError, ValueError) as error:  # the message of a ValueError would contain the address
             reason = type(error).__name__
     return f"warning: nobody was told: the address in {URL} cannot be used ({reason}). Check it with curl."
 

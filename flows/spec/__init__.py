@@ -1,1 +1,1 @@
-"""What a fleet declares: its file, overrides, the snapshot of a run, jobs. Knows no Prefect."""
+"""What a fleet declares: its file, overrides, the snapshot of a run, jobs. Does not use Prefect."""

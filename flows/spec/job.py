@@ -1,4 +1,4 @@
-"""A job: what a worker, on whatever machine, has to bring up to date. It names contents, and has no secrets."""
+"""A job: what a worker, on whatever machine, has to bring up to date. It names contents and contains no secrets."""
 
 from typing import Any, Literal
 
@@ -6,18 +6,23 @@ from typing_extensions import TypedDict  # pydantic, and so Prefect, refuses the
 
 
 class Job(TypedDict):
-    """One group to zip, or one model whose statistics to make, in plain values."""
+    """One group to zip, or one model to measure, in plain values.
+
+    Attributes:
+        fleet: The fleet's name.
+        kind: `group`, or `model` for a model's statistics.
+        group: Name of the group or model.
+        fingerprint: Fingerprint of the snapshot, which the storage has.
+        settings: The whole content of its params.yaml, including where the storage and the registry are.
+        run: Identifier of the fleet's run, for records.
+    """
 
     fleet: str
     kind: Literal["group", "model"]
     group: str
-    """The name of the group, or of the model."""
     fingerprint: str
-    """Of the snapshot, which the storage has."""
     settings: dict[str, Any]
-    """All that its params.yaml says, and so where the storage and the registry are."""
     run: str
-    """Of the fleet, for records."""
 
 
 def shown_as(job: Job) -> str:

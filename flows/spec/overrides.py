@@ -1,4 +1,4 @@
-"""Values laid over others: the changes of a group, settings of the command line."""
+"""Values that override others: the changes of a group, settings on the command line."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from mtz_core.errors import MtzError
 
 
 class InvalidFleet(MtzError):
-    """fleet.yaml, or a setting given on the command line, is not usable."""
+    """The file fleet.yaml, or a setting on the command line, cannot be used."""
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +28,17 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_setting(setting: str) -> dict[str, Any]:
-    """Return `key.path=value` as nested mappings. Raises `InvalidFleet`."""
+    """Parse a setting of the command line.
+
+    Args:
+        setting: The text `key.path=value`; the value is YAML.
+
+    Returns:
+        The value in nested mappings.
+
+    Raises:
+        InvalidFleet: The text has no key, or its value is not YAML.
+    """
     path, equals, text = setting.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -44,6 +54,6 @@ def parse_setting(setting: str) -> dict[str, Any]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence on an unknown name: the one that was perhaps meant."""
+    """Return the end of a sentence on an unknown name, with the similar name that may be meant."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else "."

@@ -1,7 +1,7 @@
 """A snapshot: every file that a pipeline reads, by its content, and its parameters: all that its results depend on.
 
-Where they came from, who runs it, and when, is no part of it: the same snapshot gives the same results on any machine
-that has the contents. Its own digest is the *fingerprint* of what is to be done.
+Where the files came from, who runs the pipeline, and when, is no part of it: the same snapshot gives the same results
+on any machine that has the contents. Its own digest is the *fingerprint* of the work.
 """
 
 import json
@@ -21,7 +21,7 @@ from tasks.sources import Access, resolve_data, resolve_file
 from tasks.storage.contents import Contents
 
 CODE = ("mtz_core", "tasks")
-"""Packages that every stage's `python -m tasks` imports."""
+"""Packages that `python -m tasks` imports in every stage."""
 
 PIPELINE = "dvc.yaml"
 PARAMS = "params.yaml"
@@ -38,32 +38,58 @@ class MissingSource(MtzError):
 
 
 class InvalidPipeline(MtzError):
-    """dvc.yaml cannot be read."""
+    """The file dvc.yaml cannot be read."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a workspace, path → SHA-256, and what params.yaml says there (where things are kept left out)."""
+    """The files and parameters of a workspace.
+
+    Attributes:
+        files: The SHA-256 of each file, by its path in the workspace.
+        params: The content of params.yaml, without the settings that do not change results, such as those of the
+            storage.
+    """
 
     files: Mapping[str, str]
     params: Mapping[str, Any]
 
     def content(self) -> bytes:
-        """Return it as the JSON whose digest is the fingerprint."""
+        """Return the snapshot as the JSON whose digest is the fingerprint."""
         return json.dumps({"files": self.files, "params": self.params}, sort_keys=True, indent=0).encode()
 
     def keep(self, contents: Contents) -> str:
-        """Put it into the contents; return the fingerprint."""
+        """Put the snapshot into the contents; return its fingerprint."""
         return contents.add_bytes(self.content())
 
     @classmethod
     def load(cls, contents: Contents, fingerprint: str) -> "Snapshot":
-        """Return the snapshot of that fingerprint. Raises `MissingContent`, `StorageError`."""
+        """Read a snapshot.
+
+        Args:
+            contents: The store of contents.
+            fingerprint: The snapshot's fingerprint.
+
+        Returns:
+            The snapshot.
+
+        Raises:
+            MissingContent: It is neither here nor in the storage.
+            StorageError: The storage cannot be used.
+        """
         return cls(**json.loads(contents.read(fingerprint)))
 
 
 class Project:
-    """The files of a project, each read at most once for all its groups."""
+    """The files of a project, each read at most once for all its groups.
+
+    Args:
+        root: The folder of the project.
+        contents: The store that receives the files.
+
+    Attributes:
+        root: The folder of the project.
+    """
 
     def __init__(self, root: Path, contents: Contents) -> None:
         self.root = root
@@ -73,14 +99,23 @@ class Project:
     def group(self, plan: GroupPlan, access: Access) -> Snapshot:
         """Take the snapshot of a group, its models' sources included.
 
+        Args:
+            plan: The group.
+            access: How the models' sources are fetched.
+
+        Returns:
+            The snapshot.
+
         Raises:
-            MissingSource, InvalidPipeline: the project lacks a file, or dvc.yaml is damaged.
-            SourceError, ServiceFault: a model's source cannot be had.
+            MissingSource: The project lacks a file.
+            InvalidPipeline: The file dvc.yaml is damaged.
+            SourceError: A model's source cannot be fetched.
+            ServiceFault: A service failed in a way that may pass by itself.
         """
         return self.take(plan.content, sources_of(plan, access), modules_of(plan))
 
     def model(self, plan: GroupPlan, access: Access) -> Snapshot:
-        """Take the snapshot of those stages that a model's statistics need. Raises like `group`."""
+        """Take the snapshot of those stages that a model's statistics need; errors are those of `group`."""
         snapshot = self.group(plan, access)
         stages = {name: stage for name, stage in self._pipeline["stages"].items() if "foreach" in stage}
         trimmed = yaml.safe_dump({"stages": stages}, sort_keys=False, allow_unicode=True)
@@ -92,9 +127,17 @@ class Project:
         """Take the snapshot of the pipeline under some parameters.
 
         Args:
-            placed: files that come from elsewhere, path in the workspace → SHA-256; the folders that hold models' files
-                are then not the project's.
-            modules: modules in the project that the stages import, whether or not dvc.yaml lists all of their files.
+            params: The parameters.
+            placed: The SHA-256 of files that come from elsewhere, by their path in the workspace; the folders for
+                models' files are then not the project's.
+            modules: Modules in the project that the stages import, whether or not dvc.yaml lists all of their files.
+
+        Returns:
+            The snapshot.
+
+        Raises:
+            MissingSource: The project lacks a file.
+            InvalidPipeline: The file dvc.yaml is damaged.
         """
         names = {PIPELINE, *(name for name in _SETTINGS_OF_DVC if (self.root / name).exists())}
         names |= {name for module in modules for start in (module, f"{module}.py") for name in self._files(start)}
@@ -152,9 +195,19 @@ class Project:
 
 
 def sources_of(plan: GroupPlan, access: Access) -> dict[str, str]:
-    """Put the sources of the models that the fleet declares into the contents; return their places and digests.
+    """Put the sources of the models that the fleet declares into the contents.
 
-    Raises `SourceError`, `ServiceFault`.
+    Args:
+        plan: The group.
+        access: How the sources are fetched.
+
+    Returns:
+        The SHA-256 of each file, by its path in the workspace.
+
+    Raises:
+        SourceError: A source cannot be fetched.
+        ServiceFault: A service failed in a way that may pass by itself.
+        InvalidProgram: An exported program cannot be read.
     """
     placed: dict[str, str] = {}
     for name, model in plan.models.items():
@@ -172,7 +225,18 @@ def sources_of(plan: GroupPlan, access: Access) -> dict[str, str]:
 
 
 def weights_of_program(digest: str, contents: Contents) -> str:
-    """Put the weights that an exported program holds into the contents, as safetensors; return their digest."""
+    """Put the weights of an exported program into the contents, as safetensors.
+
+    Args:
+        digest: The SHA-256 of the program.
+        contents: The store with the program, which receives the weights.
+
+    Returns:
+        The SHA-256 of the weights.
+
+    Raises:
+        InvalidProgram: The program cannot be read.
+    """
     key = f"weights of program {digest}"
     known = contents.recall(key)
     if known is None:
@@ -186,13 +250,13 @@ def weights_of_program(digest: str, contents: Contents) -> str:
 
 
 def modules_of(plan: GroupPlan) -> tuple[str, ...]:
-    """Return the top modules of the networks' factories, which may be the user's own, beside ours."""
+    """Return the top-level modules of the networks' factories, which may be the user's own, beside the project's."""
     own = {model.network.partition(":")[0].partition(".")[0] for model in plan.params.models.values()}
     return tuple(sorted({*CODE, *own}))
 
 
 def _expanded(stage: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the stages that a stage of dvc.yaml stands for, its templates filled in."""
+    """Yield the stages that a stage of dvc.yaml stands for, with its templates filled in."""
     if "foreach" not in stage:
         yield _filled(stage, params)
         return

@@ -1,4 +1,4 @@
-"""What `match` found, and its files: pairings, plans, the networks that a search tried."""
+"""Results of `match` and their files: pairings, plans, the candidates that a search tried."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from tasks.files import InvalidArtifact, read_json, write_json, write_table
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """A network that was tried for a budget: bytes relative to the originals', the damage expected, what was measured.
+    """A network that was tried for a budget.
 
-    `damage` is in nats; `loss` of each task is its held-out distillation loss in nats, or for a floor the points that
-    it lost. `verdict` says in words what became of it.
+    Attributes:
+        what: Name of the candidate.
+        stored: Its bytes relative to the originals' bytes.
+        damage: The damage expected, in nats.
+        loss: For a size, the held-out distillation loss of each task, in nats; for a floor, the points that the task
+            lost.
+        verdict: What became of the candidate, in words.
     """
 
     what: str
@@ -30,9 +35,14 @@ class CandidateRecord:
 
 @dataclass(frozen=True)
 class Search:
-    """How a budget was spent: `stored` bytes relative to the originals', the damage expected in nats, all attempts.
+    """How a budget was spent.
 
-    `limit` says in words what kept the network from being smaller.
+    Attributes:
+        limit: What kept the network from being smaller, in words.
+        bytes: Stored bytes.
+        stored: Stored bytes relative to the originals' bytes.
+        damage: The damage expected, in nats.
+        tried: All candidates, in the order in which they were tried.
     """
 
     limit: str
@@ -44,10 +54,15 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """What `match` found: pairings and their predicted cost by neuron group, how that fell, and what else was possible.
+    """What `match` found.
 
-    `curves` are ``(group, neurons shared, cost)``. With a budget, `keep` are the neurons that each task keeps, which
-    the pairings then number, costs are damage in nats, and `search` tells how it was spent.
+    Attributes:
+        pairings: The pairing of each neuron group. If neurons are dropped, it numbers those that are kept.
+        costs: The predicted cost of each neuron group; with a budget, damage in nats.
+        curves: What sharing costs, as `(group, neurons shared, cost)`.
+        descent: The predicted cost of all groups before coordinate descent, and after every pairing that it took.
+        keep: With a budget, the neurons that each task keeps.
+        search: With a budget, how it was spent.
     """
 
     pairings: Mapping[str, Pairing]
@@ -59,7 +74,7 @@ class Matched:
 
 
 def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) -> None:
-    """What was found, as JSON for `merge` and as tables for plots: what sharing costs, what a search has tried."""
+    """Write the result of `match`: JSON for `merge`, and tables for plots."""
     search = found.search
     write_json(
         workspace.pairing,
@@ -92,9 +107,17 @@ def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) ->
 
 
 def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float], dict[str, Keep]]:
-    """The pairing of every neuron group, how the total cost fell, and what each task keeps where neurons are dropped.
+    """Read what `merge` needs of the result of `match`.
 
-    Raises `InvalidArtifact`.
+    Args:
+        workspace: The workspace of the group.
+
+    Returns:
+        The pairing of every neuron group, the predicted costs during coordinate descent, and the neurons that each task
+        keeps if neurons are dropped.
+
+    Raises:
+        InvalidArtifact: The file is missing or damaged.
     """
     content = read_json(workspace.pairing)
     try:
@@ -112,9 +135,16 @@ def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float]
 
 
 def read_plan(workspace: Workspace) -> tuple[dict[str, float], str]:
-    """Figures of what `match` decided, by name, and what limited a budget (nothing where there was none).
+    """Read figures of the plan that `match` made.
 
-    Raises `InvalidArtifact`.
+    Args:
+        workspace: The workspace of the group.
+
+    Returns:
+        The figures by name, and what limited the budget (empty without a budget).
+
+    Raises:
+        InvalidArtifact: The file is missing or damaged.
     """
     content = read_json(workspace.pairing)
     try:

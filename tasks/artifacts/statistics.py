@@ -1,4 +1,4 @@
-"""Values of the core and their files: activations, sensitivities, moments, pairings, plans, tensors."""
+"""Statistics of a model and their files: activations, sensitivities and second moments."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from tasks.artifacts.tensors import read_tensors
 from tasks.files import InvalidArtifact, whole_file
 
 ROWS = "rows"
-"""The column of an activations file."""
+"""Name of the column in an activations file."""
 
 _SENSITIVITY = "/sensitivity"
-"""What the names of sensitivities end with, beside the moments of a model."""
+"""Ending of the names of sensitivities, beside the moments of a model."""
 
 
 class RowsWriter:
-    """Writes rows of one layer to an Arrow IPC file as they come: one fixed-shape tensor column, uncompressed."""
+    """A writer of one layer's rows to an Arrow IPC file: one fixed-shape tensor column, uncompressed.
+
+    Args:
+        path: The file to write.
+        layer: The layer's name.
+        inputs: Number of inputs of the layer, or of each of its convolution groups.
+        groups: Number of convolution groups; 1 for any other layer.
+    """
 
     def __init__(self, path: Path, layer: str, inputs: int, groups: int = 1) -> None:
         self._type = pa.fixed_shape_tensor(pa.float32(), (groups * inputs,))
@@ -46,17 +53,27 @@ class RowsWriter:
 
 
 def layer_file(folder: Path, layer: str) -> Path:
-    """The activations file of a layer; layer names may hold dots but no slashes."""
+    """Return the activations file of a layer; layer names may contain dots but no slashes."""
     return folder / f"{layer}.arrow"
 
 
 def sensitivities_file(folder: Path) -> Path:
-    """The file of sensitivities in a folder of activations."""
+    """Return the file of sensitivities in a folder of activations."""
     return folder / "sensitivities.safetensors"
 
 
 def conv_groups_of(path: Path) -> int:
-    """How many layers side by side the rows of an activations file belong to. Raises `InvalidArtifact`."""
+    """Return the number of convolution groups that share the rows of an activations file.
+
+    Args:
+        path: The activations file.
+
+    Returns:
+        The number of groups; 1 for a layer that is no grouped convolution.
+
+    Raises:
+        InvalidArtifact: The file cannot be read.
+    """
     try:
         with pa.memory_map(str(path)) as source:
             return int(pa.ipc.open_file(source).schema.metadata[b"groups"])
@@ -65,9 +82,19 @@ def conv_groups_of(path: Path) -> int:
 
 
 def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]]:
-    """The rows of an activations file, memory-mapped, at most `batch_rows` at a time.
+    """Read the rows of an activations file, memory-mapped.
 
-    How the rows are grouped depends on `batch_rows` alone, not on the batches in the file. Raises `InvalidArtifact`.
+    How the rows are batched depends on `batch_rows` alone, not on the batches in the file.
+
+    Args:
+        path: The activations file.
+        batch_rows: The most rows in a batch.
+
+    Yields:
+        Batches of rows.
+
+    Raises:
+        InvalidArtifact: The file cannot be read.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -89,12 +116,22 @@ def read_rows(path: Path, batch_rows: int) -> Iterator[Float[Tensor, "n inputs"]
 
 
 def write_sensitivities(path: Path, sensitivity: Sensitivities) -> None:
-    """The sensitivities of a model's loss to the rows of its layers."""
+    """Write the sensitivities of a model's loss to the rows of its layers."""
     save_file(_named(sensitivity), path)
 
 
 def read_sensitivities(path: Path) -> Sensitivities:
-    """The sensitivities that `write_sensitivities` or `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
+    """Read the sensitivities that `write_sensitivities` or `write_moments` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The sensitivities by layer.
+
+    Raises:
+        InvalidArtifact: The file cannot be read, or holds no sensitivities.
+    """
     sensitivity = {name.removesuffix(_SENSITIVITY): rows for name, rows in read_tensors(path, _SENSITIVITY).items()}
     if not sensitivity:
         raise InvalidArtifact(f"{path} does not hold sensitivities of layers. Run collect and hessians again.")
@@ -106,9 +143,15 @@ def _named(sensitivity: Sensitivities) -> dict[str, Tensor]:
 
 
 def write_moments(path: Path, moments: Mapping[str, Moments], sensitivity: Sensitivities) -> None:
-    """Statistics of one model: sensitivities, and second moments.
+    """Write the statistics of one model: sensitivities and second moments.
 
-    These are, per layer, the mean outer product, or the rows while they are fewer than inputs.
+    Per layer, the second moments are the mean outer product of the rows, or the rows themselves while there are fewer
+    rows than inputs.
+
+    Args:
+        path: The file.
+        moments: The second moments by layer.
+        sensitivity: The sensitivities by layer.
     """
     tensors = _named(sensitivity)
     for layer, layer_moments in moments.items():
@@ -122,7 +165,17 @@ def write_moments(path: Path, moments: Mapping[str, Moments], sensitivity: Sensi
 
 
 def read_moments(path: Path) -> dict[str, Moments]:
-    """The moments that `write_moments` wrote, by layer. Raises `InvalidArtifact`."""
+    """Read the second moments that `write_moments` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The moments by layer.
+
+    Raises:
+        InvalidArtifact: The file cannot be read, or holds no moments.
+    """
     moments: dict[str, Moments] = {}
     tensors = read_tensors(path)
     if any(name.endswith("/moment") and f"{name.removesuffix('moment')}count" not in tensors for name in tensors):

@@ -11,7 +11,18 @@ from tasks.files import InvalidArtifact
 
 
 def read_tensors(path: Path, ending: str = "") -> dict[str, Tensor]:
-    """All tensors of a safetensors file whose names end so. Raises `InvalidArtifact`."""
+    """Read tensors from a safetensors file.
+
+    Args:
+        path: The file.
+        ending: What the names of the wanted tensors end with; all tensors by default.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        InvalidArtifact: The file is missing, or is no safetensors file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118

@@ -1,1 +1,1 @@
-"""Data sets: their layout, reading examples, data that a function gives."""
+"""Data sets: their layout, reading examples, data sets made by functions."""

@@ -1,9 +1,10 @@
-"""Where examples come from: a file per split, of encoded images or of tensors, with labels.
+"""Reading examples: a file per split with labels and either encoded images or tensors.
 
-{split}.parquet, or {split}.arrow (an Arrow IPC file), with the columns
-image: struct<bytes, path>            encoded images, which become values from 0 to 1, or
-input: fixed_shape_tensor<float>      anything else, taken as it is
-label: int64                          class numbers from 0
+A split is `{split}.parquet` or `{split}.arrow` (an Arrow IPC file), with the columns
+
+    image: struct<bytes, path>            encoded images, which become values from 0 to 1, or
+    input: fixed_shape_tensor<float>      anything else, taken as it is
+    label: int64                          class numbers from 0
 """
 
 from __future__ import annotations
@@ -34,9 +35,19 @@ LAYOUT = (
 
 
 def read_images(folder: Path, split: str, count: int | None = None, seed: int = 0) -> Float[Tensor, "n ..."]:
-    """Inputs of a split, float32; a seeded sample if there are more than `count`. Labels stay unread.
+    """Read the inputs of a split; labels stay unread.
 
-    Images are ``[n, channels, height, width]`` with values from 0 to 1. Raises `InvalidData`.
+    Args:
+        folder: The data set's folder.
+        split: `train`, `validation` or `test`.
+        count: The most examples to read; all by default. If there are more, a seeded sample is read.
+        seed: The seed of the sample.
+
+    Returns:
+        The inputs, float32. Images are `[n, channels, height, width]` with values from 0 to 1.
+
+    Raises:
+        InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
     path = file_of(folder, split)
     table, column = _read(path, [])
@@ -46,7 +57,20 @@ def read_images(folder: Path, split: str, count: int | None = None, seed: int = 
 def read_examples(
     folder: Path, split: str, count: int | None = None, seed: int = 0
 ) -> tuple[Float[Tensor, "n ..."], Int64[Tensor, " n"]]:
-    """The inputs of `read_images`, and their labels. Raises `InvalidData`."""
+    """Read the inputs of a split and their labels.
+
+    Args:
+        folder: The data set's folder.
+        split: `train`, `validation` or `test`.
+        count: The most examples to read; all by default. If there are more, a seeded sample is read.
+        seed: The seed of the sample.
+
+    Returns:
+        The inputs, as `read_images` returns them, and their class numbers.
+
+    Raises:
+        InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
+    """
     path = file_of(folder, split)
     table, column = _read(path, [LABEL])
     labels = table.column(LABEL).to_numpy()
@@ -57,7 +81,18 @@ def read_examples(
 
 
 def file_of(folder: Path, split: str) -> Path:
-    """The file that holds a split. Raises `InvalidData` where there is none, or two."""
+    """Return the file that holds a split.
+
+    Args:
+        folder: The data set's folder.
+        split: `train`, `validation` or `test`.
+
+    Returns:
+        The Parquet or Arrow file.
+
+    Raises:
+        InvalidData: There is no such file, or there are two.
+    """
     candidates = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
     found = [path for path in candidates if path.is_file()]
     if not found:
@@ -71,7 +106,7 @@ def file_of(folder: Path, split: str) -> Path:
 
 
 def _read(path: Path, columns: list[str]) -> tuple[pa.Table, str]:
-    """The column of inputs, and the other `columns`; and that column's name."""
+    """Return a table of the inputs and the given other columns, and the name of the inputs' column."""
     try:
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
@@ -96,13 +131,13 @@ def _read(path: Path, columns: list[str]) -> tuple[pa.Table, str]:
 
 
 def _arrow_columns(source: pa.MemoryMappedFile, columns: list[str]) -> pa.Table:
-    """Columns of an Arrow IPC file; nothing is read before it is used."""
+    """Return columns of an Arrow IPC file; nothing is read before it is used."""
     with pa.ipc.open_file(source) as reader:
         return reader.read_all().select(columns)
 
 
 def _sample(total: int, count: int | None, seed: int) -> Int64[np.ndarray, " n"]:
-    """The rows that a seeded sample has, in ascending order."""
+    """Return the rows of a seeded sample, in ascending order."""
     if count is None or count >= total:
         return np.arange(total)
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])

@@ -1,11 +1,12 @@
-"""Data sets that a function gives, made by `python -m tasks.data.factories FACTORY JSON_ARGUMENTS OUT_FOLDER`.
+"""Data sets made by a function: `python -m tasks.data.factories FACTORY JSON_ARGUMENTS OUT_FOLDER`.
 
-FACTORY is `package.module:function`. `function(split, **arguments)`, for each of train, validation and test, returns
-``(inputs, labels)``, inputs ``[n, …]`` of floating-point numbers as tensor or array and labels ``[n]`` of class numbers
-from 0, or a `torch.utils.data.Dataset` of pairs of these. Labels of train may be None. Each split becomes the file
+FACTORY is `package.module:function`. For each of train, validation and test, `function(split, **arguments)` returns
+either `(inputs, labels)` or a `torch.utils.data.Dataset` of such pairs. Inputs are tensors or arrays `[n, …]` of
+floating-point numbers, labels are class numbers from 0, `[n]`. Labels of train may be None. Each split becomes the file
 `{split}.arrow`, see `tasks.data.examples`.
 
-Random numbers of torch, numpy and Python are seeded before each call, so that the files are the same each time.
+The random number generators of torch, numpy and Python are seeded before each call, so that the files are the same each
+time.
 """
 
 from __future__ import annotations
@@ -32,23 +33,44 @@ _BATCH_BYTES = 16 << 20
 
 
 class InvalidDataset(MtzError):
-    """A data set's factory cannot be used, or gives what is no data set."""
+    """The factory of a data set cannot be used, or does not return a data set."""
 
 
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]
 
 
 def recall_key(factory: str, arguments: Mapping[str, Any], project: Path) -> str:
-    """What the files depend on: the factory's name, its arguments, its module's file. Nothing is imported.
+    """Return a key for the files that a factory makes, without importing anything.
 
-    What else the factory reads should be named in its arguments. Raises `InvalidDataset`.
+    The key covers the factory's name, its arguments and its module's file. Whatever else the factory reads should be
+    named in its arguments.
+
+    Args:
+        factory: The function, as `package.module:function`.
+        arguments: Its keyword arguments beside the split.
+        project: The folder in which the module is looked up first.
+
+    Returns:
+        The key.
+
+    Raises:
+        InvalidDataset: The module does not exist.
     """
     code = hashlib.sha256(_module_file(factory, project).read_bytes()).hexdigest()
     return f"dataset {factory} {json.dumps(dict(arguments), sort_keys=True)} {code}"
 
 
 def materialise(factory: str, arguments: Mapping[str, Any], folder: Path) -> None:
-    """Write `{split}.arrow` of all splits into `folder`. Raises `InvalidDataset`."""
+    """Write the file `{split}.arrow` of every split.
+
+    Args:
+        factory: The function, as `package.module:function`.
+        arguments: Its keyword arguments beside the split.
+        folder: The folder to write to.
+
+    Raises:
+        InvalidDataset: The factory fails, or does not return a data set.
+    """
     function = _function(factory)
     for split in SPLITS:
         where = f"{factory}, split {split}"
@@ -84,7 +106,7 @@ def _function(factory: str) -> Callable[..., object]:
 
 
 def _called(where: str, function: Callable[..., object], split: str, arguments: Mapping[str, Any]) -> object:
-    import torch  # here: whoever only asks for keys does without it
+    import torch  # imported here, since keys do not need it
 
     random.seed(0)
     np.random.seed(0)
@@ -153,7 +175,7 @@ def _array(values: object) -> np.ndarray[Any, Any]:
 
 
 def _rows(example: np.ndarray[Any, Any]) -> int:
-    """How many examples make a batch."""
+    """Return how many examples make a batch."""
     return max(1, _BATCH_BYTES // max(1, 4 * example.size))
 
 
@@ -197,7 +219,7 @@ def _check(
 
 
 def main(arguments: list[str]) -> int:
-    """Materialise a data set and tell an error in one line; returns the exit status of a stage."""
+    """Write a data set to files, print any error as one line, and return the exit status of a stage."""
     if len(arguments) != 3:
         print("usage: python -m tasks.data.factories FACTORY JSON_ARGUMENTS OUT_FOLDER", file=sys.stderr)
         return 2

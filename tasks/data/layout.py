@@ -1,8 +1,8 @@
-"""How a data set lies on disk: a file for each split, and the names of its columns."""
+"""Layout of a data set on disk: a file for each split, and the names of its columns."""
 
 SPLITS = ("train", "validation", "test")
 
 SUFFIXES = (".parquet", ".arrow")
-"""What the file of a split may end with."""
+"""Allowed suffixes of a split's file."""
 
 IMAGE, INPUT, LABEL = "image", "input", "label"

@@ -1,1 +1,1 @@
-"""Networks: how they are built, loaded and traced."""
+"""Networks: building, loading and tracing them."""

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def lenet5(classes: int = 10) -> nn.Module:
-    """LeNet-5 in its Caffe form (20 and 50 channels, 500 hidden neurons) for inputs ``[batch, 1, 28, 28]``."""
+    """Return LeNet-5 in its Caffe form (20 and 50 channels, 500 hidden neurons) for inputs `[batch, 1, 28, 28]`."""
     return nn.Sequential(
         *(nn.Conv2d(1, 20, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(20, 50, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2)),
@@ -17,7 +17,7 @@ def lenet5(classes: int = 10) -> nn.Module:
 
 
 def lenet_300_100(classes: int = 10) -> nn.Module:
-    """LeNet-300-100, a perceptron with two hidden layers, for inputs ``[batch, 1, 28, 28]``."""
+    """Return LeNet-300-100, a perceptron with two hidden layers, for inputs `[batch, 1, 28, 28]`."""
     return nn.Sequential(
         nn.Flatten(),
         *(nn.Linear(28 * 28, 300), nn.ReLU()),

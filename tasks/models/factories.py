@@ -1,4 +1,4 @@
-"""How networks are built: importable factories."""
+"""Building networks by importable factories."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ from mtz_core.errors import MtzError
 from tasks.params import Params
 
 _FORMER = {"tasks.networks": "tasks.models.example_networks", "tasks.programs": "tasks.models.programs"}
-"""Modules of factories as they were called before version 0.2: params.yaml and fleet.yaml may still say so."""
+"""Former names of the factories' modules, from before version 0.2, which params.yaml and fleet.yaml may still use."""
 
 
 class InvalidFactory(MtzError):
-    """A network's factory cannot be imported, or does not return a network."""
+    """The factory of a network cannot be imported, or does not return a network."""
 
 
 def find_factory(params: Params, model: str) -> Callable[..., object]:
-    """The factory of a model's network; importing it may teach zipping operators. Raises `InvalidFactory`."""
+    """Import the factory of a model's network; the import may register operators for zipping.
+
+    Args:
+        params: The parameters of the group.
+        model: The model's name.
+
+    Returns:
+        The factory.
+
+    Raises:
+        InvalidFactory: The factory cannot be imported.
+    """
     name = params.models[model].network
     module_name, _, attribute = name.partition(":")
     try:
@@ -32,7 +43,18 @@ def find_factory(params: Params, model: str) -> Callable[..., object]:
 
 
 def build_network(params: Params, model: str) -> nn.Module:
-    """The untrained network of a model. Raises `InvalidFactory`."""
+    """Build the untrained network of a model.
+
+    Args:
+        params: The parameters of the group.
+        model: The model's name.
+
+    Returns:
+        The network that the model's factory returns.
+
+    Raises:
+        InvalidFactory: The factory cannot be imported, fails, or does not return a `torch.nn.Module`.
+    """
     settings = params.models[model]
     where = f"models.{model}.network"
     factory = find_factory(params, model)

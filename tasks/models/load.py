@@ -1,4 +1,4 @@
-"""Pre-trained networks, traced or not, and the images that each is calibrated and retrained with."""
+"""Pre-trained networks, traced or not, and the images for their calibration and retraining."""
 
 from __future__ import annotations
 
@@ -16,7 +16,21 @@ from tasks.params import Params
 
 
 def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:
-    """A model's pre-trained network in evaluation mode. Raises `MtzError` in its kinds."""
+    """Load a model's pre-trained network.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the weights.
+        model: The model's name.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        InvalidFactory: The network cannot be built.
+        InvalidArtifact: The weights cannot be read.
+        InvalidWeights: The weights do not fit the network.
+    """
     settings = params.models[model]
     network = build_network(params, model)
     state, given = network.state_dict(), read_tensors(workspace.root / settings.weights)
@@ -33,12 +47,37 @@ def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:
 
 
 def load_traced(params: Params, workspace: Workspace, model: str) -> Network:
-    """A model's network as the core sees it, traced on one of its own images. Raises `MtzError` in its kinds."""
+    """Load a model's network and trace it on one of its own images.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the weights and the data.
+        model: The model's name.
+
+    Returns:
+        The network as the core sees it.
+
+    Raises:
+        MtzError: The network cannot be loaded, as for `load_network`, or cannot be traced.
+    """
     return trace_on_own_image(params, workspace, model, load_network(params, workspace, model))
 
 
 def trace_on_own_image(params: Params, workspace: Workspace, model: str, network: nn.Module) -> Network:
-    """Any network of a model's kind, trained or not, as the core sees it. Raises `MtzError` in its kinds."""
+    """Trace a network, trained or not, on one image of a model.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        model: The model's name.
+        network: A network of this model's kind.
+
+    Returns:
+        The network as the core sees it.
+
+    Raises:
+        MtzError: The image cannot be read, or the network cannot be traced.
+    """
     example = read_images(workspace.root / params.models[model].data, "train", count=1)
     try:
         return trace(network, example, params.models[model].keep_separate)
@@ -47,7 +86,19 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
 
 
 def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tensor:
-    """A model's calibration images, without labels."""
+    """Read a model's calibration images, without labels.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        model: The model's name.
+
+    Returns:
+        A seeded sample of the training split, `[n, …]`.
+
+    Raises:
+        InvalidData: The training split cannot be used.
+    """
     settings = params.collect
     return read_images(workspace.root / params.models[model].data, "train", settings.images, settings.seed)
 
@@ -55,7 +106,20 @@ def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tenso
 def read_split(
     params: Params, workspace: Workspace, split: str, count: int | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Images of every model, and their labels if these take part; otherwise they stay unread."""
+    """Read images of every model, and their labels if retraining uses them; otherwise labels stay unread.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        split: `train`, `validation` or `test`.
+        count: The most examples of each model; None for all.
+
+    Returns:
+        The images and the labels by model; there are no labels if retraining does not use them.
+
+    Raises:
+        InvalidData: A model's split cannot be used.
+    """
     images: dict[str, torch.Tensor] = {}
     labels: dict[str, torch.Tensor] = {}
     for model, block in params.models.items():

@@ -1,8 +1,8 @@
-"""Networks from exported programs: files that `torch.export.save` wrote, whose first dimension is a batch of any size.
+"""Networks from exported programs: files that `torch.export.save` wrote, with a first dimension of any batch size.
 
 `torch.export.load` unpickles parts of such a file and evaluates texts in it. This reader does neither: it takes the
-operators from the file's JSON and the tensors from its raw bytes, runs operators of ATen only, and refuses a file
-that needs more. Sample inputs, which are always pickled, are never opened.
+operators from the file's JSON and the tensors from its raw bytes, runs operators of ATen only, and refuses a file that
+needs more. Sample inputs, which are always pickled, are never opened.
 
 The layout, in a zip archive of uncompressed files, below one folder:
 
@@ -67,17 +67,24 @@ _WORDS = frozenset({"approximate", "rounding_mode", "mode", "equation", "indexin
 
 
 _TRAINING = ("train", "training")
-"""What operators call the argument that says whether they run as in training."""
+"""Names that operators use for the argument that switches them to training."""
 
 
 class InvalidProgram(MtzError):
-    """A file holds no exported program that can be used."""
+    """A file contains no exported program that can be used."""
 
 
 def exported(program: str) -> nn.Module:
-    """The network of an exported program, a factory for `models.NAME.network`. Raises `InvalidProgram`.
+    """Build the network of an exported program; a factory for `models.NAME.network`.
 
-    `program` is the file's path in the project. The network's state is what `extract_weights` gives.
+    Args:
+        program: Path of the file in the project.
+
+    Returns:
+        The network; its state is what `extract_weights` returns.
+
+    Raises:
+        InvalidProgram: The file is missing, or contains no program that can be used.
     """
     path = Path(program)
     with _readable(path), zipfile.ZipFile(path) as archive:
@@ -85,13 +92,31 @@ def exported(program: str) -> nn.Module:
 
 
 def extract_weights(program: Path) -> dict[str, Tensor]:
-    """The `state_dict` of an exported program: its parameters and persistent buffers. Raises `InvalidProgram`."""
+    """Return the state of an exported program: its parameters and persistent buffers.
+
+    Args:
+        program: The file.
+
+    Returns:
+        The `state_dict` of the network that `exported` builds.
+
+    Raises:
+        InvalidProgram: The file is missing, or contains no program that can be used.
+    """
     return {name: tensor.detach().clone() for name, tensor in exported(str(program)).state_dict().items()}
 
 
 @dataclass(frozen=True)
 class _Archive:
-    """What a file says: its program, and its tensors by name; `parameters` and `persistent` are names of such."""
+    """The content of a file.
+
+    Attributes:
+        graph: The operators and values of the program.
+        inputs: The kind of each input of the graph.
+        tensors: All tensors by name.
+        parameters: Names of the tensors that are parameters.
+        persistent: Names of the tensors that are persistent buffers.
+    """
 
     graph: Mapping[str, Any]
     inputs: Sequence[Mapping[str, Any]]
@@ -101,11 +126,14 @@ class _Archive:
 
 
 class Program(nn.Module):
-    """Runs the operators of an exported program. Parameters and buffers have the names that they had in the network."""
+    """A module that runs the operators of an exported program.
+
+    Parameters and buffers have the same names as in the original network.
+    """
 
     def __init__(self, archive: _Archive) -> None:
         super().__init__()
-        # What gives nothing only asserts what was so where the network was exported.
+        # A node without outputs only asserts something about the place of export.
         self._steps = [_step(node) for node in archive.graph["nodes"] if node["outputs"]]
         self._output = archive.graph["outputs"][0]["as_tensor"]["name"]
         self._input = ""
@@ -122,7 +150,7 @@ class Program(nn.Module):
             self._register(archive, name, tensor, shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the program."""
+        """Return the output of the program."""
         values: dict[str, Any] = {value: self._tensor(name) for value, name in self._held.items()}
         values[self._input] = x
         for step in self._steps:
@@ -155,12 +183,19 @@ class Program(nn.Module):
 
 
 _NAMED = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
-"""The kinds of inputs that are tensors of the program, and where their names are."""
+"""The kinds of inputs that are tensors of the program, and the keys of their names."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One operator: what it is given, and the names of what it gives."""
+    """One operator.
+
+    Attributes:
+        function: The operator.
+        positional: Its positional arguments.
+        keyword: Its keyword arguments.
+        results: Names of its results.
+    """
 
     function: Callable[..., Any]
     positional: Sequence[Any]
@@ -176,7 +211,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The value of an earlier step, or of an input."""
+    """A reference to the value of an earlier step, or of an input.
+
+    Attributes:
+        name: Name of the value.
+    """
 
     name: str
 
@@ -244,10 +283,10 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "as_scalar_type": lambda value: _DTYPES[value],
     "as_memory_format": lambda value: _MEMORY_FORMATS[value],
     "as_layout": lambda value: {_STRIDED: torch.strided}[value],
-    # Where it was exported is not where it runs.
+    # The device of the export does not matter here.
     "as_device": lambda value: torch.device("cpu"),
 }
-"""How arguments are read, by the names of their kinds."""
+"""Readers of arguments, by the name of the argument's kind."""
 
 _PLURALS = {
     **{f"{kind}s": kind for kind in ("as_tensor", "as_int", "as_float", "as_bool", "as_sym_int", "as_sym_float")},
@@ -258,7 +297,7 @@ _PLURALS = {
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Whatever a file may be that is no program, the error says so."""
+    """Raise `InvalidProgram`, with the path, for any file that is not an exported program."""
     try:
         yield
     except InvalidProgram as error:
@@ -316,7 +355,7 @@ def _check_signature(graph: Mapping[str, Any], signature: Mapping[str, Any]) -> 
 
 
 def _tensors(archive: zipfile.ZipFile, folder: PurePosixPath, config: str) -> dict[str, tuple[Tensor, bool]]:
-    """The tensors that a config names, one object where names share one, each with whether it is a parameter."""
+    """Return the tensors that a config names, each with whether it is a parameter; equal entries give one object."""
     if str(folder / config) not in archive.namelist():
         raise InvalidProgram(f"its tensors are pickled, as older versions of torch did. {_EXPORT_AGAIN}")
     entries = json.loads(archive.read(str(folder / config)))["config"]

@@ -1,1 +1,1 @@
-"""Releases: what a registered version consists of, its bundle in S3, its version in MLflow."""
+"""Releases: the content of a registered version, its bundle in S3, its version in MLflow."""

@@ -1,4 +1,4 @@
-"""A release put together from what the earlier stages have left in the workspace."""
+"""Building a release from the files that the earlier stages left in the workspace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,18 @@ _PLACES = ("storage", "tracking", "flow")
 
 
 def gather(params: Params, workspace: Workspace) -> Release:
-    """Put the release together from the files of the earlier stages. Raises `MtzError`."""
+    """Build the release from the files of the earlier stages.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace of the group.
+
+    Returns:
+        The release.
+
+    Raises:
+        MtzError: A file of an earlier stage is missing or damaged.
+    """
     root, models = workspace.root, params.models
     report = load(workspace.retrained).report
     metrics = read_json(workspace.metrics)
@@ -88,7 +99,7 @@ def _layers(report: ZipReport) -> list[dict[str, object]]:
 
 
 def _learning_curve(file: Path) -> list[dict[str, float]]:
-    """One row per validation, with the losses of all tasks."""
+    """Return one row per validation, with the losses of all tasks."""
     rows: dict[int, dict[str, float]] = {}
     try:
         with file.open(newline="") as content:
@@ -103,7 +114,7 @@ def _learning_curve(file: Path) -> list[dict[str, float]]:
 
 
 def _upstream_lock(file: Path) -> bytes:
-    """The part of `dvc.lock` that lies before this stage, in one spelling."""
+    """Return the part of `dvc.lock` that precedes this stage, in a canonical form."""
     try:
         lock = yaml.safe_load(file.read_bytes())
         stages = {name: stage for name, stage in lock["stages"].items() if name != "register"}
@@ -123,12 +134,12 @@ def _flat(values: Mapping[str, Any], separator: str = "/", path: str = "") -> It
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """All numbers in nested mappings; words, such as a metric's name, are among the parameters."""
+    """Return all numbers in nested mappings; words, such as a metric's name, belong to the parameters."""
     return {name: value for name, value in _flat(values) if isinstance(value, int | float)}
 
 
 def _files(folder: Path, pattern: str = "*") -> dict[str, Path]:
-    """All files below a folder by their relative names, in order; hidden ones are not content."""
+    """Return all files below a folder by their relative names, in order; hidden files do not count."""
     files = (file for file in folder.rglob(pattern) if file.is_file() and not file.name.startswith("."))
     return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
 

@@ -1,7 +1,7 @@
-"""The only door to MLflow: where its registry is, what it knows, and how a release gets into it.
+"""The only module that talks to MLflow: where its registry is, what it contains, and the tools to write to it.
 
-A version appears in one step, with all its tags, after everything it refers to is stored. So a version that is there
-is complete, and whatever was killed before has left none.
+A version appears in one step, with all its tags, after everything it refers to is stored. A version that exists is
+therefore complete, and a process that was killed earlier has left none.
 """
 
 import logging
@@ -28,7 +28,7 @@ from tasks.storage.s3 import Storage
 EMBEDDED = "embedded"
 _PAGE = 10_000
 
-# What a registry says of a request, not of its own state.
+# Errors of a request, not of the registry's own state.
 _REFUSALS = frozenset(
     {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST"}
 )
@@ -46,37 +46,45 @@ _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETR
 
 
 class TrackingError(ServiceFault):
-    """The MLflow registry cannot be reached, or refuses."""
+    """The MLflow registry cannot be reached, or refuses a request."""
 
 
 class TrackingRefused(TrackingError):
-    """The registry answers, and what it says will not change by itself: no such model, no access."""
+    """The registry refuses, and will go on refusing: there is no such model, or no access."""
 
 
 class TrackingSettings(Protocol):
-    """Where the registry is; `uri` is `embedded` or any MLflow tracking URI."""
+    """Where the registry is."""
 
     @property
-    def uri(self) -> str: ...
+    def uri(self) -> str:
+        """`embedded`, or any MLflow tracking URI."""
+
     @property
-    def experiment(self) -> str: ...
+    def experiment(self) -> str:
+        """Name of the MLflow experiment for runs."""
 
 
 def preload() -> None:
-    """Import MLflow, which takes seconds, for all that follows."""
+    """Import MLflow, which takes seconds, for all later calls."""
     os.environ.update(_VARIABLES)
     import mlflow  # noqa: F401
 
 
 def tracking_uri(settings: TrackingSettings, home: Path) -> str:
-    """The MLflow tracking URI, which is the registry's too."""
+    """Return the MLflow tracking URI, which is the registry's URI too."""
     return f"sqlite:///{_database(home)}" if settings.uri == EMBEDDED else settings.uri
 
 
 def prepare(settings: TrackingSettings, home: Path) -> None:
-    """Make the registry ready: create or migrate the embedded one, or see that another one answers.
+    """Make the registry ready: create or migrate the embedded one, or check that another one answers.
 
-    Raises `TrackingError`, within about half a minute where a server does not answer.
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+
+    Raises:
+        TrackingError: The registry cannot be used; raised within about half a minute if a server does not answer.
     """
     with explained(settings, home):
         if settings.uri == EMBEDDED:
@@ -91,9 +99,20 @@ def prepare(settings: TrackingSettings, home: Path) -> None:
 def find_version(
     settings: TrackingSettings, home: Path, model: str, content_digest: str, store: Storage | None = None
 ) -> int | None:
-    """The version of `model` with this content, None where the registry at hand has none.
+    """Find a version by its content.
 
-    With `store`, only a version counts whose files lie there. Raises `TrackingError`.
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        model: The registered model's name.
+        content_digest: The digest of the content.
+        store: If given, only versions whose files lie in this storage count.
+
+    Returns:
+        The first such version's number; None if the registry has none.
+
+    Raises:
+        TrackingError: The registry cannot be used.
     """
     if settings.uri == EMBEDDED and not _database(home).exists():
         return None
@@ -107,9 +126,19 @@ def find_version(
 
 
 def find_versions(settings: TrackingSettings, home: Path, store: Storage) -> dict[tuple[str, str], int]:
-    """The version of each content of each model, by ``(model, content digest)``: all that `find_version` would find.
+    """Find all versions that `find_version` would find.
 
-    Only versions count whose files lie in `store`. Raises `TrackingError` and `StorageError`.
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        store: Only versions whose files lie in this storage count.
+
+    Returns:
+        The first version's number by `(model, content digest)`.
+
+    Raises:
+        TrackingError: The registry cannot be used.
+        StorageError: The storage cannot be used.
     """
     if settings.uri == EMBEDDED and not _database(home).exists():
         return {}
@@ -131,7 +160,13 @@ def find_versions(settings: TrackingSettings, home: Path, store: Storage) -> dic
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version in the registry; `location` is the URI below which its files lie."""
+    """A version in the registry.
+
+    Attributes:
+        name: The registered model's name.
+        number: The version's number.
+        location: The URI below which its files lie.
+    """
 
     name: str
     number: int
@@ -139,9 +174,20 @@ class ModelVersion:
 
 
 def find_model(settings: TrackingSettings, home: Path, name: str, number_or_alias: int | str) -> ModelVersion:
-    """A version of a registered model, by its number or by an alias.
+    """Find a version of a registered model.
 
-    Raises `TrackingRefused` where there is none, `TrackingError` where the registry cannot be used.
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        name: The registered model's name.
+        number_or_alias: The version's number, or an alias of it.
+
+    Returns:
+        The version.
+
+    Raises:
+        TrackingRefused: There is no such version.
+        TrackingError: The registry cannot be used.
     """
     if settings.uri == EMBEDDED and not _database(home).exists():
         raise TrackingRefused(f"There is no MLflow registry in {home} yet. Set tracking.uri in params.yaml to yours.")
@@ -156,7 +202,19 @@ def find_model(settings: TrackingSettings, home: Path, name: str, number_or_alia
 
 
 def model_files(settings: TrackingSettings, home: Path, version: ModelVersion) -> list[str]:
-    """The paths of all files of a version. Raises `TrackingError`."""
+    """List the files of a version.
+
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        version: The version.
+
+    Returns:
+        Their paths, sorted.
+
+    Raises:
+        TrackingError: The registry cannot be used.
+    """
     with explained(settings, home):
         repository, files, folders = _repository(settings, home, version), list[str](), [""]
         while folders:
@@ -166,7 +224,18 @@ def model_files(settings: TrackingSettings, home: Path, version: ModelVersion) -
 
 
 def fetch_model_file(settings: TrackingSettings, home: Path, version: ModelVersion, file: str, target: Path) -> None:
-    """Write a file of a version to `target`. Raises `TrackingError`."""
+    """Write a file of a version to a local path.
+
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        version: The version.
+        file: Path of the file in the version.
+        target: The local path.
+
+    Raises:
+        TrackingError: The registry cannot be used.
+    """
     with explained(settings, home), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fetched = _repository(settings, home, version).download_artifacts(file, dst_path=folder)
         Path(fetched).replace(target)
@@ -185,13 +254,13 @@ def _location(client: Any, model: str, number: int) -> str:
 
 
 def _place(store: Storage, location: str) -> str | None:
-    """The folder of `store` that a URI names; None where it lies elsewhere."""
+    """Return the folder of the storage that a URI names; None if it lies elsewhere."""
     root = store.url() + "/"
     return location.removeprefix(root) if location.startswith(root) else None
 
 
 def _logged_models(client: Any, store: Storage) -> dict[str, str]:
-    """Where the files of each logged model lie, by its id, for all experiments that keep theirs in `store`."""
+    """Return where each logged model's files lie, by id, for all experiments that keep their files in the storage."""
     experiments = _paged(lambda token: client.search_experiments(page_token=token))
     ids = [experiment.experiment_id for experiment in experiments if _place(store, experiment.artifact_location)]
     models = _paged(lambda token: client.search_logged_models(ids, page_token=token)) if ids else ()
@@ -199,7 +268,7 @@ def _logged_models(client: Any, store: Storage) -> dict[str, str]:
 
 
 def _paged(search: Callable[[str | None], Any]) -> Iterator[Any]:
-    """All that a search finds, page by page."""
+    """Yield all results of a search, page by page."""
     page = search(None)
     yield from page
     while page.token:
@@ -219,7 +288,7 @@ def _database(home: Path) -> Path:
 
 
 def _prepare_database(file: Path) -> None:
-    """Create or migrate, on a copy that takes the file's place when it is whole."""
+    """Create or migrate the database on a copy, which takes the file's place when it is complete."""
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     partial = file.with_suffix(".partial")
@@ -242,7 +311,7 @@ def _create(file: Path) -> None:
 
 
 def _revision(file: Path) -> str:
-    """The schema's revision. (MLflow's own check migrates some files in place, where a kill would leave a ruin.)"""
+    """Return the schema's revision; MLflow's own check migrates some files in place, and a kill would break them."""
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
             (revision,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -265,7 +334,7 @@ def _migrate(partial: Path, file: Path) -> None:
 
 
 def connect(settings: TrackingSettings, home: Path) -> Any:
-    """MLflow's client. MLflow takes seconds to import, so nothing here does before `explained` is entered."""
+    """Return MLflow's client. MLflow takes seconds to import, so call this only inside `explained`."""
     from mlflow import MlflowClient
 
     uri = tracking_uri(settings, home)
@@ -274,7 +343,7 @@ def connect(settings: TrackingSettings, home: Path) -> Any:
 
 @contextmanager
 def alone(settings: TrackingSettings, home: Path) -> Iterator[None]:
-    """One process at a time works on an SQLite registry; a server takes care of that by itself."""
+    """Let one process at a time work on an SQLite registry; a server takes care of that itself."""
     if settings.uri == EMBEDDED:
         with exclusive(home / "mlflow.lock"):
             yield
@@ -284,6 +353,7 @@ def alone(settings: TrackingSettings, home: Path) -> Iterator[None]:
 
 @contextmanager
 def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables while the block runs."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -295,7 +365,7 @@ def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def ignoring_existing() -> Iterator[None]:
-    """Let another process be the first to create something."""
+    """Ignore the error that something exists already, since another process may have created it first."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -307,6 +377,19 @@ def ignoring_existing() -> Iterator[None]:
 
 @contextmanager
 def explained(settings: TrackingSettings, home: Path) -> Iterator[None]:
+    """Turn errors of MLflow inside the block into `TrackingError`, with cause and remedy but without passwords.
+
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+
+    Yields:
+        Nothing; MLflow is imported before the block runs.
+
+    Raises:
+        TrackingRefused: The registry refuses, and will go on refusing.
+        TrackingError: The registry cannot be used.
+    """
     preload()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -334,12 +417,12 @@ def explained(settings: TrackingSettings, home: Path) -> Iterator[None]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a registry, or who keeps its files, would say the same again."""
+    """Return whether a registry, or the storage behind it, would refuse again."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     client_error = 400 <= status < 500 and status not in (408, 429)
     return client_error or getattr(error, "error_code", None) in _REFUSALS
 
 
 def installed(package: str) -> str:
-    """The version as the package index names it, without a build's suffix such as `+cpu`."""
+    """Return a package's version as the package index names it, without a build's suffix such as `+cpu`."""
     return metadata.version(package).partition("+")[0]

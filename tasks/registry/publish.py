@@ -1,4 +1,4 @@
-"""Registers releases and studies with MLflow."""
+"""Registration of releases and studies with MLflow."""
 
 import shutil
 import sys
@@ -31,14 +31,27 @@ from tasks.storage.s3 import Storage
 _MODEL_FILE = Path(__file__).with_name("served_model.py")
 _SERVING_PACKAGES = ("mlflow", "numpy", "torch", "scipy", "safetensors", "jaxtyping")
 _EXAMPLE_ROWS = 2
-# MLflow keeps no more of a data set's digest; the tags hold all of it.
+# MLflow keeps no more of a data set's digest; the tags have all of it.
 _DATASET_DIGEST_LENGTH = 32
 
 
 def register_release(settings: TrackingSettings, home: Path, store: Storage, release: Release) -> int:
-    """Record a run and register the network as a version of `release.model`; returns the version's number.
+    """Record a run and register the network as a version of `release.model`.
 
-    Content that is registered already gives its version back and changes nothing. Raises `TrackingError`.
+    If this content is registered already, nothing changes.
+
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        store: The storage for the version's files.
+        release: The release.
+
+    Returns:
+        The number of the version, new or existing.
+
+    Raises:
+        TrackingError: The registry cannot be used, or the stored model gives other outputs than the network.
+        StorageError: The storage cannot be used.
     """
     with (
         explained(settings, home),
@@ -53,7 +66,7 @@ def register_release(settings: TrackingSettings, home: Path, store: Storage, rel
             return found
         tags = {**release.tags, "mtz.release": store.url(release.folder), DIGEST_TAG: release.content_digest}
         number = _register(client, tracking_uri(settings, home), _experiment(client, settings, store), release, tags)
-        # Another machine may have registered the same at the same time: the first one counts, on both.
+        # Another machine may have registered the same content at the same time: the first version counts, on both.
         first = find_version(settings, home, release.model, release.content_digest, store)
         if first is not None and first != number:
             client.delete_model_version(release.model, str(number))
@@ -63,9 +76,16 @@ def register_release(settings: TrackingSettings, home: Path, store: Storage, rel
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison of networks to be looked at: what was measured, and files.
+    """A comparison of networks to look at: measurements and files.
 
-    `metrics` are values by name, each set at a step; `table` has one row per measurement.
+    Attributes:
+        name: Name of the MLflow run.
+        group: The group's name.
+        content_digest: SHA-256 of the content.
+        parameters: The settings of the comparison.
+        metrics: Values by name, each set at a step.
+        table: One row per measurement.
+        files: Files to store with the run, by name.
     """
 
     name: str
@@ -78,9 +98,20 @@ class Study:
 
 
 def record_study(settings: TrackingSettings, home: Path, store: Storage, study: Study) -> bool:
-    """Record a study as a run; False where there is a finished run of that name with the same content already.
+    """Record a study as a run.
 
-    Raises `TrackingError`.
+    Args:
+        settings: Where the registry is.
+        home: The folder of the project's runtime state.
+        store: The storage for the run's files.
+        study: The study.
+
+    Returns:
+        False if there already is a finished run of this name with the same content, True otherwise.
+
+    Raises:
+        TrackingError: The registry cannot be used.
+        StorageError: The storage cannot be used.
     """
     with (
         explained(settings, home),
@@ -150,9 +181,9 @@ def _log(mlflow: Any, release: Release) -> None:
         mlflow.log_metrics({f"layers/{layer['layer']}/{name}": value for name, value in numbers.items()})
     mlflow.log_table(_by_column(release.layers), artifact_file="layers.json")
     for task, path in release.data_paths.items():
-        with warnings.catch_warnings(action="ignore"):  # that a path can mean several kinds of local path
+        with warnings.catch_warnings(action="ignore"):  # warns that a path can be several kinds of local source
             source = resolve_dataset_source(path)
-        # mypy: MLflow's class leaves a property of its base abstract, and instantiates all the same.
+        # mypy: MLflow's class leaves a property of its base abstract, but can be instantiated.
         dataset = MetaDataset(source, Path(path).name, release.data[task][:_DATASET_DIGEST_LENGTH])  # type: ignore[abstract]
         mlflow.log_input(dataset, context=task)
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +222,7 @@ def _log_model(mlflow: Any, release: Release) -> Any:
 
 @contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """MLflow imports the model's code where it is about to be stored from; bytecode would be stored with it."""
+    """Write no bytecode while MLflow imports the model's code from the folder that it is about to store."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
@@ -200,7 +231,7 @@ def _no_bytecode() -> Iterator[None]:
 
 
 def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
-    """What was stored must come back from the storage and compute the same."""
+    """Check that the stored model can be loaded from the storage and computes the same."""
     import torch
 
     network = mtz_core.load(folder)
@@ -219,7 +250,7 @@ def _example(shape: Sequence[int]) -> np.ndarray[Any, Any]:
 
 
 def _experiment(client: Any, settings: TrackingSettings, store: Storage) -> str:
-    """The experiment's id. An experiment cannot move its artifacts: each storage beyond the first gets its own."""
+    """Return the experiment's id; artifacts of an experiment cannot move, so every further storage gets its own."""
     location = store.url("mlflow")
     for name in (settings.experiment, f"{settings.experiment} in {location}"):
         with ignoring_existing():
@@ -237,7 +268,7 @@ def _experiment(client: Any, settings: TrackingSettings, store: Storage) -> str:
 
 
 def _end_interrupted_runs(client: Any, settings: TrackingSettings, content_digest: str) -> None:
-    """Close what a killed process left open: finished where its version came about, else killed."""
+    """Close the runs that a killed process left open: as finished if their version exists, as killed otherwise."""
     experiments = client.search_experiments(filter_string=f"name LIKE '{settings.experiment}%'")
     ids = [experiment.experiment_id for experiment in experiments]
     condition = f"attributes.status = 'RUNNING' and tags.`{DIGEST_TAG}` = '{content_digest}'"

@@ -1,7 +1,7 @@
-"""What a release of one group consists of: the zipped network, where it comes from, and what was measured.
+"""The release of one group: the zipped network, its sources, and what was measured.
 
 The content digest covers the network, its source networks, the data and the metrics: the same content has the same
-digest, whenever and wherever it was made. All other digests say how it was made.
+digest, whenever and wherever it was made. All other digests describe how it was made.
 """
 
 from __future__ import annotations
@@ -17,10 +17,22 @@ DIGEST_TAG = "mtz.content_digest"
 
 @dataclass(frozen=True)
 class Release:
-    """Everything that the storage and the registry shall know about one zipped network.
+    """Everything that the storage and the registry record about one zipped network.
 
-    `sources` and `data` hold a digest per task, `data_paths` where that data lies; `layers` has one row per layer,
-    `learning_curve` one per validation with its `step`; `files` are kept as they are, name → file or content.
+    Attributes:
+        group: The group's name.
+        model: Name of the registered model.
+        content_digest: Digest of the content.
+        network: The folder of the zipped network.
+        sources: SHA-256 of each task's original weights.
+        data: Digest of each task's data.
+        data_paths: Where each task's data lies.
+        tags: Tags of the registered version.
+        parameters: Parameters of the run.
+        metrics: Figures of the run.
+        layers: One row per layer.
+        learning_curve: One row per validation, with its `step`.
+        files: The bundle, each file's name with its source file or its content.
     """
 
     group: str
@@ -39,11 +51,11 @@ class Release:
 
     @property
     def folder(self) -> str:
-        """Where the bundle lies in the storage."""
+        """The folder of the bundle in the storage."""
         return f"releases/{self.model}/{self.content_digest}"
 
     def registration(self) -> dict[str, Any]:
-        """What `registration.json` holds: nothing that differs between registries or moments."""
+        """Return the content of `registration.json`, which is the same for every registry and at any time."""
         return {
             "group": self.group,
             "model": self.model,

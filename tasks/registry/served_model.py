@@ -1,7 +1,9 @@
-"""The zipped network as an MLflow model; MLflow runs this file when the model is loaded (nothing is unpickled).
+"""The zipped network as an MLflow model; MLflow runs this file when the model is loaded, and nothing is unpickled.
 
-model = mlflow.pyfunc.load_model("models:/NAME/VERSION")
-logits = model.predict(x, params={"task": "fashion"})
+Usage:
+
+    model = mlflow.pyfunc.load_model("models:/NAME/VERSION")
+    logits = model.predict(x, params={"task": "fashion"})
 """
 
 from typing import Any
@@ -15,7 +17,7 @@ import mtz_core
 
 
 class ServedNetwork(PythonModel):
-    """Runs one task of a zipped network."""
+    """A zipped network that runs one task per call."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the network that was logged with the model."""
@@ -24,9 +26,18 @@ class ServedNetwork(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> np.ndarray:
-        """Logits `[batch, classes]` of `params["task"]` for inputs `[batch, *input_shape]`, float32.
+        """Run one task of the network.
 
-        Raises `mtz_core.MtzError` for a task that the network does not have.
+        Args:
+            context: Unused; MLflow passes it.
+            model_input: The inputs, `[batch, *input_shape]`, float32.
+            params: `task` names the task; by default the first one.
+
+        Returns:
+            The logits, `[batch, classes]`, float32.
+
+        Raises:
+            MtzError: The network does not have this task.
         """
         task = (params or {}).get("task", self._network.tasks[0])
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Release bundles in the storage: written so that one with a manifest is whole, and looked after."""
+"""Release bundles in the storage: a bundle that has its manifest is complete."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ _MANIFEST = "release.json"
 
 
 def verify(params: Params, workspace: Workspace, home: Path, store: Storage) -> int | None:
-    """The version that `registration.json` stands for; None where the registry or the storage at hand lacks it.
+    """Check that the registered version and its bundle exist.
 
-    Raises `StorageError` or `TrackingError` where they cannot be asked.
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with `registration.json`.
+        home: The folder of the project's runtime state.
+        store: The storage.
+
+    Returns:
+        The number of the version that `registration.json` stands for; None if the registry or the storage lacks it.
+
+    Raises:
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
     """
     if not workspace.registration.exists():
         return None
@@ -30,12 +41,23 @@ def verify(params: Params, workspace: Workspace, home: Path, store: Storage) -> 
 
 
 def manifest_key(folder: str) -> str:
-    """The key of a bundle's manifest, which is stored last: a bundle that has it is whole."""
+    """Return the key of a bundle's manifest, which is stored last: a bundle that has it is complete."""
     return f"{folder}/{_MANIFEST}"
 
 
 def upload(store: Storage, release: Release) -> int:
-    """Store the bundle, its manifest last, unless it is there; returns how many objects were sent."""
+    """Store the bundle, its manifest last, unless it is complete already.
+
+    Args:
+        store: The storage.
+        release: The release.
+
+    Returns:
+        How many objects were sent.
+
+    Raises:
+        StorageError: The storage cannot be used.
+    """
     if _is_whole(store, release.folder):
         return 0
     manifest = {
@@ -50,7 +72,7 @@ def upload(store: Storage, release: Release) -> int:
 
 
 def _is_whole(store: Storage, folder: str) -> bool:
-    """Whether a bundle has its manifest, and every file with the content that the manifest states."""
+    """Return whether a bundle has its manifest, and every file with the content that the manifest states."""
     if not store.exists(manifest_key(folder)):
         return False
     files = json.loads(store.read(manifest_key(folder)))["files"]

@@ -1,4 +1,4 @@
-"""What can be said of a budget before any work: a size that no plan reaches, validation data that no floor can use."""
+"""Checks of a budget before any work: a size that no plan can reach, validation data that a floor cannot use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ from tasks.params import Params
 
 
 def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Network]) -> dict[str, Validation]:
-    """The validation data of a floor, none without one.
+    """Check that a budget is possible.
 
-    Raises `InvalidConfig` for a size that cannot be reached whatever the weights are, `InvalidData` and
-    `InvalidCalibration` for validation data without the images and labels that the networks need.
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        networks: The traced network of each model.
+
+    Returns:
+        The validation data of each model if the budget is a floor; empty otherwise.
+
+    Raises:
+        InvalidConfig: The size cannot be reached, whatever the weights are.
+        InvalidData: The validation data is missing, or its images have another shape than the training images.
+        InvalidCalibration: The labels do not fit the images or the network.
     """
     budget = params.zip_config().budget
     if budget is None:
@@ -33,7 +43,7 @@ def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Ne
 
 
 def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget) -> None:
-    """Compare with as few neurons as any group may have, as many of them shared as may be."""
+    """Compare the size with the fewest bytes: least neurons in every group, as many of them shared as possible."""
     sizes = Sizes(networks)
     most = (
         shared_counts(networks, params.zip_config()) if "share" in budget.moves else dict.fromkeys(sizes.widths[0], 0)

@@ -15,9 +15,15 @@ from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
-    """Write one Arrow file of sampled input rows per layer, streamed batch by batch, and all layers' sensitivities.
+    """Write an Arrow file of sampled input rows for each layer, streamed batch by batch, and the sensitivities.
 
-    Raises `MtzError`.
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+        model: The model's name.
+
+    Raises:
+        MtzError: The network or its calibration images cannot be used.
     """
     network = load_traced(params, workspace, model)
     batches = as_batches(calibration(params, workspace, model), model)

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: errors of every task before and after zipping, and sizes."""
+"""Stage `evaluate`: the errors of every task before and after zipping, and sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace) -> None:
-    """Write `metrics.json` and a table of errors, measured on the test splits. Raises `MtzError`."""
+    """Write `metrics.json` and a table of errors, measured on the test splits.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+
+    Raises:
+        MtzError: A network or its test data cannot be used.
+    """
     merged, retrained = load(workspace.merged), load(workspace.retrained)
     tasks: dict[str, dict[str, float | str]] = {}
     for model, block in params.models.items():

@@ -11,9 +11,15 @@ from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
-    """Stream every activations file of a model once and write its second moments, with its sensitivities.
+    """Read every activations file of a model once; write the second moments together with the sensitivities.
 
-    Raises `MtzError`.
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+        model: The model's name.
+
+    Raises:
+        InvalidArtifact: The activations or sensitivities are missing or damaged.
     """
     files = sorted(workspace.activations(model).glob("*.arrow"))
     if not files:

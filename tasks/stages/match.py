@@ -29,7 +29,16 @@ from tasks.stages.budget_checks import check_budget
 
 
 def run(params: Params, workspace: Workspace) -> None:
-    """Write which neurons are kept and which are one, and what that is expected to cost. Raises `MtzError`."""
+    """Write which neurons are kept, which are shared, and the damage that this is expected to cause.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+
+    Raises:
+        InvalidParams: There are fewer than two models.
+        MtzError: The networks cannot be zipped together, the budget is impossible, or a file cannot be used.
+    """
     if len(params.models) < 2:
         raise InvalidParams("models: name two at least; one alone has nothing to share.")
     if len(params.models) < 2:
@@ -59,7 +68,7 @@ def _match(
     moments: Mapping[str, Mapping[str, Moments]],
     sensitivity: Mapping[str, Sensitivities],
 ) -> Matched:
-    """Share as many neurons as the settings say."""
+    """Share as many neurons as the settings ask for."""
     matches = []
     for match in matching.match(networks, moments, params.zip_config(), sensitivity):
         widths = " and ".join(str(network.graph.widths[match.group]) for network in networks.values())
@@ -76,7 +85,7 @@ def _match(
 
 
 def _spend(budget_search: BudgetSearch, size: float) -> Matched:
-    """The plan for a size that does best on held-out data."""
+    """Return the plan of a given size that does best on held-out data."""
     candidates = []
     try:
         for candidate in budget_search.candidates(size):
@@ -103,7 +112,7 @@ def _search(
     originals: Mapping[str, nn.Module],
     validation: Mapping[str, Validation],
 ) -> Matched:
-    """The smallest network that keeps every task's floor after light retraining."""
+    """Return the smallest network that keeps every task's floor after light retraining."""
     settings = params.retrain
     training = {
         model: read_images(workspace.root / block.data, "train", settings.images, settings.seed)
@@ -130,7 +139,7 @@ _KEEPS = "keeps the floor"
 
 
 def _limit(tried: Sequence[CandidateRecord], best: CandidateRecord, floors: Mapping[str, float]) -> str:
-    """Which task broke its floor in the network next below the best one, and by how much."""
+    """Return which task broke its floor in the next smaller network than the best, and by how much."""
     smaller = [one for one in tried if one.stored < best.stored]
     if not smaller:
         return "nothing smaller was tried"
@@ -144,7 +153,7 @@ def _limit(tried: Sequence[CandidateRecord], best: CandidateRecord, floors: Mapp
 
 
 def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateRecord], limit: str) -> Matched:
-    """What a plan says, told and ready to be written."""
+    """Print a plan and return it in the form that is written."""
     planner = budget_search.planner
     stored = plan.bytes / planner.original_bytes
     for name, pairing in plan.pairings.items():
@@ -164,7 +173,7 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
 
 
 def _curves(budget_search: BudgetSearch) -> Iterator[tuple[str, int, float]]:
-    """What sharing costs in every group while nothing of it is dropped, in nats."""
+    """Yield what sharing costs in every group while none of its neurons is dropped, in nats."""
     for name, options in budget_search.planner.options.items():
         whole = np.flatnonzero(options.gone == 0)
         for state in whole[np.argsort(options.shared[whole], kind="stable")].tolist():

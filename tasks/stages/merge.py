@@ -1,4 +1,4 @@
-"""Stage `merge`: make the zipped network of paired networks."""
+"""Stage `merge`: build the zipped network from the pairings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from tasks.progress import peak_memory, show_progress
 
 
 def run(params: Params, workspace: Workspace) -> None:
-    """Write the zipped network and a table of its layers. Raises `MtzError`."""
+    """Write the zipped network and a table of its layers.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+
+    Raises:
+        MtzError: A network, its calibration images or the pairings cannot be used.
+    """
     networks = {model: load_traced(params, workspace, model) for model in params.models}
     batches = {model: as_batches(calibration(params, workspace, model), model) for model in params.models}
     started = time.perf_counter()
@@ -58,5 +66,5 @@ def run(params: Params, workspace: Workspace) -> None:
 
 
 def _dropped(networks: Mapping[str, Network], layer: LayerReport) -> dict[str, int]:
-    """How many of a layer's neurons each task has lost, in the order of the zipped network's tasks."""
+    """Return how many of a layer's neurons each task has lost, in the order of the zipped network's tasks."""
     return {task: len(networks[task].graph.rows[layer.layer].group) - left for task, left in layer.neurons.items()}

@@ -1,4 +1,4 @@
-"""Stage `pretrain`: train one network of the example from scratch, seeded."""
+"""Stage `pretrain`: train one network of the example from scratch, with a seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
-    """Train a model on its training split and write its weights. Raises `MtzError`."""
+    """Train a model on its training split and write its weights.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+        model: The model's name.
+
+    Raises:
+        InvalidConfig: There are no settings for this model under `pretrain`.
+        MtzError: The network cannot be built, or its data cannot be used.
+    """
     if model not in params.pretrain:
         raise InvalidConfig(f"pretrain has no settings for {model!r}. Add a block pretrain.{model}.")
     settings = params.pretrain[model]

@@ -1,6 +1,6 @@
 """Stage `register`: a release bundle in the storage, and a version in the MLflow registry that points to it.
 
-It may be killed at any moment and run again: what is there already is neither sent nor registered twice.
+The stage may be killed at any moment and run again: whatever is there already is neither sent nor registered twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from tasks.storage import s3
 def run(params: Params, workspace: Workspace) -> None:
     """Store and register the group's zipped network; write `registration.json`.
 
-    Raises `Refused` where a task loses more than its floor allows, and `MtzError` in its other kinds.
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+
+    Raises:
+        Refused: A task loses more than its floor allows.
+        StorageError: The storage cannot be used.
+        TrackingError: The registry cannot be used.
+        MtzError: A file of an earlier stage is missing or damaged.
     """
     _check_floors(params, workspace)
     home = find_home(workspace.root)

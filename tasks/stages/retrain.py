@@ -1,6 +1,7 @@
 """Stage `retrain`: light retraining of the merged network, by distillation from the originals or with labels.
 
-At every judgement all that changes is written to a checkpoint, so a run that was killed goes on where it was.
+Each time the network is evaluated on validation data, the whole state is written to a checkpoint, so that a run that
+was killed continues from there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from tasks.progress import show_progress
 
 
 def run(params: Params, workspace: Workspace) -> None:
-    """Write the retrained network and its learning curve. Raises `MtzError`."""
+    """Write the retrained network and its learning curve.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+
+    Raises:
+        MtzError: A network or its data cannot be used.
+    """
     zipped = load(workspace.merged)
     settings = params.retrain
     originals = {model: load_network(params, workspace, model) for model in params.models}
@@ -58,7 +67,7 @@ def run(params: Params, workspace: Workspace) -> None:
 
 
 def _digest(params: Params, workspace: Workspace) -> str:
-    """One digest of everything that decides what light retraining does: files, settings, code."""
+    """Return one digest of everything that decides what light retraining does: files, settings, code."""
     settings = params.model_dump()
     files = sorted(workspace.merged.iterdir())
     for block in params.models.values():
@@ -74,14 +83,14 @@ def _digest(params: Params, workspace: Workspace) -> str:
 
 
 def _write(checkpoint: Path, digest: str, state: RetrainState) -> None:
-    """Keep a state, with the digest of what it belongs to, in one file that is replaced as a whole."""
+    """Write a state, with the digest of what it belongs to, to one file that is replaced as a whole."""
     metadata = {"digest": digest, "curve": json.dumps([asdict(step) for step in state.curve])}
     with whole_file(checkpoint) as temporary:
         save_file(dict(state.tensors), temporary, metadata)
 
 
 def _resume(retraining: Retraining, checkpoint: Path, digest: str) -> None:
-    """Go on from a checkpoint if there is one that belongs to this run."""
+    """Continue from a checkpoint if there is one that belongs to this run."""
     if not checkpoint.exists():
         return
     try:

@@ -1,1 +1,1 @@
-"""The doors to S3."""
+"""Access to S3: objects, contents by their digest, outcomes, and the embedded server."""

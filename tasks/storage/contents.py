@@ -1,8 +1,8 @@
-"""A content-addressed store of source files: every file that a group's pipeline reads, by the SHA-256 of its content.
+"""A content-addressed store of source files: every file that a group's pipeline reads, by its SHA-256.
 
     FOLDER/ab/abcdef…   locally, read-only, and `contents/ab/abcdef…` in the storage
-    FOLDER/index.db     what need not be read again: files by their stat, and what is known of places elsewhere
-    FOLDER/incoming/    what is being written; a name of its own for each writer
+    FOLDER/index.db     what need not be read again: files by their stat, and known digests of remote places
+    FOLDER/incoming/    files that are being written, each with a name of its own
 
 The index only saves work: without it, everything is read again.
 """
@@ -24,7 +24,7 @@ from tasks.files import sha256
 from tasks.storage.s3 import NoSuchObject, Storage
 
 FOLDER = "contents"
-"""Name of the folder, below the home as below the storage's prefix."""
+"""Name of the folder, both below the home and below the storage's prefix."""
 
 _BLOCK_BYTES = 1 << 20
 _ATTEMPTS = 3
@@ -49,9 +49,13 @@ class SourceChanged(MtzError):
 
 
 class Contents:
-    """The store in `folder` (`HOME/contents`), backed by a storage if there is one.
+    """The store in a folder, backed by a storage if there is one.
 
-    Safe for several threads and processes at once. All digests are SHA-256, hexadecimal.
+    Several threads and processes may use it at once. All digests are SHA-256, hexadecimal.
+
+    Args:
+        folder: The local folder, `HOME/contents`.
+        store: The storage; None for a store that is local only.
     """
 
     def __init__(self, folder: Path, store: Storage | None = None) -> None:
@@ -64,9 +68,17 @@ class Contents:
         self._index = _Index(folder / "index.db")
 
     def add(self, file: Path) -> str:
-        """Copy a file in; returns its digest. An unchanged file that was added before is not read.
+        """Copy a file into the store; an unchanged file that was added before is not read again.
 
-        Raises `SourceChanged` if it changes whenever it is copied, `OSError` if it cannot be read.
+        Args:
+            file: The file.
+
+        Returns:
+            Its digest.
+
+        Raises:
+            SourceChanged: The file changes each time it is copied.
+            OSError: The file cannot be read.
         """
         status = _status(file)
         known = self._index.digest(file, status)
@@ -85,7 +97,7 @@ class Contents:
         raise SourceChanged(f"{file} changes while it is read. Put a finished file there by renaming, then run again.")
 
     def add_bytes(self, content: bytes) -> str:
-        """Keep a small content; returns its digest."""
+        """Store a small content; return its digest."""
         digest = hashlib.sha256(content).hexdigest()
         if not self._is_sound(digest):
             with self._partial() as partial:
@@ -94,7 +106,14 @@ class Contents:
         return digest
 
     def add_made(self, make: Callable[[Path], None]) -> str:
-        """Keep the file that `make` writes at the path it is given; returns its digest."""
+        """Store the file that a function writes.
+
+        Args:
+            make: Writes the file at the path that it is given.
+
+        Returns:
+            The file's digest.
+        """
         with self._partial() as partial:
             make(partial)
             digest = sha256(partial)
@@ -102,20 +121,38 @@ class Contents:
         return digest
 
     def path(self, digest: str) -> Path:
-        """The local, read-only file of a content; fetched from the storage where it is not here, or damaged.
+        """Return the local, read-only file of a content; fetch it from the storage if it is missing or damaged.
 
-        Raises `MissingContent` where the storage has it not either, `StorageError` where that cannot be used.
+        Args:
+            digest: The content's digest.
+
+        Returns:
+            The file.
+
+        Raises:
+            MissingContent: The content is neither here nor in the storage.
+            StorageError: The storage cannot be used.
         """
         if not self._is_sound(digest):
             self._fetch(digest)
         return self._place(digest)
 
     def read(self, digest: str) -> bytes:
-        """A small content. Raises like `path`."""
+        """Read a small content; errors are those of `path`."""
         return self.path(digest).read_bytes()
 
     def has(self, digest: str) -> bool:
-        """Whether the content is here or in the storage. Raises `StorageError`."""
+        """Return whether a content is here or in the storage.
+
+        Args:
+            digest: The content's digest.
+
+        Returns:
+            True if it can be read.
+
+        Raises:
+            StorageError: The storage cannot be used.
+        """
         if self._is_sound(digest):
             return True
         if self._stored is not None:
@@ -123,16 +160,27 @@ class Contents:
         return self._store is not None and self._store.exists(stored_key(digest))
 
     def recall(self, key: str) -> str | None:
-        """The digest remembered for `key`, such as an object and its version, if its content is still to be had."""
+        """Return the digest remembered for a key, such as an object and its version, if its content still exists."""
         digest = self._index.place(key)
         return digest if digest is not None and self.has(digest) else None
 
     def remember(self, key: str, digest: str) -> None:
-        """Remember, for later processes too, that `key` stands for this content."""
+        """Remember, for later processes too, that a key stands for this content."""
         self._index.record_place(key, digest)
 
     def upload(self, digests: Iterable[str]) -> int:
-        """Send what the storage lacks; returns how many were sent. Raises `MissingContent` and `StorageError`."""
+        """Send the contents that the storage lacks.
+
+        Args:
+            digests: The contents that the storage should have.
+
+        Returns:
+            How many were sent.
+
+        Raises:
+            MissingContent: A content is not here, or there is no storage.
+            StorageError: The storage cannot be used.
+        """
         store = self._storage()
         missing = sorted(set(digests) - self._listed(store))
 
@@ -149,7 +197,7 @@ class Contents:
 
     @contextmanager
     def _partial(self) -> Iterator[Path]:
-        """A path of its own for each writer, gone at the end."""
+        """Yield a path of its own for each writer, removed at the end."""
         partial = self._incoming / uuid.uuid4().hex
         try:
             yield partial
@@ -164,7 +212,7 @@ class Contents:
         self._index.record(place, _status(place), digest)
 
     def _is_sound(self, digest: str) -> bool:
-        """Whether the content is here, read and compared once; a damaged file is removed."""
+        """Return whether the content is here, read and compared once; a damaged file is removed."""
         place = self._place(digest)
         try:
             status = _status(place)
@@ -195,7 +243,7 @@ class Contents:
             ) from error
 
     def _listed(self, store: Storage) -> set[str]:
-        """The digests of all contents in the storage, listed once."""
+        """Return the digests of all contents in the storage, listed once."""
         if self._stored is None:
             self._stored = {name.rpartition("/")[2] for name in store.names(FOLDER)}
         return self._stored
@@ -207,7 +255,7 @@ class Contents:
 
 
 def stored_key(digest: str) -> str:
-    """The key, below the storage's prefix, of a content."""
+    """Return the key of a content, below the storage's prefix."""
     return f"{FOLDER}/{digest[:2]}/{digest}"
 
 
@@ -215,13 +263,13 @@ _Status = tuple[int, int, int]
 
 
 def _status(file: Path) -> _Status:
-    """Size, time of change in nanoseconds, inode: what differs when a file was written anew."""
+    """Return size, time of change in nanoseconds and inode, which differ when a file was written anew."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> str:
-    """Copy block by block; returns the digest of what was copied."""
+    """Copy block by block; return the digest of what was copied."""
     running = hashlib.sha256()
     while block := source.read(_BLOCK_BYTES):
         running.update(block)
@@ -241,18 +289,18 @@ def _remove_abandoned(incoming: Path) -> None:
 
 
 class _Index:
-    """The persisted index: one SQLite file, opened for each access, so that any thread and process may."""
+    """The persistent index: one SQLite file, opened for each access, so that any thread and process may use it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         try:
             self._create()
-        except sqlite3.DatabaseError:  # damaged: it can be done without
+        except sqlite3.DatabaseError:  # damaged, and not indispensable
             file.unlink(missing_ok=True)
             self._create()
 
     def digest(self, path: Path, status: _Status) -> str | None:
-        """The digest of the file at `path`, if it has not changed since."""
+        """Return the digest of the file at a path, if the file has not changed since."""
         question = "SELECT digest FROM files WHERE path = ? AND size = ? AND modified = ? AND inode = ?"
         return self._find(question, (str(path.absolute()), *status))
 
@@ -261,7 +309,7 @@ class _Index:
         self._write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (str(path.absolute()), *status, digest))
 
     def place(self, key: str) -> str | None:
-        """The digest recorded for a key."""
+        """Return the digest recorded for a key."""
         return self._find("SELECT digest FROM places WHERE key = ?", (key,))
 
     def record_place(self, key: str, digest: str) -> None:
@@ -287,7 +335,7 @@ class _Index:
     def _opened(self) -> Iterator[sqlite3.Connection]:
         database = sqlite3.connect(self._file, timeout=300, isolation_level=None)
         try:
-            # A crash of the machine may cost the last entries, which only have to be found anew.
+            # A crash of the machine may lose the last entries, which are then computed again.
             database.execute("PRAGMA synchronous = OFF")
             yield database
         finally:

@@ -1,6 +1,6 @@
 """An S3 server on loopback (SeaweedFS' `weed mini`), shared by all processes of one home and stopped by the last.
 
-Everything lives in one folder:
+Everything is in one folder:
 
     data/              the server's data
     credentials.json   generated once, readable by the owner only
@@ -8,10 +8,10 @@ Everything lives in one folder:
     server.pid         written by the server's own launcher
     server.log         of the current start; `server.log.old` of the one before
     server.lock        held by the server process itself: whoever can take it knows that no server is alive
-    users.lock         held (shared) by every user: whoever can take it alone is the last one
+    users.lock         held (shared) by every user: whoever can take it exclusively is the last one
     guard.lock         held while joining and leaving, so that two processes never start or stop at once
 
-Locks, not files, say who is alive: a process that is killed lets go of its locks.
+Locks, not files, show who is alive: a process that is killed releases its locks.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ from tasks.faults import ServiceFault
 from tasks.locks import exclusive, open_lock, try_exclusive
 
 _START_SECONDS = 120.0  # seconds alone, much longer on a busy machine
-# Now and then it waits for itself when it stops; then it is killed, which loses nothing that it has acknowledged.
+# Sometimes it deadlocks when it stops. Killing it then loses nothing that it has acknowledged.
 _STOP_SECONDS = 3.0
 _END_SECONDS = 300.0  # for a killed process to be gone
 _LAUNCH_SECONDS = 60.0
@@ -69,7 +69,13 @@ class EmbeddedServerError(ServiceFault):
 
 @dataclass(frozen=True)
 class Server:
-    """A running embedded server and the key to it."""
+    """A running embedded server and its keys.
+
+    Attributes:
+        url: The endpoint's URL.
+        access_key: The access key.
+        secret_key: The secret key.
+    """
 
     url: str
     access_key: str
@@ -78,10 +84,17 @@ class Server:
 
 @contextmanager
 def joined(folder: Path, usable: Callable[[Server], bool]) -> Iterator[Server]:
-    """Use the server of `folder`, starting it where none runs; the last user to leave stops it.
+    """Use the server of a folder, starting it if none runs; the last user to leave stops it.
 
-    `usable` tells whether an object could be stored and read: that, not an open port, is what "started" means.
-    Raises `EmbeddedServerError`.
+    Args:
+        folder: The folder of the server's files.
+        usable: Returns whether an object can be stored and read: that, not an open port, is what "started" means.
+
+    Yields:
+        The running server.
+
+    Raises:
+        EmbeddedServerError: The server does not start, or its package is not installed.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     users = open_lock(folder / "users.lock")
@@ -98,7 +111,7 @@ def joined(folder: Path, usable: Callable[[Server], bool]) -> Iterator[Server]:
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether a server process of `folder` exists."""
+    """Return whether a server process of a folder exists."""
     if not (folder / "server.lock").exists():
         return False
     descriptor = open_lock(folder / "server.lock")
@@ -144,7 +157,7 @@ def _start(folder: Path, keys: dict[str, str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with log.open("wb") as output:
-            # The shell leaves at once, so the server is nobody's child and no user has to outlive it.
+            # The shell exits at once, so the server has no parent here and no user has to outlive it.
             subprocess.run(
                 ["/bin/sh", "-c", '"$@" & echo $! > server.pid', "sh", *command],
                 cwd=folder,
@@ -161,9 +174,16 @@ def _start(folder: Path, keys: dict[str, str]) -> None:
 
 
 def _environment(folder: Path, keys: dict[str, str]) -> dict[str, str]:
-    """The server's whole environment; secrets travel here and nowhere else.
+    """Return the server's whole environment; secrets are passed here and nowhere else.
 
     The signing keys close the HTTP ports behind S3 to everyone but the server itself.
+
+    Args:
+        folder: The folder of the server's files.
+        keys: The server's keys by name.
+
+    Returns:
+        The environment variables.
     """
     components = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     signing = {f"WEED_JWT_{name}_KEY": keys["signing_key"] for name in components}
@@ -188,14 +208,14 @@ def _stop(folder: Path) -> None:
 
 
 def _remove_sockets(folder: Path) -> None:
-    """The server does not always remove the sockets that it makes in /tmp, whose place cannot be set."""
+    """Remove the sockets in /tmp, whose place cannot be set and which the server does not always remove."""
     for name, port in _ports(folder).items():
         with suppress(OSError):
             Path(f"/tmp/seaweedfs-{name}-grpc-{port + _GRPC_OFFSET}.sock").unlink(missing_ok=True)
 
 
 def _pid(folder: Path) -> int | None:
-    """The process id that the launcher wrote; waits a moment for a launcher that has not come to it yet."""
+    """Return the process id that the launcher wrote, waiting a moment for a launcher that has not done so yet."""
     file = folder / "server.pid"
     if not _becomes(lambda: file.exists() and file.read_text().strip().isdigit(), _LAUNCH_SECONDS):
         return None
@@ -226,7 +246,7 @@ def _credentials(folder: Path) -> dict[str, str]:
 
 
 def _ports(folder: Path) -> dict[str, int]:
-    """The ports of the last start; none where there was none."""
+    """Return the ports of the last start; empty if there was none."""
     file = folder / "server.json"
     if not file.exists():
         return {}
@@ -235,12 +255,12 @@ def _ports(folder: Path) -> dict[str, int]:
 
 
 def _free_ports(preferred: dict[str, int]) -> dict[str, int]:
-    """One free HTTP port per listener, whose gRPC port is free too; the preferred ones where they are."""
+    """Return a free HTTP port per listener whose gRPC port is free too; the preferred ports where they are free."""
     ports: dict[str, int] = {}
     for name in _LISTENERS:
         port = preferred.get(name)
         while port is None or port in ports.values() or not (_is_free(port) and _is_free(port + _GRPC_OFFSET)):
-            port = _LOWEST_PORT + secrets.randbelow(_HIGHEST_PORT - _LOWEST_PORT)  # whoever seeds `random` shares it
+            port = _LOWEST_PORT + secrets.randbelow(_HIGHEST_PORT - _LOWEST_PORT)  # `random` may be seeded
         ports[name] = port
     return ports
 
@@ -256,7 +276,7 @@ def _is_free(port: int) -> bool:
 
 
 def _write_private(file: Path, content: Mapping[str, object]) -> None:
-    """Replace `file` by JSON that only its owner can read; at no moment is it there in part."""
+    """Replace a file by JSON that only its owner can read; readers never see a part of it."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as output:

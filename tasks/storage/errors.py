@@ -1,4 +1,4 @@
-"""What the errors of boto3 mean to the person who has to cure them."""
+"""Errors of boto3, translated for the person who has to fix them."""
 
 from botocore.exceptions import (
     ClientError,
@@ -38,8 +38,8 @@ _REFUSALS = {
 
 _MISSING = frozenset({"NoSuchKey", "404"})
 
-# The last line: content was damaged on its way; or the answer that all its parts were put together was lost, and the
-# question asked again.
+# The last line: the content was damaged on its way, or the answer that completed an upload in parts was lost and the
+# request repeated.
 _PASSING = frozenset(
     {"SlowDown", "RequestTimeout", "OperationAborted", "Throttling", "PreconditionFailed"}
     | {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
@@ -47,7 +47,7 @@ _PASSING = frozenset(
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """Cause and remedy of an error of boto3, in words that hold no secret."""
+    """Return cause and remedy of an error of boto3, in words that contain no secret."""
     if isinstance(error, ClientError):
         unknown = (f"the server answered {code(error) or 'an error'}", "Look into the server's log, then run again.")
         return _REFUSALS.get(code(error), unknown)
@@ -63,17 +63,17 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 def code(error: ClientError) -> str:
-    """The error code that the server gave, e.g. `AccessDenied`; a bare status such as `404` where it gave none."""
+    """Return the error code that the server gave, e.g. `AccessDenied`; a bare status such as `404` if it gave none."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether the object is not there."""
+    """Return whether the object does not exist."""
     return isinstance(error, ClientError) and code(error) in _MISSING
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the server would say the same again: it does not let us in, or does not know the place."""
+    """Return whether the server would refuse again: it does not grant access, or does not know the place."""
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return 300 <= status < 500 and code(error) not in _PASSING

@@ -1,4 +1,4 @@
-"""What came of a snapshot, kept in the storage under its fingerprint: a group that has an outcome needs no work."""
+"""Outcomes of snapshots, stored under their fingerprints: a group with a known outcome needs no work."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from tasks.storage.s3 import Storage
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a group, `merged` or `refused` (`reason` says why), or of a model, `measured`.
+    """The outcome of a group, or of a model's statistics.
 
-    `release` is the folder of the bundle and `content_digest` what was registered as a version of `model`; all three
-    are empty where the pipeline registers nothing. `statistics` is the SHA-256 of a model's statistics.
+    Attributes:
+        status: `merged` or `refused` for a group, `measured` or `refused` for a model.
+        group: Name of the group or model.
+        reason: Why it was refused.
+        model: Name of the registered model; empty if the pipeline registers nothing.
+        content_digest: SHA-256 of the registered content; empty if the pipeline registers nothing.
+        release: Folder of the bundle in the storage; empty if the pipeline registers nothing.
+        metrics: The content of `metrics.json`, if there is one.
+        statistics: SHA-256 of a model's statistics.
     """
 
     status: Literal["merged", "refused", "measured"]
@@ -29,12 +36,32 @@ class Outcome:
 
 
 def record(store: Storage, fingerprint: str, outcome: Outcome) -> None:
-    """Keep the outcome of a fingerprint. Raises `StorageError`."""
+    """Store the outcome of a fingerprint.
+
+    Args:
+        store: The storage.
+        fingerprint: The snapshot's fingerprint.
+        outcome: The outcome.
+
+    Raises:
+        StorageError: The storage cannot be used.
+    """
     store.put(_key(fingerprint), (json.dumps(asdict(outcome), indent=2) + "\n").encode())
 
 
 def recall(store: Storage, fingerprints: Iterable[str]) -> dict[str, Outcome]:
-    """The outcomes of those fingerprints that have one, all read at once. Raises `StorageError`."""
+    """Read the outcomes of those fingerprints that have one, all at once.
+
+    Args:
+        store: The storage.
+        fingerprints: The fingerprints of snapshots.
+
+    Returns:
+        The known outcomes by fingerprint.
+
+    Raises:
+        StorageError: The storage cannot be used.
+    """
     keys = {_key(fingerprint): fingerprint for fingerprint in fingerprints}
     found = store.read_many(keys)
     return {keys[key]: Outcome(**json.loads(content)) for key, content in found.items() if content is not None}

@@ -1,15 +1,15 @@
-"""The only door to S3: one bucket, in which everything of a project lies under one prefix.
+"""The only module that talks to S3: one bucket, in which everything of a project lies under one prefix.
 
     <prefix>/dvc/        DVC's remote
     <prefix>/mlflow/     MLflow's artifacts
     <prefix>/releases/   one bundle per released network
     <prefix>/contents/   source files and snapshots, by the SHA-256 of their content
-    <prefix>/outcomes/   what came of each snapshot
+    <prefix>/outcomes/   the outcome of each snapshot
     <prefix>/locks/      the newest dvc.lock of each group, and of each model's statistics
-    <prefix>/runs/ reports/ logs/   what runs of fleets came to
+    <prefix>/runs/ reports/ logs/   the results of runs of fleets
 
-Every object that is stored here carries the SHA-256 of its content: the server checks it on arrival, we check it on
-the way back. (DVC and MLflow move theirs by themselves.)
+Every object that is stored here carries the SHA-256 of its content. The server checks it on arrival, and it is checked
+again when the object is fetched. (DVC and MLflow move their own objects.)
 """
 
 import base64
@@ -50,20 +50,20 @@ _DIGEST = "sha256"
 _OLD_OBJECT = ".readable"
 _FULL_DISK_BYTES = 64 << 20
 _THREADS = 16
-# Larger objects go in several parts, side by side.
+# Larger objects are sent in several parts, in parallel.
 _SMALL_BYTES = 8 << 20
 
 _ATTEMPTS = 6
 _ATTEMPTS_OF_OTHERS = 10
 _TRANSFER = TransferConfig(multipart_threshold=_SMALL_BYTES, num_download_attempts=_ATTEMPTS)
 
-# boto3 tries each request several times, but not when all requests together fail too often, nor after the body of an
-# answer was cut off. For so many seconds, with waits that grow to the second number, we try again what has failed then.
+# boto3 retries each request several times, but not when all requests together fail too often, nor after the body of an
+# answer was cut off. Such failures are retried for this many seconds, with waits that grow up to the second number.
 _PATIENCE = 60.0
 _LONGEST_WAIT = 8.0
 
-# A first answer within half a minute, also from a host that drops packets or accepts and says nothing; what fails at
-# once is tried again for so many seconds.
+# A first answer comes within half a minute, even from a host that drops packets or accepts and never answers. What
+# fails at once is retried for this many seconds.
 _PATIENCE_AT_FIRST = 10.0
 _IMPATIENT = {"connect_timeout": 10, "read_timeout": 15, "retries": {"mode": "standard", "total_max_attempts": 2}}
 _STARTING = {"connect_timeout": 5, "read_timeout": 10, "retries": {"total_max_attempts": 1}}
@@ -76,11 +76,11 @@ _PATIENT = {
 
 
 class StorageError(ServiceFault):
-    """The S3 storage cannot be reached, does not let us in, or does not hold what was asked for."""
+    """The S3 storage cannot be reached, does not grant access, or does not contain what was asked for."""
 
 
 class StorageRefused(StorageError):
-    """What the storage says will not change by itself: no access, no such bucket."""
+    """The storage refuses, and will go on refusing: there is no access, or no such bucket."""
 
 
 class NoSuchObject(StorageRefused):
@@ -88,54 +88,70 @@ class NoSuchObject(StorageRefused):
 
 
 class DamagedObject(StorageRefused):
-    """An object is not what it was stored as."""
+    """An object does not have the content that it was stored with."""
 
 
 class StorageSettings(Protocol):
-    """Where the storage is; `endpoint` is `embedded`, `aws`, or a URL."""
+    """Where the storage is."""
 
     @property
-    def endpoint(self) -> str: ...
+    def endpoint(self) -> str:
+        """`embedded`, `aws`, or the URL of an S3 server."""
+
     @property
-    def bucket(self) -> str: ...
+    def bucket(self) -> str:
+        """Name of the bucket."""
+
     @property
-    def prefix(self) -> str: ...
+    def prefix(self) -> str:
+        """Prefix of all keys in the bucket."""
+
     @property
-    def region(self) -> str: ...
+    def region(self) -> str:
+        """The bucket's region; empty for `us-east-1`."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """An open, writable storage. Keys and folders are relative to `prefix`."""
+    """An open, writable storage. Keys and folders are relative to its prefix.
+
+    Every method that sends a request raises `StorageError` if the storage cannot be used.
+
+    Attributes:
+        endpoint: URL of the S3 server; None for AWS itself.
+        bucket: Name of the bucket.
+        prefix: Prefix of all keys in the bucket; may be empty.
+        region: The bucket's region.
+        client: The boto3 client.
+        embedded_folder: Where the embedded server keeps its files; None for any other server.
+        credentials: Environment variables with the embedded server's credentials; empty if boto3 finds credentials by
+            itself.
+        patience: For how many seconds a failed request is tried again.
+    """
 
     endpoint: str | None
-    """URL of the S3 server; None for AWS itself."""
     bucket: str
     prefix: str
     region: str
     client: Any = field(repr=False)
-    """The boto3 client."""
     embedded_folder: Path | None = None
-    """Where the embedded server keeps its files; None for any other server."""
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Environment variables of the embedded server's credentials; empty where boto3 finds them by itself."""
     patience: float = 0.0
-    """For how many seconds what fails is tried again."""
 
     def key(self, *parts: str) -> str:
-        """The full object key of the path `parts`."""
+        """Return the full object key of the path `parts`."""
         return "/".join(part.strip("/") for part in (self.prefix, *parts) if part.strip("/"))
 
     def url(self, *parts: str) -> str:
-        """The `s3://` URL of the path `parts`."""
+        """Return the `s3://` URL of the path `parts`."""
         return f"s3://{self.bucket}/{self.key(*parts)}".rstrip("/")
 
     def elsewhere(self, bucket: str) -> "Storage":
-        """All of another bucket, at the same endpoint, with the same credentials."""
+        """Return another bucket as a whole, at the same endpoint and with the same credentials."""
         return replace(self, bucket=bucket, prefix="")
 
     def environment(self) -> dict[str, str]:
-        """The environment variables with which another process (DVC, MLflow, boto3) reaches this storage."""
+        """Return the environment variables with which another process (DVC, MLflow, boto3) reaches this storage."""
         variables = {
             "AWS_DEFAULT_REGION": self.region,
             "AWS_REGION": self.region,
@@ -145,31 +161,49 @@ class Storage:
         if self.endpoint:
             variables |= {"AWS_ENDPOINT_URL_S3": self.endpoint, "MLFLOW_S3_ENDPOINT_URL": self.endpoint}
         if self.embedded_folder:
-            # An empty session token hides one that belongs to another account; loopback never goes through a proxy.
+            # An empty session token hides one of another account; loopback must never go through a proxy.
             variables |= {**self.credentials, "AWS_SESSION_TOKEN": ""}
             for name in ("NO_PROXY", "no_proxy"):
                 variables[name] = ",".join(filter(None, (os.environ.get(name), _LOOPBACK)))
         return variables
 
     def exists(self, key: str) -> bool:
-        """Whether there is an object `key`."""
+        """Return whether there is an object `key`."""
         return self._head(key) is not None
 
     def digest(self, key: str) -> str | None:
-        """SHA-256 (hexadecimal) of the object `key`; None where it is not there or was not stored by us."""
+        """Return the SHA-256 (hexadecimal) of an object; None if it does not exist or was not stored by this module."""
         head = self._head(key)
         return None if head is None else head["Metadata"].get(_DIGEST)
 
     def version(self, key: str) -> str | None:
-        """What tells this content of the object `key` from any other it had or will have; None where it is not there.
+        """Return an identifier that changes whenever the object is stored anew.
 
-        It says nothing of the content: an object that is stored anew has another.
+        It does not identify the content: the same content, stored again, has another one.
+
+        Args:
+            key: The object.
+
+        Returns:
+            The identifier; None if there is no such object.
         """
         head = self._head(key)
         return None if head is None else f"{head.get('VersionId', '')} {head['ETag']} {head['ContentLength']}"
 
     def read(self, key: str) -> bytes:
-        """The content of the small object `key`, checked. Raises `StorageError`."""
+        """Read a small object and check its content.
+
+        Args:
+            key: The object.
+
+        Returns:
+            Its content.
+
+        Raises:
+            NoSuchObject: There is no such object.
+            DamagedObject: The content is not what was stored.
+            StorageError: The storage cannot be used.
+        """
 
         def read() -> bytes:
             answer = self.client.get_object(Bucket=self.bucket, Key=self.key(key))
@@ -180,7 +214,17 @@ class Storage:
         return self._twice(read)
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes | None]:
-        """The contents of small objects, several at a time; None where there is none. Raises `StorageError`."""
+        """Read small objects, several at a time.
+
+        Args:
+            keys: The objects.
+
+        Returns:
+            The content of each object; None if it does not exist.
+
+        Raises:
+            StorageError: The storage cannot be used, or an object is damaged.
+        """
         wanted = list(dict.fromkeys(keys))
 
         def read(key: str) -> bytes | None:
@@ -193,16 +237,33 @@ class Storage:
             return dict(zip(wanted, pool.map(read, wanted), strict=True))
 
     def exist(self, keys: Iterable[str]) -> set[str]:
-        """Those of `keys` that name objects, asked several at a time. Raises `StorageError`."""
+        """Return which keys name objects; several are checked at a time.
+
+        Args:
+            keys: The objects.
+
+        Returns:
+            Those that exist.
+
+        Raises:
+            StorageError: The storage cannot be used.
+        """
         asked = list(dict.fromkeys(keys))
         with ThreadPoolExecutor(_THREADS) as pool:
             return {key for key, there in zip(asked, pool.map(self.exists, asked), strict=True) if there}
 
     def get(self, key: str, target: Path, digest: str | None = None) -> None:
-        """Fetch the object `key` into the file `target`, which appears when it is whole and checked.
+        """Fetch an object into a file, which appears when it is complete and checked.
 
-        Its SHA-256 must be `digest`, where that is given, or else the one that it was stored with. Raises
-        `StorageError`.
+        Args:
+            key: The object.
+            target: The file.
+            digest: The SHA-256 that the content must have; by default the one that it was stored with.
+
+        Raises:
+            NoSuchObject: There is no such object.
+            DamagedObject: The content has another digest.
+            StorageError: The storage cannot be used.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
@@ -218,24 +279,41 @@ class Storage:
             partial.unlink(missing_ok=True)
 
     def put(self, key: str, content: Path | bytes, digest: str | None = None) -> None:
-        """Store a content as the object `key`, whole or not at all, whatever that holds. Raises `StorageError`.
+        """Store a content as an object, whole or not at all, replacing what the object held.
 
-        `digest` is the content's SHA-256, where that is known.
+        Args:
+            key: The object.
+            content: A file, or the content itself.
+            digest: The SHA-256 of the content, if it is known.
+
+        Raises:
+            StorageError: The storage cannot be used.
         """
         known = digest or content_digest(content)
         self._patiently(lambda: self._send(key, content, known))
 
     def put_files(self, folder: str, files: Mapping[str, Path | bytes], last: str | None = None) -> int:
-        """Store `files` (name → file or content) below `folder`, `last` after all others; returns how many were sent.
+        """Store files below a folder.
 
-        An object that holds the same content already is not sent again. Each arrives whole or not at all, so a reader
-        who waits for `last` never sees a part. Raises `StorageError`.
+        An object that has the same content already is not sent again. Each arrives whole or not at all, so a reader who
+        waits for `last` never sees an incomplete folder.
+
+        Args:
+            folder: The folder in the storage.
+            files: Names with files or contents.
+            last: The name to store after all others.
+
+        Returns:
+            How many objects were sent.
+
+        Raises:
+            StorageError: The storage cannot be used.
         """
         names = sorted(files, key=lambda name: (name == last, name))
         return sum(self._put(f"{folder.rstrip('/')}/{name}", files[name]) for name in names)
 
     def names(self, folder: str) -> list[str]:
-        """The names of all objects below `folder`, relative to it."""
+        """Return the names of all objects below a folder, relative to it."""
         root = self.key(folder) + "/"
 
         def names() -> list[str]:
@@ -245,7 +323,18 @@ class Storage:
         return self._patiently(names)
 
     def get_folder(self, folder: str, target: Path) -> list[str]:
-        """Fetch all objects below `folder` into `target`, each checked before it appears; returns their names."""
+        """Fetch all objects below a folder, each checked before it appears.
+
+        Args:
+            folder: The folder in the storage.
+            target: The local folder.
+
+        Returns:
+            The names of the objects.
+
+        Raises:
+            StorageError: There are no objects, one would land outside of `target`, or the storage cannot be used.
+        """
         names = self.names(folder)
         if not names:
             raise StorageError(f"There is nothing at {self.url(folder)}. Check storage.bucket and storage.prefix.")
@@ -256,8 +345,12 @@ class Storage:
         return names
 
     def check_writable(self) -> None:
-        """Store and delete an empty object. Raises `StorageError`."""
-        # One name for all: what a killed process leaves is used up by the next one.
+        """Store and delete an empty object.
+
+        Raises:
+            StorageError: The storage cannot be used.
+        """
+        # One name for all: the next process overwrites and deletes what a killed one leaves.
         probe = {"Bucket": self.bucket, "Key": self.key(".writable")}
         self._patiently(lambda: self.client.put_object(**probe, Body=b""))
         self._patiently(lambda: self.client.delete_object(**probe))
@@ -287,7 +380,7 @@ class Storage:
             self.client.put_object(**where, Body=content, ChecksumSHA256=checksum, Metadata=metadata)
 
     def _download(self, key: str, target: Path) -> str | None:
-        """Write the object to `target`; returns the digest that it was stored with."""
+        """Write an object to a file; return the digest that it was stored with."""
         answer = self.client.get_object(Bucket=self.bucket, Key=self.key(key))
         stored: str | None = answer["Metadata"].get(_DIGEST)
         with answer["Body"] as body:
@@ -298,14 +391,14 @@ class Storage:
         return stored
 
     def _twice(self, operation: Callable[[], T]) -> T:
-        """The result of fetching an object, which may have been damaged on its way, or replaced meanwhile."""
+        """Return the result of fetching an object; try again once if it was damaged on its way or has been replaced."""
         try:
             return self._patiently(operation)
         except DamagedObject:
             return self._patiently(operation)
 
     def _patiently(self, operation: Callable[[], T]) -> T:
-        """The result of an operation, tried again for `patience` seconds while what fails may pass by itself."""
+        """Return the result of an operation, tried again for `patience` seconds while a failure may pass by itself."""
         end, wait = time.monotonic() + self.patience, 0.1
         while True:
             try:
@@ -328,7 +421,7 @@ class Storage:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns errors of boto3 inside the block, whoever calls it, into `StorageError`."""
+        """Turn errors of boto3 inside the block, whoever calls it, into `StorageError`."""
         try:
             yield
         except (BotoCoreError, Boto3Error, ClientError, ResponseParserError, S3DownloadFailedError) as error:
@@ -347,7 +440,7 @@ class Storage:
 
 
 def _reason(error: Exception) -> Exception:
-    """What lies behind an error of a transfer, which boto3 keeps as its context, or wraps."""
+    """Return the cause of a failed transfer, which boto3 keeps as its context, or wraps."""
     if isinstance(error, RetriesExceededError):
         return error.last_exception
     if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, Exception):
@@ -357,10 +450,20 @@ def _reason(error: Exception) -> Exception:
 
 @contextmanager
 def connect(settings: StorageSettings, home: Path) -> Iterator[Storage]:
-    """Open the storage that `settings` name, checked by storing an object.
+    """Open a storage, checked by storing an object.
 
-    With `endpoint: embedded` the server of `home` is started where none runs, and stopped by its last user.
-    Raises `StorageError`, within about half a minute where the server does not answer, or `EmbeddedServerError`.
+    With the endpoint `embedded`, the server of `home` is started if none runs, and stopped by its last user.
+
+    Args:
+        settings: Where the storage is.
+        home: The folder of the project's runtime state.
+
+    Yields:
+        The open storage.
+
+    Raises:
+        StorageError: The storage cannot be used; raised within about half a minute if the server does not answer.
+        EmbeddedServerError: The embedded server does not start.
     """
     if settings.endpoint == EMBEDDED:
         folder = home / "s3"
@@ -394,7 +497,7 @@ def _embedded(settings: StorageSettings, folder: Path, server: embedded.Server, 
 
 
 def _serves(storage: Storage) -> bool:
-    """Whether a starting embedded server stores objects already, and finds those of before; makes its bucket."""
+    """Return whether a starting embedded server stores objects and finds earlier ones; create its bucket."""
     try:
         storage.client.create_bucket(Bucket=storage.bucket)
     except ParamValidationError as error:
@@ -408,7 +511,7 @@ def _serves(storage: Storage) -> bool:
         return False
     try:
         storage.check_writable()
-        # It takes new objects up to five seconds before it knows where the old ones are.
+        # It accepts new objects up to five seconds before it finds the old ones.
         root = storage.elsewhere(storage.bucket)
         if not root.exists(_OLD_OBJECT):
             root.put(_OLD_OBJECT, b"stored by the first start")
@@ -419,7 +522,7 @@ def _serves(storage: Storage) -> bool:
 
 
 def content_digest(content: Path | bytes) -> str:
-    """SHA-256 (hexadecimal) of a file or of bytes."""
+    """Return the SHA-256 (hexadecimal) of a file or of bytes."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     return sha256(content)

@@ -1,1 +1,1 @@
-"""Comparisons beside the pipeline: which models are alike, what size costs."""
+"""Comparisons beside the pipeline: which models are alike, and what a size costs."""

@@ -1,4 +1,4 @@
-"""What every two models of a fleet have in common, from their statistics files; known pairs are not computed again."""
+"""Affinities of every two models of a fleet, from their statistics files; known pairs are not computed again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ MEMORY = 4 * 2**30
 """Bytes of models that are held at once."""
 
 _REPORTS = 10
-"""So often a long comparison tells how far it is, and keeps what it has."""
+"""How many times a long comparison reports its progress and saves its results."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelStatistics:
-    """A model as comparisons need it: its traced network, or what loads it, and the file that `hessians` wrote.
+    """A model as comparisons need it.
 
-    `digest` stands for the content of both: whatever changes the weights or the statistics must change it.
+    Attributes:
+        name: The model's name.
+        network: The traced network, or a function that loads it.
+        hessians: The file that the stage `hessians` wrote.
+        digest: Stands for the content of both: it must change whenever the weights or the statistics change.
+        tags: The model's tags.
     """
 
     name: str
@@ -36,7 +41,15 @@ class ModelStatistics:
     tags: frozenset[str] = field(default_factory=frozenset)
 
     def profile(self) -> Profile:
-        """Everything loaded. Raises `MtzError` in its kinds."""
+        """Load the network, its second moments and its sensitivities.
+
+        Returns:
+            The profile for comparisons.
+
+        Raises:
+            InvalidArtifact: The statistics are damaged, or do not fit the network.
+            MtzError: The network cannot be loaded.
+        """
         network = self.network if isinstance(self.network, Network) else self.network()
         moments, sensitivity = read_moments(self.hessians), read_sensitivities(self.hessians)
         for node in network.graph.layers:
@@ -59,10 +72,22 @@ def compare(
     on_progress: Callable[[str], None] = show_progress,
     memory: int = MEMORY,
 ) -> Affinities:
-    """Compare every two models; `cache` keeps what was found, by digests, for as long as a model is there.
+    """Compare every two models.
 
     At most `memory` bytes of models are held at once, but at least two models: what does not fit is read again for
-    every block of models that does. Raises `MtzError` in its kinds.
+    every block of models that does.
+
+    Args:
+        models: The models by name.
+        cache: The file that keeps results, by digest, for as long as a model exists.
+        on_progress: Receives progress messages.
+        memory: Bytes of models to hold at once.
+
+    Returns:
+        The affinities of all pairs.
+
+    Raises:
+        MtzError: A model cannot be loaded, or its statistics are damaged.
     """
     work = _Work({name: models[name] for name in sorted(models)}, cache, on_progress)
     for pair, found in _compared(work.missing(), work.load, memory):
@@ -71,7 +96,7 @@ def compare(
 
 
 class _Work:
-    """What is known already, and what becomes known: by the models' digests."""
+    """The pairs that are known, by the models' digests, and those that are still to be compared."""
 
     def __init__(self, models: Mapping[str, ModelStatistics], cache: Path, on_progress: Callable[[str], None]) -> None:
         self._models, self._cache, self._on_progress = models, cache, on_progress
@@ -94,11 +119,11 @@ class _Work:
         return first, second
 
     def _turned(self, pair: _Pair, found: Affinity) -> Affinity:
-        """An affinity of models by name as one by digest, and the other way round."""
+        """Convert an affinity between the order of the models' names and the order of their digests."""
         return found if self._models[pair[0]].digest == self._key(pair)[0] else found.reversed
 
     def missing(self) -> list[_Pair]:
-        """The pairs that are not known, one of each two contents."""
+        """Return the pairs that are not known, one of each two contents."""
         wanted = {self._key(pair): pair for pair in combinations(self._models, 2) if self._key(pair) not in self._pairs}
         self._wanted = len(wanted)
         if wanted:
@@ -107,13 +132,13 @@ class _Work:
         return list(wanted.values())
 
     def load(self, name: str) -> Profile:
-        """A model's profile; its size is noted."""
+        """Return a model's profile and record its size."""
         profile = self._models[name].profile()
         self._bytes[self._models[name].digest] = profile.network.bytes
         return profile
 
     def add(self, pair: _Pair, found: Affinity) -> None:
-        """Note a pair; from time to time tell how far it is, and keep all."""
+        """Record a pair; from time to time, report progress and save everything."""
         self._pairs[self._key(pair)] = self._turned(pair, found)
         self._done += 1
         if self._done * _REPORTS // self._wanted > (self._done - 1) * _REPORTS // self._wanted:
@@ -121,9 +146,9 @@ class _Work:
             write_affinities(self._cache, Affinities(self._bytes, {}, self._pairs), _method())
 
     def result(self) -> Affinities:
-        """All pairs by the models' names."""
+        """Return all pairs by the models' names."""
         for name, model in self._models.items():
-            if model.digest not in self._bytes:  # there is nothing to compare it with
+            if model.digest not in self._bytes:  # it is in no pair
                 self.load(name)
         return Affinities(
             {name: self._bytes[model.digest] for name, model in self._models.items()},
@@ -133,7 +158,7 @@ class _Work:
 
 
 def _compared(pairs: Sequence[_Pair], load: Callable[[str], Profile], memory: int) -> Iterator[tuple[_Pair, Affinity]]:
-    """Every pair. As many models as memory allows are held, and the others pass by them one at a time."""
+    """Yield every pair; hold as many models as memory allows, and load the others one at a time."""
     comparer = Comparer()
     left: dict[str, set[str]] = {name: set() for name in sorted({name for pair in pairs for name in pair})}
     for one, other in pairs:
@@ -154,16 +179,16 @@ def _compared(pairs: Sequence[_Pair], load: Callable[[str], Profile], memory: in
                 block[name] = profile
                 held += profile.bytes
                 largest = max(one.bytes for one in block.values())
-                full = held + 2 * largest > memory  # room for one more, and for one that passes by
+                full = held + 2 * largest > memory  # room for one more, and for one that is loaded meanwhile
 
 
 def _method() -> str:
-    """What comparisons depend on beside the models: the code that makes them."""
+    """Return what comparisons depend on beside the models: the digest of their code."""
     return code_digest(__name__)
 
 
 def write_affinities(path: Path, affinities: Affinities, method: str = "") -> None:
-    """Affinities as JSON, and the method by which they were found."""
+    """Write affinities, and the method by which they were found, as JSON."""
     models = affinities.models
     number = {model: i for i, model in enumerate(models)}
     write_json(
@@ -180,7 +205,18 @@ def write_affinities(path: Path, affinities: Affinities, method: str = "") -> No
 
 
 def read_affinities(path: Path, method: str = "") -> Affinities:
-    """The affinities that `write_affinities` wrote. Raises `InvalidArtifact`, also where the method was another."""
+    """Read the affinities that `write_affinities` wrote.
+
+    Args:
+        path: The file.
+        method: The method by which they must have been found.
+
+    Returns:
+        The affinities.
+
+    Raises:
+        InvalidArtifact: The file is missing or damaged, or the method was another.
+    """
     content = read_json(path)
     try:
         if content["method"] != method:

@@ -1,7 +1,7 @@
-"""Figures that a person understands at a glance, the same bytes each time: curves named where they end, whole fleets.
+"""Figures that are understood at a glance and have the same bytes each time: labelled curves, and whole fleets.
 
-No window system is needed and matplotlib's settings are left as they were. Colours follow Okabe and Ito (2008), so they
-remain different for colour-blind eyes; markers and widths differ as well.
+No window system is needed, and matplotlib's settings are left unchanged. Colours follow Okabe and Ito (2008), so that
+they remain distinct for colour-blind readers; markers and widths differ as well.
 """
 
 from __future__ import annotations
@@ -55,47 +55,53 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
 }
 _WIDTH, _HEIGHT, _LEAST_WIDTH, _HEADING = 3.5, 3.5, 7.0, 1.0
-"""Of a panel, of a whole figure, and what the texts above and below take, in inches; read at a README's width."""
+"""Inches, for the width of a README: a panel's width and height, a figure's least width, the height of the texts."""
 
 _DPI, _LETTER, _TITLE_LETTER = 160, 0.093, 0.116
-"""Pixels to an inch; inches that a letter of a curve's name, and of the title, takes."""
+"""Pixels per inch; inches per letter of a curve's name, and of the title."""
 
 _PERCENTS = (1, 2, 3, 5, 7, 10, 15, 25, 35, 50, 75, 100, 150, 200, 300, 400)
 _POINTS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _LINEAR_TO, _ALL_LINEAR_TO = 1.0, 3.0
-"""Points; higher rises are drawn on a logarithmic scale from the first on, so that one bad method flattens no other."""
+"""Points: the scale is linear up to the first, and logarithmic beyond it if a rise exceeds the second."""
 
 _THINNER, _THINNEST = 0.66, 0.25
-"""Each line's width relative to the one that it is drawn over, and to the first."""
+"""Each line's width relative to the one that it is drawn over; the least width relative to the first line."""
 
 _GAP = 8.0
-"""Between a line's end and its name, in typographic points."""
+"""Distance between a line's end and its name, in typographic points."""
 
 _SPOTS = tuple(
     product((-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.6, -0.6, 1.0, -1.0, 1.4, -1.4, 1.8, -1.8))
 )
-"""Where a name may stand: how far right and up, ±1 being beside, or above, the line's end."""
+"""Where a name may stand: how far right and up of the line's end; ±1 is beside it, or above it."""
 
 
 _CELLS, _LEAST_CELL, _MOST_CELL = 8.0, 0.135, 0.6
-"""A matrix takes so many inches as long as its cells are neither smaller nor larger than these."""
+"""Inches: the size of a matrix, as long as its cells are neither smaller nor larger than the other two."""
 
 _VALUES_TO = 14
-"""So many models have their similarity written in the cells."""
+"""The most models for which the similarity is written in the cells."""
 
 _SHADES = LinearSegmentedColormap.from_list("similarity", ["#FFFFFF", "#CFE3F3", "#5BA3D0", "#08519C"]).with_extremes(
     bad="#EDEDED"
 )
 _DARK = 0.6
-"""Letters on shades of more than that are white."""
+"""Letters on darker shades than this are white."""
 
 _SCALE, _BELOW = 3.0, 0.65
-"""The scale's width, and the height of all that is below a matrix, in inches."""
+"""Inches: the width of the scale, and the height of everything below a matrix."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line through points, at least one: `x` in percent, above 0, and `y` in percentage points."""
+    """A named line through at least one point.
+
+    Attributes:
+        name: The label.
+        x: Stored bytes in percent, above 0.
+        y: Rise of the error in percentage points.
+    """
 
     name: str
     x: Sequence[float]
@@ -104,7 +110,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves to be compared, and what they are about."""
+    """Curves to compare.
+
+    Attributes:
+        title: What they are about.
+        curves: The curves.
+    """
 
     title: str
     curves: Sequence[Curve]
@@ -121,9 +132,17 @@ def draw_curves(
     note: str = "",
     columns: int | None = None,
 ) -> None:
-    """Draw panels side by side, `columns` in a row, to an SVG or PNG file, as its suffix says.
+    """Draw panels side by side; a curve has the same colour and marker in all panels.
 
-    A curve has the same colour and marker in all panels. `zero` names the dotted line at 0, `note` goes below.
+    Args:
+        path: The SVG or PNG file, by its suffix.
+        panels: The panels.
+        title: Title of the figure.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        zero: Label of the dotted line at 0.
+        note: A text below the figure.
+        columns: Panels in a row; all by default.
     """
     names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
     looks = {name: _LOOKS[number % len(_LOOKS)] for number, name in enumerate(names)}
@@ -151,13 +170,13 @@ def draw_curves(
 @contextmanager
 def _own_style() -> Iterator[None]:
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own settings are no part of a figure that is the same everywhere
+        matplotlib.rcdefaults()  # a user's own settings must not change the figure
         matplotlib.rcParams.update(_STYLE)
         yield
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write an SVG or PNG file, as its suffix says, without the time of its making."""
+    """Write an SVG or PNG file, by its suffix, without the time of writing."""
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with whole_file(path) as temporary:
@@ -165,7 +184,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _scale(axes: Axes, panels: Sequence[Panel], room: float) -> None:
-    """Set the scales, limits and ticks that all panels share; a part of the width is `room` for names at the left."""
+    """Set the scales, limits and ticks that all panels share; `room` is the part of the width for names on the left."""
     x = [value for panel in panels for curve in panel.curves for value in curve.x]
     y = [value for panel in panels for curve in panel.curves for value in curve.y]
     most, least = max(x, default=100.0), min(x, default=10.0)
@@ -196,7 +215,7 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]], zero: str
     axes.annotate(zero, (0, 0), (4, -3), xycoords=left, textcoords="offset points", va="top", fontsize=10)
     for number, curve in enumerate(panel.curves):
         colour, marker = looks[curve.name]
-        thinner = max(_THINNER**number, _THINNEST)  # so that lines that coincide are all seen
+        thinner = max(_THINNER**number, _THINNEST)  # so that coinciding lines all stay visible
         axes.plot(
             curve.x,
             curve.y,
@@ -210,7 +229,7 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]], zero: str
 
 
 def _name_lines(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
-    """Write each curve's name beside its leftmost point, where it covers least of lines and of other names."""
+    """Write each curve's name beside its leftmost point, where it covers the least of lines and other names."""
     lines = [_pixels(axes, curve) for curve in panel.curves]
     ink = np.concatenate([*lines, np.empty((0, 2))])
     taken = [text.get_window_extent() for text in axes.texts]
@@ -245,7 +264,7 @@ def _name_lines(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> 
 
 
 def _pixels(axes: Axes, curve: Curve) -> Float[np.ndarray, "n 2"]:
-    """Points all along a line, a typographic point apart, as pixels of the figure."""
+    """Return points along a line, one typographic point from each other, in pixels of the figure."""
     corners = axes.transData.transform(sorted(zip(curve.x, curve.y, strict=True)))
     lengths = np.hypot(*np.diff(corners, axis=0).T)
     far = np.concatenate([[0.0], np.cumsum(lengths)])
@@ -254,10 +273,15 @@ def _pixels(axes: Axes, curve: Curve) -> Float[np.ndarray, "n 2"]:
 
 
 def draw_fleet(affinities: Affinities, grouping: Grouping, file: Path, names: Sequence[str] = ()) -> None:
-    """Draw what every two models have in common, by group, to an SVG or PNG file, as its suffix says.
+    """Draw the similarity of every two models, sorted by group.
 
-    Groups are outlined and named (`names`, in their order; numbered if not given), models left alone have grey names.
-    Pairs that cannot be compared are grey.
+    Groups are outlined and named. Models that are left alone have grey names; pairs that cannot be compared are grey.
+
+    Args:
+        affinities: The affinities of all pairs.
+        grouping: The groups.
+        file: The SVG or PNG file, by its suffix.
+        names: Names of the groups, in their order; numbers by default.
     """
     names = names or [f"group {number}" for number in range(1, len(grouping.groups) + 1)]
     alone = [one.model for one in grouping.alone]
@@ -283,7 +307,7 @@ def draw_fleet(affinities: Affinities, grouping: Grouping, file: Path, names: Se
 def _matrix(
     affinities: Affinities, order: Sequence[str], alone: Sequence[str], limit: float, right: float
 ) -> tuple[Figure, Axes]:
-    """A figure with the matrix, the models' names and the scale; so many inches to the `right` stay free."""
+    """Return a figure with the matrix, the models' names and the scale; `right` is the free space in inches."""
     count = len(order)
     cell = min(max(_CELLS / max(count, 1), _LEAST_CELL), _MOST_CELL)
     letter = min(11.0, 0.85 * cell * 72)
@@ -311,7 +335,7 @@ def _matrix(
 
 
 def _scale_of_shades(axes: Axes, limit: float) -> None:
-    """What the shades mean, and the least similarity that groups may have."""
+    """Draw the scale of the shades, with the least similarity that groups may have."""
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=_SHADES, extent=(0, 1, 0, 1), aspect="auto", interpolation="none")
     axes.set_yticks([])
     axes.set_xticks([0, 1], ["0", "100 %"], fontsize=9)
@@ -321,7 +345,7 @@ def _scale_of_shades(axes: Axes, limit: float) -> None:
 
 
 def _similarities(affinities: Affinities, order: Sequence[str]) -> Float[np.ndarray, "n n"]:
-    """The matrix, NaN where models cannot be compared."""
+    """Return the matrix of similarities, NaN where models cannot be compared."""
     values = np.eye(len(order))
     for i, j in combinations(range(len(order)), 2):
         pair = affinities.of(order[i], order[j])
@@ -337,7 +361,7 @@ def _outline(axes: Axes, start: int, count: int, colour: str) -> None:
 
 
 def _name_block(axes: Axes, size: int, middle: float, text: str, colour: str) -> None:
-    """Write what rows are, beside the matrix."""
+    """Write the name of a block of rows beside the matrix."""
     axes.annotate(
         text,
         (size - 0.5, middle),

@@ -1,6 +1,6 @@
-"""What size costs: the error of a group's networks against stored bytes, for several methods.
+"""The cost of size: the error of a group's networks against stored bytes, for several methods.
 
-This is no stage: nothing in the pipeline needs it. It reads what the stages before `match` have written.
+This is not a stage: nothing in the pipeline needs it. It reads what the stages before `match` wrote.
 """
 
 from __future__ import annotations
@@ -46,26 +46,40 @@ METHODS: Mapping[str, tuple[Method, Sequence[Move]]] = {
     "share": ("refit", ("share",)),
     "paper": ("paper", ("share",)),
 }
-"""How bytes can be saved: the method of zipping, and what it may do."""
+"""How bytes are saved: the method of zipping, and the moves that it may make."""
 
 SIZES = (0.15, 0.25, 0.35, 0.5, 0.75)
-"""Stored bytes, relative to the originals'."""
+"""Stored bytes, relative to the originals' bytes."""
 
 NAMES = {"mixture": "mixture", "drop": "drop only", "share": "share only", "paper": "paper"}
-"""The methods as they are called in tables and figures."""
+"""Names of the methods in tables and figures."""
 
 
 class InvalidPareto(MtzError):
-    """Sizes or methods that cannot be compared."""
+    """The sizes or methods cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How good one network is at one task; the table's columns.
+    """The quality of one network on one task; the fields are the table's columns.
 
-    Bytes are payload; `least_fraction` is the least that the method can store, fractions are of the originals' bytes.
-    Errors are those of the model's metric on the test split, in percent, `rise` in points. `held_out_loss` is the
-    distillation loss, in nats, by which the plan was chosen. Neurons are hidden ones.
+    Attributes:
+        group: The group's name.
+        method: How bytes were saved, a key of `METHODS`.
+        retrained: Whether the network was retrained lightly.
+        task: The task.
+        stored_bytes: Stored bytes of the whole network, payload only.
+        original_bytes: Bytes of all originals, payload only.
+        stored_fraction: Stored bytes relative to the originals' bytes, 0 to 1.
+        least_fraction: The least that the method can store, relative to the originals' bytes, 0 to 1.
+        metric: The model's metric.
+        error: Error on the test split by that metric, in percent.
+        error_original: The same of the original, in percent.
+        rise: The difference of the two, in points.
+        held_out_loss: Held-out distillation loss by which the plan was chosen, in nats.
+        original_neurons: Hidden neurons of the original.
+        kept_neurons: Hidden neurons that the task keeps.
+        shared_neurons: Hidden neurons that are shared.
     """
 
     group: str
@@ -87,13 +101,19 @@ class Row:
 
     @property
     def curve(self) -> str:
-        """The curve that it belongs to."""
+        """Name of the curve that the row belongs to."""
         return NAMES[self.method] + (", retrained" if self.retrained else "")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be compared: sizes, ascending, methods, and whether networks are retrained lightly, too."""
+    """The networks to compare.
+
+    Attributes:
+        sizes: Stored bytes relative to the originals' bytes, ascending, above 0 and at most 1.
+        methods: Keys of `METHODS`.
+        retraining: Whether the networks are also retrained lightly.
+    """
 
     sizes: Sequence[float] = SIZES
     methods: Sequence[str] = tuple(METHODS)
@@ -101,7 +121,19 @@ class Asked:
 
     @classmethod
     def parse(cls, sizes: str | None = None, methods: str | None = None, retraining: bool = False) -> Asked:
-        """From texts such as `0.25,0.5` and `mixture,paper`, in any order. Raises `InvalidPareto`."""
+        """Parse the command line's texts, in any order.
+
+        Args:
+            sizes: Sizes such as `0.25,0.5`; None for `SIZES`.
+            methods: Methods such as `mixture,paper`; None for all.
+            retraining: Whether the networks are also retrained lightly.
+
+        Returns:
+            The networks to compare.
+
+        Raises:
+            InvalidPareto: A size is out of range, or a method is unknown.
+        """
         return cls(
             SIZES if sizes is None else _parse_sizes(sizes),
             tuple(METHODS) if methods is None else _parse_methods(methods),
@@ -132,7 +164,13 @@ def _parse_methods(text: str) -> tuple[str, ...]:
 def run(params: Params, workspace: Workspace, asked: Asked) -> None:
     """Write the table, as Parquet and as CSV for DVC's plots, and the figure; record them in MLflow.
 
-    Raises `MtzError`.
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from and write to.
+        asked: The networks to compare.
+
+    Raises:
+        MtzError: A network cannot be made or measured, or the storage or the registry cannot be used.
     """
     rows = measure_rows(params, workspace, asked)
     files = write(workspace.pareto, rows)
@@ -145,10 +183,22 @@ def run(params: Params, workspace: Workspace, asked: Asked) -> None:
 
 
 def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row]:
-    """Make a network for every method and size and measure it, telling each.
+    """Make a network for every method and size, and measure it.
 
-    Where a method does not reach all sizes, the least that it can store is measured in their place. Raises `MtzError`,
-    `InvalidPareto` if no method reaches any size.
+    If a method does not reach all sizes, the least that it can store is measured in place of those that it does not
+    reach.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace to read from.
+        asked: The networks to compare.
+
+    Returns:
+        A row for each network and task.
+
+    Raises:
+        InvalidPareto: No method reaches any of the sizes.
+        MtzError: A network cannot be made or measured.
     """
     group = _Group(params, workspace)
     spenders = {method: group.budget_search(method) for method in asked.methods}
@@ -178,13 +228,13 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
 
 
 def reached(sizes: Sequence[float], least: float) -> list[float]:
-    """The sizes that a method reaches, the largest first; the last is its `least` if it does not reach them all."""
+    """Return the sizes that a method reaches, the largest first; the last is `least` if it does not reach them all."""
     found = sorted((size for size in set(sizes) if size >= least), reverse=True)
     return found if min(sizes) >= least else [*found, least]
 
 
 def _least(budget_search: BudgetSearch) -> float:
-    """The smallest size that a method reaches, as a fraction that is no less than its bytes."""
+    """Return the smallest size that a method reaches, as a fraction that is no less than its bytes."""
     planner = budget_search.planner
     return (planner.least_bytes + 0.5) / planner.original_bytes
 
@@ -194,12 +244,12 @@ def _errors_by_task(rows: Sequence[Row]) -> str:
 
 
 def as_percent(fraction: float) -> str:
-    """A least size for people, rounded up so that it is one that can be reached."""
+    """Return a least size in percent, rounded up so that it can be reached."""
     return f"{ceil(1000 * fraction) / 10:g}"
 
 
 class _Group:
-    """The networks of a group, what is known of them, and the data that judge them."""
+    """The networks of a group, their statistics, and the data that they are measured on."""
 
     def __init__(self, params: Params, workspace: Workspace) -> None:
         self._params, self._workspace = params, workspace
@@ -215,7 +265,7 @@ class _Group:
         self._batches = {model: as_batches(calibration(params, workspace, model), model) for model in self.networks}
 
     def budget_search(self, method: str) -> BudgetSearch:
-        """What makes plans by a method."""
+        """Return the search that makes plans by a method."""
         kind, moves = METHODS[method]
         budget = Budget(size=1.0, moves=moves)
         config = replace(self._params.zip_config(), method=kind, share=None, budget=budget)
@@ -224,7 +274,7 @@ class _Group:
     def rows(
         self, method: str, least: float, candidate: Candidate, zipped: ZippedNetwork, retrained: bool
     ) -> list[Row]:
-        """What a network stores and how good it is, for every task."""
+        """Return what a network stores and its errors, for every task."""
         report, plan = zipped.report, candidate.plan
         shared = sum(pairing.shared for pairing in plan.pairings.values())
         found = []
@@ -262,7 +312,7 @@ class _Group:
 
     @cached_property
     def _retraining(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Targets | None, Targets]:
-        """Training and validation examples, their labels if these take part, and the originals' outputs."""
+        """Training and validation examples, their labels if retraining uses them, and the originals' outputs."""
         settings = self._params.retrain
         training, training_labels = read_split(self._params, self._workspace, "train", settings.images)
         validation, validation_labels = read_split(self._params, self._workspace, "validation", None)
@@ -305,7 +355,17 @@ def write(folder: Path, rows: Sequence[Row]) -> dict[str, Path]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The table that `write` wrote as Parquet. Raises `InvalidArtifact`."""
+    """Read the table that `write` wrote as Parquet.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The rows.
+
+    Raises:
+        InvalidArtifact: The file cannot be read.
+    """
     try:
         return [Row(**row) for row in pq.read_table(path).to_pylist()]
     except (OSError, pa.ArrowException, TypeError) as error:
@@ -313,7 +373,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def limits(rows: Sequence[Row], smallest: float) -> str:
-    """Which methods cannot store as little as was asked for, in a sentence; empty if all can."""
+    """Return a sentence that names the methods that cannot store as little as was asked for; empty if all can."""
     least = {NAMES[row.method]: as_percent(row.least_fraction) for row in rows if row.least_fraction > smallest}
     parts = [
         f"{' and '.join(name for name, _ in same)} cannot store less than {size} %"
@@ -323,7 +383,7 @@ def limits(rows: Sequence[Row], smallest: float) -> str:
 
 
 def _draw(path: Path, rows: Sequence[Row]) -> None:
-    """A panel for each task and for their mean; then the same after light retraining."""
+    """Draw a panel for each task and for their mean; then the same after light retraining."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     names = {row.task: row.task if row.metric == "error" else f"{row.task} ({row.metric})" for row in rows}
     panels = []
@@ -344,7 +404,7 @@ def _draw(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _curves(rows: Sequence[Row], tasks: set[str]) -> list[Curve]:
-    """The rise of the tasks' mean error by method, down from the originals, which store all bytes and lose nothing."""
+    """Return the rise of the tasks' mean error by method, starting at the originals, with all bytes and no rise."""
     curves = []
     for method in dict.fromkeys(row.method for row in rows):
         rises: dict[float, list[float]] = {}
@@ -358,7 +418,7 @@ def _curves(rows: Sequence[Row], tasks: set[str]) -> list[Curve]:
 
 
 def as_study(params: Params, rows: Sequence[Row], asked: Asked, files: Mapping[str, Path]) -> publish.Study:
-    """What MLflow keeps of it. The same table is the same study."""
+    """Return what MLflow keeps; the same table is the same study."""
     settings = params.model_dump()
     blocks = {
         f"{name}.{key}": value

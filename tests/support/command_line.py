@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.waiting import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,5 +29,5 @@ def start(project: Path, *arguments: str, output: Path | None = None, **variable
 def mtz(project: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
     """Run the command; return its status and what it printed."""
     process = start(project, *arguments, output=None, **variables)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out, err

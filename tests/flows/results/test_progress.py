@@ -57,7 +57,7 @@ def test_the_table_says_where_each_group_is() -> None:
 
 def test_the_clock_of_an_ended_group_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("flows.results.progress.time.monotonic", lambda: now[0])
     display = Display()
     display._rows["g"] = progress._Row(start=100.0)
     now[0] = 107.0
