@@ -215,7 +215,7 @@ def _remove_sockets(folder: Path) -> None:
 
 
 def _pid(folder: Path) -> int | None:
-    """Return the process id that the launcher wrote, waiting a moment for a launcher that has not done so yet."""
+    """Return the process id that the launcher wrote, waiting for a launcher that has not done so yet."""
     file = folder / "server.pid"
     if not _becomes(lambda: file.exists() and file.read_text().strip().isdigit(), _LAUNCH_SECONDS):
         return None
