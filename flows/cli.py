@@ -359,7 +359,7 @@ def dvc(
     """Run DVC with the storage as its remote: in the project, or in a group's workspace.
 
     Example: `mtz dvc -- pull`, `mtz dvc --group lenet5 -- metrics show`
-    """
+    """  # noqa: DOC501 - the command's help, and an exit
     with _errors_in_one_line():
         from flows.commands.dvc import run_dvc
 

@@ -70,6 +70,17 @@ def _without_password(value: str) -> str:
 
 
 def importable_name(value: str) -> str:
+    """Return a factory's name if it has the form `package.module:function`.
+
+    Args:
+        value: The name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        ValueError: It has another form.
+    """
     module, _, attribute = value.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
         raise ValueError("name a factory as 'package.module:function'")
@@ -313,7 +324,10 @@ class FlowParams(_Block):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class Params:
-    """All settings of one group's pipeline. (A dataclass, because `register` is taken on pydantic's models.)"""
+    """All settings of one group's pipeline.
+
+    It is a dataclass because `register` is taken on pydantic's models.
+    """
 
     group: Name
     """The name of the group. Allowed: letters, digits, `_` and `-`."""

@@ -76,7 +76,7 @@ def resolve_file(name: str, location: str, access: Access) -> str:
         SourceError: The location is wrong, or its file cannot be fetched.
         ServiceFault: A service failed in a way that may pass by itself.
     """
-    with _told(f"{name}: {location}"):
+    with _errors_named(f"{name}: {location}"):
         if location.startswith(_S3):
             return _object(*_bucket_and_key(location), access)
         if location.startswith(_REGISTRY):
@@ -187,7 +187,7 @@ def _only_weights(version: ModelVersion, files: list[str]) -> str:
 
 def _folder(name: str, location: str, access: Access) -> dict[str, str]:
     """Return the location of each split's file in a folder."""
-    with _told(f"{name}: {location}"):
+    with _errors_named(f"{name}: {location}"):
         if location.startswith(_S3):
             bucket, prefix = _bucket_and_key(location)
             there = set(access.store.elsewhere(bucket).names(prefix))
@@ -233,7 +233,7 @@ def _made(name: str, spec: Mapping[str, Any], access: Access) -> dict[str, str]:
     if unknown:
         raise SourceError(f"{name}: {min(unknown)!r} is unknown beside a factory. Known: factory, arguments.")
     factory, arguments, contents = str(spec["factory"]), spec.get("arguments") or {}, access.contents
-    with _told(f"{name}: {factory}"):
+    with _errors_named(f"{name}: {factory}"):
         known = recall_key(factory, arguments, access.project)
         recalled = contents.recall(known)
         if recalled is not None:
@@ -266,7 +266,7 @@ def _bucket_and_key(location: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _errors_named(what: str) -> Iterator[None]:
     """Name the source in errors that the block raises."""
     try:
         yield

@@ -227,7 +227,7 @@ def explain(reason: str) -> str:
 
 def _dvc_reason(lines: list[str]) -> str:
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return errors[-1] if errors else (lines[-1] if lines else "it said nothing.")
+    return errors[-1] if errors else (lines[-1] if lines else "there was no output.")
 
 
 def _stage_failure(stage: str, status: int, lines: list[str]) -> Exception:

@@ -45,7 +45,7 @@ def notify(result: Mapping[str, Any]) -> str:
                 break
         except (OSError, ValueError) as error:  # the message of a ValueError would contain the address
             reason = type(error).__name__
-    return f"warning: nobody was told: the address in {URL} cannot be used ({reason}). Check it with curl."
+    return f"warning: the webhook got no report: the address in {URL} cannot be used ({reason}). Check it with curl."
 
 
 def _sentence(result: Mapping[str, Any]) -> str:

@@ -204,6 +204,7 @@ class Fleet:
 
     @property
     def name(self) -> str:
+        """The fleet's name."""
         return self.file.name
 
     def common(self) -> Params:
@@ -259,12 +260,20 @@ def _as_params(name: str, model: Model) -> dict[str, Any]:
 def read_fleet(params_file: Path, fleet_file: Path, settings: Sequence[str] = ()) -> Fleet:
     """Read a fleet.
 
-    A group's changes are merged key by key, anything else replaces; null removes a key. Settings `key.path=value` (the
-    value in YAML) come last and hold for all groups. Without a fleet file there is one group, that of params.yaml.
+    A group's changes are merged key by key, anything else replaces; null removes a key. Settings on the command line
+    come last and hold for all groups. Without a fleet file there is one group, that of params.yaml.
+
+    Args:
+        params_file: The parameters file.
+        fleet_file: The fleet file, which need not exist.
+        settings: Changes on the command line, as `key.path=value`; the value is YAML.
+
+    Returns:
+        The fleet.
 
     Raises:
-        InvalidFleet: unreadable, inconsistent, or settings that are not `key.path=value`.
-        InvalidParams: a file is not readable YAML.
+        InvalidFleet: The fleet file is inconsistent, or a setting is not `key.path=value`.
+        InvalidParams: A file is not readable YAML.
     """
     base = read_yaml(params_file)
     changes = tuple(parse_setting(setting) for setting in settings)
@@ -296,9 +305,17 @@ def upgrade(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def upgrade_file(file: Path) -> str:
-    """Rewrite a file of the format before version 2, keeping the old one beside it; return what was done.
+    """Rewrite a file of the format before version 2, keeping the old one beside it.
 
-    Raises `InvalidFleet`, `InvalidParams`: it is not of that format.
+    Args:
+        file: The fleet file.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        InvalidFleet: The file is of neither format.
+        InvalidParams: The file is not readable YAML.
     """
     content = read_yaml(file)
     upgraded = upgrade(content)

@@ -41,8 +41,6 @@ def run(params: Params, workspace: Workspace) -> None:
     """
     if len(params.models) < 2:
         raise InvalidParams("models: name two at least; one alone has nothing to share.")
-    if len(params.models) < 2:
-        raise InvalidParams("models: give two at least; there is nothing to zip in one.")
     originals = {model: load_network(params, workspace, model) for model in sorted(params.models)}
     networks = {m: trace_on_own_image(params, workspace, m, original) for m, original in originals.items()}
     check_compatible(networks)

@@ -201,8 +201,8 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
         MtzError: A network cannot be made or measured.
     """
     group = _Group(params, workspace)
-    spenders = {method: group.budget_search(method) for method in asked.methods}
-    least = {method: _least(budget_search) for method, budget_search in spenders.items()}
+    searches = {method: group.budget_search(method) for method in asked.methods}
+    least = {method: _least(budget_search) for method, budget_search in searches.items()}
     if max(asked.sizes) < min(least.values()):
         known = ", ".join(f"{NAMES[method]} {as_percent(size)} %" for method, size in least.items())
         raise InvalidPareto(
@@ -212,7 +212,7 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
     todo = [(method, size) for method in asked.methods for size in reached(asked.sizes, least[method])]
     for done, (method, size) in enumerate(todo, start=1):
         start = time.monotonic()
-        budget_search = spenders[method]
+        budget_search = searches[method]
         candidate = min(budget_search.candidates(size), key=lambda candidate: budget_search.weighted(candidate.loss))
         zipped = budget_search.zip(candidate.plan)
         rows = group.rows(method, least[method], candidate, zipped, retrained=False)

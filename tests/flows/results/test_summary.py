@@ -41,12 +41,12 @@ def test_a_merged_group_shows_errors_sizes_times_and_where_it_went() -> None:
 
 def test_what_failed_or_was_refused_says_why_and_what_to_do() -> None:
     failed = GroupReport("bad", "failed", "match: no pairs", log="/logs/bad/match.log")
-    lines = summary(failed, GroupReport("no", "refused", "too small"), warning="warning: nobody was told")
+    lines = summary(failed, GroupReport("no", "refused", "too small"), warning="warning: no report")
     assert "bad failed match: no pairs" in lines
     assert "no refused too small" in lines
     assert "Log of bad: /logs/bad/match.log" in lines
     assert "Try the failed groups again: `mtz fleet retry`." in lines
-    assert "warning: nobody was told" in lines
+    assert "warning: no report" in lines
     assert not [line for line in lines if "Look" in line or "Test" in line], "no stage ran, so there is nothing to see"
 
 

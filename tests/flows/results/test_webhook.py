@@ -57,7 +57,7 @@ def test_nobody_hears_it(url: str, why: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(webhook, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setenv(webhook.URL, url)
     told = webhook.notify(RESULT)
-    assert told.startswith("warning: nobody was told") and why in told
+    assert told.startswith("warning: the webhook got no report") and why in told
     assert "secret-token" not in told and "no-address" not in told
 
 

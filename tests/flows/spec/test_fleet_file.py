@@ -136,8 +136,8 @@ def test_the_format_before_version_2_is_read_and_can_be_rewritten(files: tuple[P
         ("version: 2\ndefaults: &d {collect: *d}\ngroups: {x: {}}", "'*d' stands within '&d'"),
         ("version: 2\ndefaults: {storage: {}}\ngroups: {x: {}}", "defaults.storage: is the same for all groups"),
         (
-            f"version: 2\n{MODELS}\ngroups: auto\nauto: {{apart: [eu, asia]}}",
-            "auto.apart: no model has the tag 'asia'",
+            f"version: 2\n{MODELS}\ngroups: auto\nauto: {{separate: [eu, asia]}}",
+            "auto.separate: no model has the tag 'asia'",
         ),
         (
             f"version: 2\n{MODELS}\ngroups: auto\nauto: {{size: 1}}",
