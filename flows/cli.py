@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from flows.spec.request import Request
 
 app = typer.Typer(
     name="mtz",
@@ -38,8 +41,8 @@ Groups = Annotated[
     list[str] | None,
     typer.Option("--group", "-g", metavar="NAME", help="A group of the fleet; may be repeated. Default: all."),
 ]
-ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameters of a group.")]
-FleetFile = Annotated[Path, typer.Option("--fleet", metavar="FILE", help="The groups, as changes to the parameters.")]
+ParamsPath = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameters of a group.")]
+FleetPath = Annotated[Path, typer.Option("--fleet", metavar="FILE", help="The groups, as changes to the parameters.")]
 SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="Change a parameter in all groups; may be repeated."),
@@ -72,8 +75,8 @@ def mtz(
 @app.command()
 def run(
     group: Groups = None,
-    params: ParamsFile = PARAMS,
-    fleet: FleetFile = FLEET,
+    params: ParamsPath = PARAMS,
+    fleet: FleetPath = FLEET,
     settings: SetOptions = None,
     verify: Annotated[
         bool,
@@ -91,15 +94,15 @@ def run(
     with _errors_in_one_line(debug):
         from flows.commands.run import run_fleet
 
-        run_fleet(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), verify, debug)
+        run_fleet(_request(params, fleet, group, settings), verify, debug)
 
 
 @fleet_app.command("check")
 @app.command()
 def check(
     group: Groups = None,
-    params: ParamsFile = PARAMS,
-    fleet: FleetFile = FLEET,
+    params: ParamsPath = PARAMS,
+    fleet: FleetPath = FLEET,
     settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
@@ -110,13 +113,13 @@ def check(
     with _errors_in_one_line(debug):
         from flows.commands.check import check_all
 
-        check_all(Path.cwd(), params, fleet, tuple(group or ()), tuple(settings or ()), on_progress=typer.echo)
+        check_all(_request(params, fleet, group, settings), on_progress=typer.echo)
         typer.echo("All is well: `mtz run` can start.")
 
 
 @fleet_app.command("plan")
 def fleet_plan(
-    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: SetOptions = None, debug: Debug = False
+    params: ParamsPath = PARAMS, fleet: FleetPath = FLEET, settings: SetOptions = None, debug: Debug = False
 ) -> None:
     """Show which groups the fleet has, what the planner chose and why, and what `mtz run` would do; zip nothing.
 
@@ -127,12 +130,12 @@ def fleet_plan(
     with _errors_in_one_line(debug):
         from flows.commands.run import show_plan
 
-        show_plan(Path.cwd(), params, fleet, tuple(settings or ()), debug)
+        show_plan(_request(params, fleet, None, settings), debug)
 
 
 @fleet_app.command("retry")
 def fleet_retry(
-    params: ParamsFile = PARAMS, fleet: FleetFile = FLEET, settings: SetOptions = None, debug: Debug = False
+    params: ParamsPath = PARAMS, fleet: FleetPath = FLEET, settings: SetOptions = None, debug: Debug = False
 ) -> None:
     """Run only the groups that failed in the fleet's last run.
 
@@ -141,7 +144,7 @@ def fleet_retry(
     with _errors_in_one_line(debug):
         from flows.commands.run import retry_failed
 
-        retry_failed(Path.cwd(), params, fleet, tuple(settings or ()), debug)
+        retry_failed(_request(params, fleet, None, settings), debug)
 
 
 Fleets = Annotated[
@@ -165,8 +168,8 @@ def fleet_deploy(
         Literal["skip", "queue"],
         typer.Option("--overlap", help="Of a run that is due while one is going: *skip* it, or *queue* it."),
     ] = "skip",
-    params: ParamsFile = PARAMS,
-    fleet: FleetFile = FLEET,
+    params: ParamsPath = PARAMS,
+    fleet: FleetPath = FLEET,
     settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
@@ -179,12 +182,14 @@ def fleet_deploy(
     """
     with _errors_in_one_line(debug):
         from flows.commands.run import deploy_fleet
+        from flows.spec.request import Timetable
 
-        deploy_fleet(Path.cwd(), params, fleet, name, cron, timezone, pool, overlap, tuple(settings or ()), typer.echo)
+        request, timetable = _request(params, fleet, None, settings), Timetable(cron, timezone, overlap)
+        deploy_fleet(request, name, timetable, pool, typer.echo)
 
 
 @fleet_app.command("pause")
-def fleet_pause(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = False) -> None:
+def fleet_pause(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = False) -> None:
     """Start no more runs by the clock; those that are going end.
 
     Example: `mtz fleet pause`
@@ -196,7 +201,7 @@ def fleet_pause(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = Fa
 
 
 @fleet_app.command("resume")
-def fleet_resume(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = False) -> None:
+def fleet_resume(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = False) -> None:
     """Start runs by the clock again.
 
     Example: `mtz fleet resume`
@@ -213,7 +218,7 @@ def fleet_start(
     group: Groups = None,
     settings: SetOptions = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end; the status is then 1 if it failed.")] = False,
-    fleet: FleetFile = FLEET,
+    fleet: FleetPath = FLEET,
     debug: Debug = False,
 ) -> None:
     """Have a worker run the deployed fleet now.
@@ -227,7 +232,7 @@ def fleet_start(
 
 
 @fleet_app.command("status")
-def fleet_status(name: Fleets = None, fleet: FleetFile = FLEET, debug: Debug = False) -> None:
+def fleet_status(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = False) -> None:
     """Show when the deployed fleet runs next, how the last runs ended, and whether a worker is there.
 
     Example: `mtz fleet status`
@@ -250,6 +255,12 @@ def fleet_worker(
         _schedule().worker(pool, limit)
 
 
+def _request(params: Path, fleet: Path, groups: list[str] | None, settings: list[str] | None) -> "Request":
+    from flows.spec.request import Request
+
+    return Request(Path.cwd(), params, fleet, tuple(groups or ()), tuple(settings or ()))
+
+
 def _schedule() -> ModuleType:
     """Return `flows.commands.schedule`, with Prefect's settings made before it is imported."""
     from flows.processes.servers import prefect_environment
@@ -266,7 +277,7 @@ def _deployment(name: str | None, fleet: Path) -> str:
 
 
 @fleet_app.command("upgrade")
-def fleet_upgrade(fleet: FleetFile = FLEET) -> None:
+def fleet_upgrade(fleet: FleetPath = FLEET) -> None:
     """Rewrite a fleet file of the format before version 2; the old one stays beside it, as *fleet.yaml.old*.
 
     Example: `mtz fleet upgrade`
@@ -297,8 +308,8 @@ def pareto(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Measure after light retraining, too, with the group's settings.")
     ] = False,
-    params: ParamsFile = PARAMS,
-    fleet: FleetFile = FLEET,
+    params: ParamsPath = PARAMS,
+    fleet: FleetPath = FLEET,
     settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
@@ -315,11 +326,11 @@ def pareto(
         from tasks.studies.pareto import Asked
 
         asked = Asked.parse(sizes, methods, retrain)
-        draw_pareto(Path.cwd(), params, fleet, group, asked, tuple(settings or ()), on_progress=typer.echo)
+        draw_pareto(_request(params, fleet, None, settings), group, asked, on_progress=typer.echo)
 
 
 @app.command()
-def ui(params: ParamsFile = PARAMS, debug: Debug = False) -> None:
+def ui(params: ParamsPath = PARAMS, debug: Debug = False) -> None:
     """Serve the MLflow and Prefect pages on this machine until Ctrl-C.
 
     Example: `mtz ui`, then open the addresses that it prints.
@@ -332,7 +343,7 @@ def ui(params: ParamsFile = PARAMS, debug: Debug = False) -> None:
 
 @app.command()
 def s3(
-    params: ParamsFile = PARAMS,
+    params: ParamsPath = PARAMS,
     export: Annotated[
         bool, typer.Option("--export", help="Print shell commands that set the variables, secrets included, and end.")
     ] = False,
@@ -354,7 +365,7 @@ def dvc(
     group: Annotated[
         str | None, typer.Option("--group", "-g", metavar="NAME", help="In this group's workspace.")
     ] = None,
-    params: ParamsFile = PARAMS,
+    params: ParamsPath = PARAMS,
 ) -> None:
     """Run DVC with the storage as its remote: in the project, or in a group's workspace.
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.group.workspace import place
-from flows.spec.fleet_file import Fleet, GroupPlan, check_names, read_fleet, select
+from flows.spec.fleet_file import Fleet, GroupPlan, check_names, select
+from flows.spec.request import Request
 from flows.spec.snapshot import PIPELINE, sources_of
 from mtz_core.errors import MtzError
-from tasks.home import find_home
 from tasks.params import Params
 from tasks.sources import Access
 from tasks.storage.contents import Contents
@@ -22,17 +22,11 @@ class NotReady(MtzError):
     """Something that a run needs is missing."""
 
 
-def check_project(
-    project: Path, params: Path, fleet: Path, groups: Sequence[str], settings: Sequence[str]
-) -> tuple[Fleet, tuple[GroupPlan, ...]]:
+def check_project(request: Request) -> tuple[Fleet, tuple[GroupPlan, ...]]:
     """Check what can be checked at once: the folder, the settings, the files that they name, the disk.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
-        groups: Names of the wanted groups; all if empty.
-        settings: Changes on the command line, as `key.path=value`.
+        request: What was asked for.
 
     Returns:
         The fleet, and the wanted groups among those that its file lists.
@@ -42,9 +36,10 @@ def check_project(
         InvalidFleet: The fleet file, a name of a group or a change cannot be used.
         InvalidParams: The parameters cannot be used.
     """
+    project, groups = request.project, request.groups
     if not (project / PIPELINE).is_file():
         raise NotReady(f"there is no {PIPELINE} in {project}. Run mtz in the folder of the project.")
-    declared = read_fleet(project / params, project / fleet, settings)
+    declared = request.declared
     declared.common()
     listed = declared.explicit_groups()
     check_names(listed)
@@ -53,7 +48,7 @@ def check_project(
     problems = [_missing_file(project, plan) for plan in plans]
     if plans and all(problems):
         raise NotReady(str(problems[0]))  # if only some have problems, their groups fail and the others go on
-    check_disk(find_home(project))
+    check_disk(request.home)
     return declared, plans
 
 
@@ -76,21 +71,13 @@ def check_disk(home: Path) -> None:
 
 
 def check_all(
-    project: Path,
-    params: Path,
-    fleet: Path,
-    groups: Sequence[str],
-    settings: Sequence[str],
+    request: Request,
     on_progress: Callable[[str], None],
 ) -> None:
     """Check everything that a run needs, including network factories, weights, storage and registry.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
-        groups: Names of the wanted groups; all if empty.
-        settings: Changes on the command line, as `key.path=value`.
+        request: What was asked for.
         on_progress: Receives a line for each part that is in order.
 
     Raises:
@@ -100,8 +87,8 @@ def check_all(
     from tasks.registry import mlflow_client
     from tasks.storage import s3
 
-    declared, plans = check_project(project, params, fleet, groups, settings)
-    home, shared = find_home(project), declared.common()
+    declared, plans = check_project(request)
+    project, home, shared = request.project, request.home, declared.common()
     on_progress(f"fleet '{declared.name}': {len(plans)} groups ({', '.join(plan.name for plan in plans)})")
     if declared.file.auto is not None:
         on_progress(f"to be grouped: {', '.join(declared.file.free_models())}")

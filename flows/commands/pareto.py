@@ -13,11 +13,10 @@ from flows.group import workspace
 from flows.group.dvc import Pipeline, Stage
 from flows.processes.child import Child, python_environment, stop_all
 from flows.spec.fleet_file import select
+from flows.spec.request import Request
 from flows.spec.snapshot import Project
 from mtz_core.errors import MtzError
 from tasks.artifacts.paths import Workspace
-from tasks.home import find_home
-from tasks.params import read_yaml
 from tasks.sources import Access
 from tasks.storage import s3
 from tasks.storage.contents import Contents
@@ -34,23 +33,17 @@ class ParetoFailed(MtzError):
 
 
 def draw_pareto(
-    project: Path,
-    params: Path,
-    fleet: Path,
+    request: Request,
     group: str | None,
     asked: Asked,
-    settings: Sequence[str] = (),
     on_progress: Callable[[str], None] = print,
 ) -> None:
     """Bring the group's stages before `match` up to date, measure the curve, and print it as a table.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
+        request: What was asked for.
         group: Name of the group; by default the one in the parameters.
         asked: The networks to compare.
-        settings: Changes on the command line, as `key.path=value`.
         on_progress: Receives progress messages.
 
     Raises:
@@ -58,10 +51,10 @@ def draw_pareto(
         KeyboardInterrupt: The user interrupted; all child processes have been stopped.
         MtzError: The project is not ready, or a stage, the storage or the workspace cannot be used.
     """
-    name = group or str(read_yaml(project / params).get("group"))
-    declared, _ = check_project(project, params, fleet, (), settings)
+    project, home = request.project, request.home
+    declared, _ = check_project(request)
+    name = group or str(declared.base.get("group"))
     (plan,) = select(declared.explicit_groups(), (name,))
-    home = find_home(project)
     folder = workspace.folder_of(home, name)
     with s3.connect(plan.params.storage, home) as store, workspace.held(folder):
         contents = Contents(home / "contents", store)

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -13,8 +13,8 @@ from flows.commands.check import check_project
 from flows.processes import servers
 from flows.results.fleet_result import FleetFailed, failed_groups
 from flows.results.summary import print_summary
-from flows.spec.fleet_file import Fleet, GroupPlan, read_fleet
-from tasks.home import find_home
+from flows.spec.fleet_file import Fleet, GroupPlan
+from flows.spec.request import Request, Timetable
 from tasks.registry import mlflow_client
 
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -23,22 +23,14 @@ _NAMED = 8
 
 
 def run_fleet(
-    project: Path,
-    params: Path,
-    fleet: Path,
-    groups: Sequence[str],
-    settings: Sequence[str],
+    request: Request,
     verify: bool = False,
     debug: bool = False,
 ) -> None:
     """Bring the groups up to date and print a summary.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
-        groups: Names of the wanted groups; all if empty.
-        settings: Changes on the command line, as `key.path=value`.
+        request: What was asked for.
         verify: Check every group with DVC, rather than trust the records of unchanged groups.
         debug: Print Prefect's log instead of the live display.
 
@@ -47,32 +39,31 @@ def run_fleet(
         MtzError: Nothing was started.
     """
     console = console_for_people()
-    declared, plans = check_project(project, params, fleet, groups, settings)
+    declared, plans = check_project(request)
     console.print(Text(f"Fleet '{declared.name}': {_named(declared, plans)}"), soft_wrap=True)
     if declared.upgraded:
-        console.print(f"{fleet} is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it.")
-    home = find_home(project)
+        console.print(
+            f"{request.fleet} is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it."
+        )
+    home = request.home
     with prefect(home, debug):
         from flows.fleet.flow import zip_fleet
         from flows.results.progress import shown
 
         try:
-            with shown(console, quiet=debug):
-                result = zip_fleet(str(project), str(params), str(fleet), groups, settings, verify)
+            with shown(console, quiet=debug), request.in_use():
+                result = zip_fleet(**request.as_parameters(), verify=verify)
         except FleetFailed as failure:
             print_summary(console, failure.result, home)
             raise
         print_summary(console, result, home)
 
 
-def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
+def retry_failed(request: Request, debug: bool = False) -> None:
     """Run the groups that failed in the last run.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
-        settings: Changes on the command line, as `key.path=value`.
+        request: What was asked for.
         debug: Print Prefect's log instead of the live display.
 
     Raises:
@@ -80,87 +71,64 @@ def retry_failed(project: Path, params: Path, fleet: Path, settings: Sequence[st
         FleetFailed: Some groups failed again; the others are done.
         MtzError: Nothing was started.
     """
-    declared = read_fleet(project / params, project / fleet, settings)
-    groups = failed_groups(find_home(project), declared.name, declared.common().storage)
+    declared = request.declared
+    groups = failed_groups(request.home, declared.name, declared.common().storage)
     if groups == ():
         console_for_people().print("Nothing to retry: no group failed in the last run.")
         return
-    run_fleet(project, params, fleet, groups or (), settings, debug=debug)
+    run_fleet(replace(request, groups=groups or ()), debug=debug)
 
 
-def show_plan(project: Path, params: Path, fleet: Path, settings: Sequence[str], debug: bool = False) -> None:
+def show_plan(request: Request, debug: bool = False) -> None:
     """Print the groups of the fleet and the reasons for them.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
-        settings: Changes on the command line, as `key.path=value`.
+        request: What was asked for.
         debug: Print Prefect's log instead of the live display.
 
     Raises:
         MtzError: The fleet cannot be planned.
     """
-    declared, _ = check_project(project, params, fleet, (), settings)
-    home = find_home(project)
+    declared, _ = check_project(request)
+    home = request.home
     console = console_for_people()
     with prefect(home, debug):
         from flows.fleet.flow import plan_fleet
         from flows.fleet.plan_tables import print_plan
         from flows.results.progress import shown
 
-        with shown(console, quiet=debug):
-            plan = plan_fleet(str(project), str(params), str(fleet), settings)
+        with shown(console, quiet=debug), request.in_use():
+            plan = plan_fleet(**request.as_parameters())
         print_plan(console, plan, home, declared.name)
 
 
 def deploy_fleet(
-    project: Path,
-    params: Path,
-    fleet: Path,
+    request: Request,
     name: str | None,
-    cron: str,
-    timezone: str,
+    timetable: Timetable,
     pool: str,
-    overlap: Literal["skip", "queue"],
-    settings: Sequence[str],
     on_progress: Callable[[str], None],
 ) -> None:
     """Deploy the fleet to a Prefect server, which runs it on a schedule.
 
     Args:
-        project: The folder of the project.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
+        request: The fleet, and changes for every run.
         name: Name of the deployment; by default the fleet's name.
-        cron: The schedule, five fields as in crontab.
-        timezone: The schedule's time zone, such as Europe/Zurich.
+        timetable: When it runs.
         pool: The work pool for the fleet's runs.
-        overlap: Whether a run that is due while the last one is still going is skipped or queued.
-        settings: Changes for every run, as `key.path=value`.
         on_progress: Receives the result.
 
     Raises:
         MtzError: The project is not ready, or the server or the schedule cannot be used.
     """
-    os.environ.update(servers.prefect_environment(find_home(project)))
+    os.environ.update(servers.prefect_environment(request.home))
     from flows.commands import schedule
 
-    declared, _ = check_project(project, params, fleet, (), settings)
+    declared, _ = check_project(request)
     flow = declared.common().flow
-    deployed = schedule.deploy(
-        project,
-        params,
-        fleet,
-        name or declared.name,
-        cron,
-        timezone,
-        pool,
-        {"settings": list(settings)},
-        overlap,
-        flow.pool if flow.executor == "pool" else None,
-    )
-    on_progress(f"deployed: {deployed}, {cron} ({timezone})")
+    group_pool = flow.pool if flow.executor == "pool" else None
+    deployed = schedule.deploy(request, name or declared.name, timetable, pool, group_pool)
+    on_progress(f"deployed: {deployed}, {timetable.cron} ({timetable.timezone})")
     schedule.status(deployed, on_progress)
 
 

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import httpx
 from prefect import Flow, get_client
@@ -41,6 +40,7 @@ from pydantic import ValidationError
 
 from flows.processes import servers
 from flows.processes.child import python_environment
+from flows.spec.request import Overlap, Request, Timetable
 from mtz_core.errors import MtzError
 from tasks.home import find_home
 
@@ -54,8 +54,6 @@ _COMMAND = "python -m prefect.engine"
 _POLL_SECONDS = 2.0
 _SHOWN_RUNS = 5
 
-Overlap = Literal["skip", "queue"]
-OnProgress = Callable[[str], None]
 
 _STRATEGIES: dict[Overlap, ConcurrencyLimitStrategy] = {
     "skip": ConcurrencyLimitStrategy.CANCEL_NEW,
@@ -84,29 +82,19 @@ class RunFailed(MtzError):
 
 
 def deploy(
-    project: Path,
-    params: Path,
-    fleet: Path,
+    request: Request,
     name: str,
-    cron: str,
-    timezone: str,
+    timetable: Timetable,
     pool: str,
-    parameters: Mapping[str, Any],
-    overlap: Overlap = "skip",
     group_pool: str | None = None,
 ) -> str:
     """Let the server run a fleet on a schedule; deploying the same name again changes the deployment.
 
     Args:
-        project: The folder of the project, on the machine of the pool's workers.
-        params: The parameters file, relative to the project.
-        fleet: The fleet file, relative to the project.
+        request: The fleet, and changes for every run; its project is a folder on the machine of the pool's workers.
         name: Name of the deployment.
-        cron: The schedule, five fields as in crontab.
-        timezone: The schedule's time zone, such as Europe/Zurich.
+        timetable: When it runs.
         pool: The work pool; created, for workers that run processes, if it is missing.
-        parameters: Further parameters of the flow for every run.
-        overlap: Whether a run that is due while the last one is still going is skipped or queued.
         group_pool: The work pool of the groups' jobs, if a pool runs them.
 
     Returns:
@@ -116,7 +104,7 @@ def deploy(
         NoServer: No server answers.
         InvalidSchedule: The schedule or the parameters are wrong, or both pools are the same.
     """
-    schedule = _schedule(cron, timezone)
+    schedule = _schedule(timetable.cron, timetable.timezone)
     if group_pool == pool:
         raise InvalidSchedule(
             f"the work pool '{pool}' would hold the fleet's run and the jobs that it waits for: with as many fleets as "
@@ -124,9 +112,9 @@ def deploy(
         )
     from flows.fleet.flow import zip_fleet
 
-    given = {"project": str(project.resolve()), "params": str(params), "fleet": str(fleet), **parameters}
+    given = request.as_parameters()
     with _server() as client:
-        deploy_flow(client, zip_fleet, "flows.fleet.flow.zip_fleet", name, pool, given, schedule, overlap)
+        deploy_flow(client, zip_fleet, "flows.fleet.flow.zip_fleet", name, pool, given, schedule, timetable.overlap)
         if group_pool is not None:
             from flows.jobs.pool import zip_group_job
 
@@ -212,7 +200,7 @@ def resume(name: str) -> None:
     _set_paused(name, False)
 
 
-def start(name: str, parameters: Mapping[str, Any], wait: bool, on_progress: OnProgress) -> None:
+def start(name: str, parameters: Mapping[str, Any], wait: bool, on_progress: Callable[[str], None]) -> None:
     """Start a run now and report its name.
 
     Args:
@@ -244,7 +232,7 @@ def start(name: str, parameters: Mapping[str, Any], wait: bool, on_progress: OnP
         raise RunFailed(f"the run '{run.name}' ended as {run.state.name}: {message}. Its log is in Prefect's pages.")
 
 
-def status(name: str, on_progress: OnProgress) -> None:
+def status(name: str, on_progress: Callable[[str], None]) -> None:
     """Report when the next runs are due and how the last ones ended.
 
     Args:

@@ -16,14 +16,12 @@ from tasks.storage import s3
 _PREFECT_PORT = 4200
 _MLFLOW_PORT = 5000
 
-OnProgress = Callable[[str], None]
-
 
 class NotEmbedded(MtzError):
     """The command works on the embedded storage, and the settings name another."""
 
 
-def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> None:
+def serve_pages(project: Path, params_file: Path, on_progress: Callable[[str], None]) -> None:
     """Serve MLflow's and Prefect's pages, with the storage behind them, until interrupted.
 
     Args:
@@ -64,7 +62,7 @@ def serve_pages(project: Path, params_file: Path, on_progress: OnProgress) -> No
         _until_interrupted(on_progress)
 
 
-def serve_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
+def serve_storage(project: Path, params_file: Path, on_progress: Callable[[str], None]) -> None:
     """Serve the embedded storage until interrupted; print how other programs reach it.
 
     Args:
@@ -89,7 +87,7 @@ def serve_storage(project: Path, params_file: Path, on_progress: OnProgress) -> 
         _until_interrupted(on_progress)
 
 
-def export_storage(project: Path, params_file: Path, on_progress: OnProgress) -> None:
+def export_storage(project: Path, params_file: Path, on_progress: Callable[[str], None]) -> None:
     """Print shell commands that set the variables with which other programs reach the embedded storage.
 
     Args:
@@ -118,7 +116,7 @@ def _embedded(project: Path, params_file: Path) -> tuple[Path, s3.StorageSetting
     return find_home(project), settings
 
 
-def _until_interrupted(on_progress: OnProgress) -> None:
+def _until_interrupted(on_progress: Callable[[str], None]) -> None:
     on_progress("Ctrl-C stops.")
     try:
         threading.Event().wait()

@@ -27,8 +27,9 @@ from flows.results import progress, webhook
 from flows.results.fleet_result import FleetFailed, FleetResult, last_run
 from flows.results.group_report import GroupReport, Status, as_report
 from flows.results.summary import summary_text
-from flows.spec.fleet_file import Fleet, GroupPlan, check_names, read_fleet, select
+from flows.spec.fleet_file import Fleet, GroupPlan, check_names, select
 from flows.spec.job import Job, shown_as
+from flows.spec.request import Request
 from flows.spec.snapshot import Project, Snapshot
 from mtz_core.errors import MtzError
 from tasks.files import write_json
@@ -81,9 +82,9 @@ def zip_fleet(
         TrackingError: The registry cannot be used.
     """
     start = time.monotonic()
-    root = Path(project).resolve()
-    declared = read_fleet(root / params, root / fleet, settings)
-    with PeakMemory() as memory, open_fleet(declared, root) as run:
+    request = Request.of_parameters(project=project, params=params, fleet=fleet, groups=groups, settings=settings)
+    declared = request.declared
+    with PeakMemory() as memory, open_fleet(declared, request.project) as run:
         reports = run.bring_up_to_date(groups, verify)
         seconds = round(time.monotonic() - start, 3)
         result = FleetResult(declared.name, run.id, run.started, reports, seconds, memory.bytes)
@@ -107,13 +108,16 @@ def _keep(result: FleetResult, access: Access) -> str:
 
 
 @flow(name="plan-fleet", persist_result=False)
-def plan_fleet(project: str, params: str, fleet: str, settings: Sequence[str] = ()) -> PlannedFleet:
+def plan_fleet(
+    project: str, params: str, fleet: str, groups: Sequence[str] = (), settings: Sequence[str] = ()
+) -> PlannedFleet:
     """Return the fleet's groups, including those that the planner chooses, and which of them need no work.
 
     Args:
         project: The folder of the project.
         params: The parameters file, relative to the project.
         fleet: The fleet file, relative to the project.
+        groups: Names of groups; a plan is of all.
         settings: Changes in all groups, as `key.path=value`.
 
     Returns:
@@ -127,8 +131,8 @@ def plan_fleet(project: str, params: str, fleet: str, settings: Sequence[str] = 
         TrackingError: The registry cannot be used.
         ServiceFailed: A server for workers elsewhere does not start.
     """
-    root = Path(project).resolve()
-    with open_fleet(read_fleet(root / params, root / fleet, settings), root) as run:
+    request = Request.of_parameters(project=project, params=params, fleet=fleet, groups=groups, settings=settings)
+    with open_fleet(request.declared, request.project) as run:
         plan = run.plan()
         snapshots, failed = run.take(plan.groups, run.project.group)
         return PlannedFleet(plan, {**run.settled(snapshots), **failed})

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flows import cli
+from flows.spec.request import Request, Timetable
 from mtz_core import __version__
 from mtz_core.errors import MtzError
 from tasks.studies.pareto import Asked
@@ -62,34 +64,37 @@ def test_an_unknown_option_is_wrong_usage() -> None:
     assert mtz("run", "--grup", "a").exit_code == 2
 
 
+HERE = Path("here")
+ASKED = Request(HERE, PARAMS, FLEET)
+
 CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
-    ("run", "run.run_fleet", (PARAMS, FLEET, (), (), False, False)),
+    ("run", "run.run_fleet", (ASKED, False, False)),
     (
         "run -g a --group b --params p.yaml --fleet f.yaml -s x.y=1 --set z=2 --verify --debug",
         "run.run_fleet",
-        (Path("p.yaml"), Path("f.yaml"), ("a", "b"), ("x.y=1", "z=2"), True, True),
+        (Request(HERE, Path("p.yaml"), Path("f.yaml"), ("a", "b"), ("x.y=1", "z=2")), True, True),
     ),
-    ("fleet retry -s x=1", "run.retry_failed", (PARAMS, FLEET, ("x=1",), False)),
-    ("fleet plan --params p.yaml --debug", "run.show_plan", (Path("p.yaml"), FLEET, (), True)),
-    ("check -g a", "check.check_all", (PARAMS, FLEET, ("a",), ())),
-    ("fleet check -s x=1", "check.check_all", (PARAMS, FLEET, (), ("x=1",))),
-    ("ui --params p.yaml", "serve.serve_pages", (Path("p.yaml"),)),
-    ("s3", "serve.serve_storage", (PARAMS, typer.echo)),
-    ("s3 --export", "serve.export_storage", (PARAMS, typer.echo)),
+    ("fleet retry -s x=1", "run.retry_failed", (replace(ASKED, settings=("x=1",)), False)),
+    ("fleet plan --params p.yaml --debug", "run.show_plan", (replace(ASKED, params=Path("p.yaml")), True)),
+    ("check -g a", "check.check_all", (replace(ASKED, groups=("a",)),)),
+    ("fleet check -s x=1", "check.check_all", (replace(ASKED, settings=("x=1",)),)),
+    ("ui --params p.yaml", "serve.serve_pages", (HERE, Path("p.yaml"))),
+    ("s3", "serve.serve_storage", (HERE, PARAMS, typer.echo)),
+    ("s3 --export", "serve.export_storage", (HERE, PARAMS, typer.echo)),
     (
         "pareto -g a --sizes 0.5,0.2 --methods share --retrain",
         "pareto.draw_pareto",
-        (PARAMS, FLEET, "a", Asked.parse("0.5,0.2", "share", True), ()),
+        (ASKED, "a", Asked.parse("0.5,0.2", "share", True)),
     ),
     (
         "fleet deploy --cron x",
         "run.deploy_fleet",
-        (PARAMS, FLEET, None, "x", "UTC", "mtz-fleets", "skip", (), typer.echo),
+        (ASKED, None, Timetable("x"), "mtz-fleets", typer.echo),
     ),
     (
         "fleet deploy --cron x --timezone Z -n N --pool P --overlap queue -s a=1",
         "run.deploy_fleet",
-        (PARAMS, FLEET, "N", "x", "Z", "P", "queue", ("a=1",), typer.echo),
+        (replace(ASKED, settings=("a=1",)), "N", Timetable("x", "Z", "queue"), "P", typer.echo),
     ),
 ]
 
@@ -102,7 +107,8 @@ def test_what_is_asked_goes_to_the_command_behind(
     monkeypatch.setattr(f"flows.commands.{function}", lambda *given, **_: calls.append(given))
     result = mtz(*line.split())
     assert result.exit_code == 0, result.output
-    assert calls == [(project, *expected)]
+    in_place = [replace(part, project=project) if isinstance(part, Request) else part for part in expected]
+    assert calls == [tuple(project if part is HERE else part for part in in_place)]
     assert ("All is well" in result.output) == ("check" in line)
 
 

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import get_client
@@ -13,6 +14,8 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from flows.commands import schedule
 from flows.commands.schedule import InvalidSchedule, NoSchedule, NoServer, RunFailed
+from flows.fleet.flow import zip_fleet
+from flows.spec.request import Overlap, Request, Timetable
 from tests.support import prefect_server, tiny_jobs
 from tests.support.prefect_server import pool_worker
 from tests.support.waiting import AGES_SECONDS, until
@@ -52,7 +55,7 @@ def start(name: str = "run", seconds: float = 0, wait: bool = True) -> None:
 
 def test_what_is_impossible_is_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def deploy(cron: str = "0 2 * * *", timezone: str = "UTC", group_pool: str | None = None) -> None:
-        schedule.deploy(Path(), Path("p"), Path("f"), "n", cron, timezone, POOL, {}, group_pool=group_pool)
+        schedule.deploy(Request(Path()), "n", Timetable(cron, timezone), POOL, group_pool)
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with pytest.raises(InvalidSchedule, match=r'cron: Invalid cron string: "0 25 \* \* \*"\. Write cron as'):
@@ -71,12 +74,11 @@ def test_what_is_impossible_is_refused_before_anything_is_asked(monkeypatch: pyt
 
 
 def test_deploying_again_changes_the_deployment(server: None, tmp_path: Path) -> None:
-    def deploy(cron: str, overlap: schedule.Overlap, **parameters: object) -> str:
-        files = (Path("params.yaml"), Path("fleet.yaml"))
-        return schedule.deploy(tmp_path, *files, "n", cron, "UTC", POOL, parameters, overlap, group_pool="jobs")
+    def deploy(cron: str, overlap: Overlap, **changes: Any) -> str:
+        return schedule.deploy(Request(tmp_path, **changes), "n", Timetable(cron, overlap=overlap), POOL, "jobs")
 
-    assert deploy("0 2 * * *", "skip", groups=["a"]) == "zip-fleet/n"
-    assert deploy("0 3 * * *", "queue", verify=True) == "zip-fleet/n"
+    assert deploy("0 2 * * *", "skip", groups=("a",)) == "zip-fleet/n"
+    assert deploy("0 3 * * *", "queue", settings=("a.b=1",)) == "zip-fleet/n"
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("zip-fleet/n")
         assert len(client.read_automations_by_name(schedule._AUTOMATION)) == 1
@@ -84,13 +86,13 @@ def test_deploying_again_changes_the_deployment(server: None, tmp_path: Path) ->
         assert client.read_work_pool(POOL).type == "process"
     assert [each.schedule for each in found.schedules] == [CronSchedule(cron="0 3 * * *", timezone="UTC")]
     files = {"project": str(tmp_path), "params": "params.yaml", "fleet": "fleet.yaml"}
-    assert found.parameters == files | {"verify": True}
+    assert found.parameters == files | {"groups": [], "settings": ["a.b=1"]}
     assert found.global_concurrency_limit is not None
     assert found.global_concurrency_limit.limit == 1
     assert found.concurrency_options is not None
     assert found.concurrency_options.collision_strategy == ConcurrencyLimitStrategy.ENQUEUE
-    with pytest.raises(InvalidSchedule, match="gruops"):
-        deploy("0 2 * * *", "skip", gruops=["a"])
+    with get_client(sync_client=True) as client, pytest.raises(InvalidSchedule, match="gruops"):
+        schedule.deploy_flow(client, zip_fleet, "flows.fleet.flow.zip_fleet", "n", POOL, {"gruops": ["a"]})
 
 
 def test_one_run_at_a_time_and_a_killed_one_blocks_no_other(trail: Path, capsys: pytest.CaptureFixture[str]) -> None:
