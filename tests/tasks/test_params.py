@@ -195,3 +195,13 @@ def test_absent_file(tmp_path: Path) -> None:
 def test_dumped_settings_validate_again(content: dict[str, Any]) -> None:
     params = validate(content, "shipped")
     assert validate(yaml.safe_load(yaml.safe_dump(params.model_dump())), "again") == params
+
+
+def test_former_names_of_settings_are_read(content: dict[str, Any]) -> None:
+    former = changed(changed(content, "match.descents", 2), "merge.sweeps", 1)
+    for block, key in (("match", "matching_rounds"), ("merge", "refit_rounds")):
+        former[block].pop(key, None)
+    config = validate(former, "former").zip_config()
+    assert (config.matching_rounds, config.refit_rounds) == (2, 1)
+    with pytest.raises(InvalidParams, match=r"match\.descents"):
+        validate(changed(former, "match.matching_rounds", 3), "both")
