@@ -112,10 +112,10 @@ class Profile:
 
     network: Network
     sensitivity: Sensitivities
-    matrices: Mapping[str, Float[Tensor, "out columns"]]
+    matrices: Mapping[str, Float[Tensor, "_out _columns"]]
     hessians: Mapping[str, Hessian]
-    images: Mapping[str, Float[Tensor, "out columns"]]
-    carrying: Mapping[str, Bool[np.ndarray, " columns"]]
+    images: Mapping[str, Float[Tensor, "_out _columns"]]
+    carrying: Mapping[str, Bool[np.ndarray, " _columns"]]
     stake: float
     structure: str
 
@@ -357,7 +357,7 @@ def _sums(first: Float[Tensor, " a"], second: Float[Tensor, " b"]) -> Float[Tens
 
 def _products(
     sides: tuple[_Side, _Side], alpha: float, centre: bool
-) -> tuple[Sequence[Float[Tensor, " n"]], Sequence[Float[Tensor, " n"]], Float[Tensor, "a b"]]:
+) -> tuple[Sequence[Float[Tensor, " _n"]], Sequence[Float[Tensor, " _n"]], Float[Tensor, "a b"]]:
     """Compute ``wᵀPw`` of every row of both sides, the same of rows without their means, and ``aᵀPb`` of all pairs.
 
     Args:
@@ -414,7 +414,7 @@ def _sides(
     profiles: tuple[Profile, Profile],
     node: Node,
     pairings: Mapping[str, Pairing],
-    places: Sequence[Int64[np.ndarray, "neurons slots"]],
+    places: Sequence[Int64[np.ndarray, "_neurons slots"]],
 ) -> tuple[_Side, _Side]:
     """Form both views of a layer on the inputs that correspond, in matched order.
 
@@ -475,8 +475,8 @@ def _in_span(
     profiles: tuple[Profile, Profile],
     node: Node,
     shared: Sequence[Int64[np.ndarray, " s"]],
-    own: Sequence[Int64[np.ndarray, " p"]],
-    rows: Sequence[Int64[Tensor, " n"]],
+    own: Sequence[Int64[np.ndarray, " _p"]],
+    rows: Sequence[Int64[Tensor, " _n"]],
 ) -> tuple[_Side, _Side]:
     """Both views where rows are fewer than inputs, in an orthonormal basis of what the rows of both networks span."""
     data, dampings = [], []

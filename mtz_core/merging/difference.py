@@ -23,7 +23,7 @@ def functional_difference(
     curvatures: tuple[Hessian, Hessian],
     balance: tuple[float, float],
     slots: int = 1,
-) -> Float[Tensor, "a/slots b/slots"]:
+) -> Float[Tensor, "a//{slots} b//{slots}"]:
     """Compute ``d(i, j)`` for all pairs of neurons at once.
 
     Args:
@@ -66,7 +66,7 @@ def functional_difference(
     return distance.clamp_(min=0)
 
 
-def weigh_by_sensitivity(balance: Sequence[float], sensitivity: Sequence[Float[Tensor, " out"]]) -> list[float]:
+def weigh_by_sensitivity(balance: Sequence[float], sensitivity: Sequence[Float[Tensor, " _out"]]) -> list[float]:
     """Compute ``α_t √(mean F_t)``, scaled to sum to 1.
 
     In a layer, tasks weigh by the sensitivities ``F_t`` of their losses to its outputs. Networks differ in the scale of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.merging.difference import weigh_by_sensitivity
@@ -116,9 +116,9 @@ class LayerFit:
         conv_groups: How many layers lie side by side.
         intact: Whether the zipped network's inputs are the original's.
         changed: Whether the matrix may differ from the original's.
+        targets: The original's outputs, batch by batch.
         hessian: The damped Hessian of the rows; None where the layer stays as it is, because nothing is shared in it or
             before it. The attributes below exist only if there is one.
-        targets: The original's outputs, batch by batch.
         matrix: The layer's matrix in float64, bias as the last column.
         positions: The positions at which rows are taken.
         count: The number of rows.
@@ -129,8 +129,8 @@ class LayerFit:
         self,
         node: Node,
         reduced: Reduced,
-        original: Sequence[Tensor],
-        zipped: Sequence[Tensor],
+        original: Sequence[Shaped[Tensor, "_ ..."]],
+        zipped: Sequence[Shaped[Tensor, "_ ..."]],
         shared: bool,
         config: ZipConfig,
         sensitivity: Float[Tensor, " all_rows"] | None = None,
@@ -184,11 +184,13 @@ class LayerFit:
         self.damping = moments.damping(relative)
         self.hessian = moments.hessian(relative)
 
-    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n groups*in"]:
+    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n columns"]:
         rows = layer_rows(node, self.shape, x, self.positions)
         return rows.to(self.network.state[self.node.weight].dtype)
 
-    def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
+    def _stacked(
+        self, matrix: Float[Tensor, "out in"]
+    ) -> Float[Tensor, "{self.conv_groups} out//{self.conv_groups} in"]:
         return matrix.unflatten(0, (self.conv_groups, -1))
 
     def _fitted(self, rows: Float[Tensor, "n columns"]) -> Float[Tensor, "m columns"]:
@@ -277,7 +279,7 @@ class LayerFit:
 
 
 def _outputs(
-    rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"], conv_groups: int
+    rows: Float[Tensor, "n columns"], matrix: Float[Tensor, "out in"], conv_groups: int
 ) -> Float[Tensor, "n out"]:
     if conv_groups == 1:
         return rows @ matrix.T

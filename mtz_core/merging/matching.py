@@ -212,7 +212,7 @@ def _average(hessian: Hessian) -> Hessian:
     return hessian
 
 
-def _tuple_rows(side: _Side, neurons: Int64[np.ndarray, " k"]) -> Float[Tensor, "k*slots s"]:
+def _tuple_rows(side: _Side, neurons: Int64[np.ndarray, " k"]) -> Float[Tensor, "k_slots s"]:
     return side.rows[torch.from_numpy(neurons)].flatten(0, 1).to(torch.float64)
 
 
@@ -231,7 +231,7 @@ def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]], total:
 def _tuple_costs(
     layers: _Layers,
     tuples: Int64[np.ndarray, "k tasks"],
-    sensitivity: Sequence[Float[Tensor, "neurons slots"]] | None = None,
+    sensitivity: Sequence[Float[Tensor, "_neurons slots"]] | None = None,
 ) -> Float[np.ndarray, " k"]:
     """Predict the cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
 
@@ -281,7 +281,7 @@ def _restrict(layers: _Layers, tasks: Iterable[int], neurons: Sequence[np.ndarra
     ]
 
 
-_Tuples = tuple["Int64[np.ndarray, 'k tasks']", tuple[float, ...]]
+_Tuples = tuple[Int64[np.ndarray, "k tasks"], tuple[float, ...]]
 
 
 def _match_tuples(layers: _Layers, widths: Sequence[int], count: int, config: ZipConfig) -> _Tuples:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig, MtzError
@@ -50,7 +51,7 @@ def check_task_name(task: object) -> None:
         raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
 
 
-def trace_task(task: str, module: nn.Module, example: Tensor, config: ZipConfig) -> Network:
+def trace_task(task: str, module: nn.Module, example: Shaped[Tensor, "batch ..."], config: ZipConfig) -> Network:
     """Trace a task's network, naming the task in errors.
 
     Args:
@@ -89,7 +90,7 @@ class ActivationStream:
         zipped: The live values of the zipped network, one entry per batch.
     """
 
-    def __init__(self, reduced: Reduced, batches: Iterable[Tensor]) -> None:
+    def __init__(self, reduced: Reduced, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> None:
         self.reduced = reduced
         self.original: dict[str, list[Any]] = {INPUT: list(batches)}
         self.zipped: dict[str, list[Any]] = {INPUT: list(self.original[INPUT])}
@@ -146,7 +147,7 @@ class ActivationStream:
 def merge(
     networks: Mapping[str, Network],
     pairings: Mapping[str, Pairing],
-    batches: Mapping[str, list[Tensor]],
+    batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]],
     config: ZipConfig,
     costs: Sequence[float] = (),
     keep: Mapping[str, Keep] | None = None,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.layers import LAYERS, Layer
@@ -251,7 +251,7 @@ def operator(kind: str) -> torch._ops.OpOverload:
     return found
 
 
-def resolve(argument: Any, values: Mapping[str, Any], state: Mapping[str, Tensor], batch: int) -> Any:
+def resolve(argument: Any, values: Mapping[str, Any], state: Mapping[str, Any], batch: int) -> Any:
     """Replace the references in an argument by what they stand for.
 
     Args:
@@ -308,7 +308,7 @@ def run_node(
 
 
 def run(
-    graph: LayerGraph, state: Mapping[str, Tensor], x: Float[Tensor, "batch ..."], training: bool = False
+    graph: LayerGraph, state: Mapping[str, Tensor], x: Shaped[Tensor, "batch ..."], training: bool = False
 ) -> Float[Tensor, "batch ..."]:
     """Compute the output of a network. Values are freed after their last use.
 

@@ -39,7 +39,7 @@ class Analysis:
     rows: Mapping[str, Axis]
     columns: Mapping[str, Axis]
     constants: Mapping[str, Axis]
-    classes: Mapping[str, Int64[np.ndarray, " neurons"]]
+    classes: Mapping[str, Int64[np.ndarray, " _neurons"]]
     labels: Labelling
     members: Mapping[str, Sequence[int]]
 
@@ -164,7 +164,7 @@ def _axis(labels: np.ndarray, place: Mapping[int, tuple[str, int]]) -> Axis:
 
 def _classes(
     found: Labelling, members: Mapping[str, Sequence[int]], constants: Mapping[str, Axis]
-) -> dict[str, Int64[np.ndarray, " neurons"]]:
+) -> dict[str, Int64[np.ndarray, " _neurons"]]:
     """Number the neurons of every group by the constants that belong to them and by what pins them."""
     marks: dict[int, list[tuple[int, int]]] = {}
     for labels, colours in found.ties.colours:

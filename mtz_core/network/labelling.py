@@ -36,8 +36,8 @@ class Labelling:
 
     ties: Ties = field(default_factory=Ties)
     values: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, Int64[Tensor, " out"]] = field(default_factory=dict)
-    columns: dict[str, Int64[Tensor, " columns"]] = field(default_factory=dict)
+    rows: dict[str, Int64[Tensor, " _out"]] = field(default_factory=dict)
+    columns: dict[str, Int64[Tensor, " _columns"]] = field(default_factory=dict)
     constants: dict[str, Value] = field(default_factory=dict)
 
 
@@ -164,7 +164,7 @@ def _given(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
     if weight is not None and "state" in weight and weight["state"] not in given:
         meta = state[weight["state"]].to("meta")
         given[weight["state"]] = Value(meta, _nothing(meta), constant=True)
-    return {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}  # type: ignore[arg-type]
+    return {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}
 
 
 def _is_statistic(node: Node, name: str) -> bool:
@@ -207,7 +207,7 @@ def _opaque(found: Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
         UnsupportedModule: If the operator is no function of tensors.
     """
     given = {name: Value(state[name].to("meta"), _nothing(state[name]), True) for name in node.state}
-    arguments = {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}  # type: ignore[arg-type]
+    arguments = {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}
     for value in _flat(arguments):
         if isinstance(value, Value):
             found.ties.pin(value.labels, torch.arange(value.labels.numel()).reshape(value.labels.shape))

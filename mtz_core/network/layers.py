@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 Arguments = Mapping[str, Any]
@@ -46,11 +46,11 @@ class Layer(Protocol):
         """The name of the operator's argument for the bias; None if it takes none."""
         ...
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+    def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "out columns"]:
         """The weight as a matrix."""
         ...
 
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Float[Tensor, "..."]:
         """Turn a matrix back into a weight.
 
         Args:
@@ -70,7 +70,7 @@ class Layer(Protocol):
         """The number of layers that lie side by side."""
         ...
 
-    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
+    def positions(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
         """Count the rows that one example contributes.
 
         Args:
@@ -84,8 +84,12 @@ class Layer(Protocol):
         ...
 
     def rows(
-        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
-    ) -> Float[Tensor, "n groups*inputs"]:
+        self,
+        x: Shaped[Tensor, "batch ..."],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
+    ) -> Float[Tensor, "n columns"]:
         """Take the rows at some positions of every example.
 
         Args:
@@ -99,7 +103,7 @@ class Layer(Protocol):
         """
         ...
 
-    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         """Take the outputs at some positions of every example.
 
         Args:
@@ -128,11 +132,11 @@ class LinearLayer:
     bias: str | None = "bias"
     transposed: bool = False
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+    def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "out columns"]:
         """The weight as a matrix."""
         return weight.T if self.transposed else weight
 
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Float[Tensor, "..."]:
         """A matrix as a weight."""
         return matrix.T.contiguous() if self.transposed else matrix
 
@@ -149,12 +153,16 @@ class LinearLayer:
         return prod(x.shape[1:-1])
 
     def rows(
-        self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
+        self,
+        x: Float[Tensor, "batch ... in"],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n in"]:
         """The inputs at these positions."""
         return _at(x, positions)
 
-    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         """The outputs at these positions."""
         return _at(y, positions)
 
@@ -201,12 +209,16 @@ class EmbeddingLayer:
         return prod(x.shape[1:])
 
     def rows(
-        self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
+        self,
+        x: Int64[Tensor, "batch ..."],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n tokens"]:
         """The tokens at these positions, one-hot."""
         return F.one_hot(x.reshape(len(x), -1)[:, positions].flatten(), weight[0]).to(torch.get_default_dtype())
 
-    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         """The tokens' vectors at these positions."""
         return y.reshape(len(y), -1, y.shape[-1])[:, positions].flatten(0, 1)
 
@@ -229,11 +241,11 @@ class Convolution:
     weight: str = "weight"
     bias: str | None = "bias"
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+    def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "out columns"]:
         """The kernels as a matrix, input channel first, then the kernel's taps."""
         return (self._turn(weight) if self.transposed else weight).flatten(1)
 
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Float[Tensor, "..."]:
         """A matrix as kernels; `like` is the shape of the traced weight."""
         weight = matrix.reshape(len(matrix), -1, *like[2:])
         return self._turn(weight) if self.transposed else weight
@@ -255,7 +267,7 @@ class Convolution:
         value = [value] if isinstance(value, int) else list(value)
         return value * self.spatial if len(value) == 1 else value
 
-    def _window(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> _Window:
+    def _window(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> _Window:
         """The input as the kernel sees it: padded (and spread), with the stride and dilation that are left."""
         kernel = weight[2:]
         stride, dilation = self._all(arguments, "stride", 1), self._all(arguments, "dilation", 1)
@@ -279,12 +291,16 @@ class Convolution:
         sizes = tuple((n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True))
         return _Window(x, kernel, stride, dilation, sizes)
 
-    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
+    def positions(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
         """The number of positions of the kernel."""
         return prod(self._window(x[:1], weight, arguments).sizes)
 
     def rows(
-        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
+        self,
+        x: Shaped[Tensor, "batch ..."],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n inputs"]:
         """The unfolded patches at these positions."""
         window = self._window(x, weight, arguments)
@@ -295,7 +311,7 @@ class Convolution:
         taken = channels_last.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
         return taken.transpose(2, 3).flatten(0, 1).flatten(1)
 
-    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         """The outputs at these positions."""
         return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
 
@@ -356,9 +372,7 @@ LAYERS: dict[str, Layer] = {
 """Layers with weights, by their ATen operator."""
 
 
-def with_ones(
-    rows: Float[Tensor, "n groups*inputs"], conv_groups: int, bias: bool
-) -> Float[Tensor, "n groups*columns"]:
+def with_ones(rows: Float[Tensor, "n columns"], conv_groups: int, bias: bool) -> Float[Tensor, "n columns_and_ones"]:
     """Append the 1 that meets a bias to every row.
 
     Args:

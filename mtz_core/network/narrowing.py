@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import MtzError
@@ -23,7 +23,7 @@ from mtz_core.network.groups import Analysis, analyse
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
 
-Keep = Mapping[str, "Int64[np.ndarray, ' kept']"]
+Keep = Mapping[str, Int64[np.ndarray, " _kept"]]
 """For neuron groups that lose some, the neurons that stay, ascending."""
 
 LEAST = 2
@@ -133,7 +133,7 @@ class Dropper:
                 fewer[name] = kept
         return fewer
 
-    def droppable(self, examples: Tensor) -> tuple[str, ...]:
+    def droppable(self, examples: Shaped[Tensor, "batch ..."]) -> tuple[str, ...]:
         """Find the hidden groups that can lose neurons, by dropping every third neuron of all groups, or else of each.
 
         Args:
@@ -150,7 +150,7 @@ class Dropper:
         return tuple(name for name, kept in trial.items() if self._agrees({name: kept}, examples))
 
     @torch.no_grad()
-    def _agrees(self, keep: Keep, examples: Tensor) -> bool:
+    def _agrees(self, keep: Keep, examples: Shaped[Tensor, "batch ..."]) -> bool:
         """Whether the narrower network computes what the whole one does when nothing reads the dropped neurons."""
         try:
             narrow = self.narrow(keep).network

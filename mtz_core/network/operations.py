@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.graph import FIXED, Node, operator
@@ -35,10 +35,10 @@ class Value:
         actual: The value itself, if it depends on neither input nor parameters; parameters may still learn.
     """
 
-    meta: Tensor
+    meta: Shaped[Tensor, "..."]
     labels: Int64[Tensor, "..."]
     constant: bool = False
-    actual: Tensor | None = None
+    actual: Shaped[Tensor, "..."] | None = None
 
     @property
     def everywhere(self) -> Int64[Tensor, "..."]:
@@ -51,7 +51,7 @@ class NotUnderstood(Exception):
 
 
 Arguments = Mapping[str, Any]
-Rule = Callable[[Ties, Node, Arguments, Tensor], "Int64[Tensor, '...'] | Sequence[Int64[Tensor, '...']]"]
+Rule = Callable[[Ties, Node, Arguments, Any], Int64[Tensor, "..."] | Sequence[Int64[Tensor, "..."]]]
 """Ties the labels of an operator's operands as far as required, and returns the labels of its output (or outputs)."""
 
 
@@ -94,7 +94,7 @@ def operands(arguments: Any) -> Iterable[Value]:
             yield from operands(part)
 
 
-def pointwise(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def pointwise(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of what acts on every element alone: elements that meet are tied."""
     values = list(operands(arguments))
     met = [value for value in values if not value.constant] or values
@@ -154,7 +154,7 @@ def _distinct(values: Tensor) -> Tensor:
     return compress(values.unique(return_inverse=True)[1]) if values.numel() > 1 else torch.zeros_like(values).long()
 
 
-def movement(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Any:
+def movement(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
     """The rule of what moves elements: the operator is run on the labels. What it fills in belongs to no neuron."""
     moved = {name: _movable(argument) for name, argument in arguments.items()}
     if node.kind == "pad" and arguments.get("mode", "constant") != "constant":
@@ -192,14 +192,14 @@ def reduction(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
     return [labels] * len(parts) if isinstance(out, (list, tuple)) else labels
 
 
-def along(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def along(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of soft-max and the like: every element meets all others along an axis, but stays itself."""
     value: Value = arguments["self"]
     ties.symmetric(value.labels, _axes(arguments, value.labels.ndim))
     return ties.resolve(value.labels)
 
 
-def gated(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def gated(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of a gated linear unit: the second half of an axis gates the first."""
     first, second = arguments["self"].everywhere.chunk(2, dim=arguments.get("dim", -1))
     return compress(ties.resolve(_meet(ties, first, second)))
@@ -250,7 +250,7 @@ def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Itera
     return ties.resolve(labels)
 
 
-def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of batch normalisation: every channel (axis 1) has constants of its own.
 
     Args:
@@ -271,13 +271,13 @@ def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int
     return _normalise(ties, arguments["input"].labels, (1,), constants)
 
 
-def instance_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def instance_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of instance normalisation: every channel of every example is normalised by itself."""
     constants = (arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
     return _normalise(ties, arguments["input"].labels, (1,), constants)
 
 
-def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of layer and root-mean-square normalisation over the last axes."""
     value: Value = arguments["input"]
     ndim = value.labels.ndim
@@ -288,7 +288,7 @@ def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int
     return ties.resolve(labels)
 
 
-def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of group normalisation: channels stay in their group."""
     labels = _normalise(ties, arguments["input"].labels, (1,), (arguments.get(name) for name in ("weight", "bias")))
     groups = int(arguments["num_groups"])
@@ -297,7 +297,7 @@ def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int
     return labels
 
 
-def matmul(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def matmul(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of a product of two values, as in attention.
 
     Args:
@@ -320,11 +320,11 @@ def matmul(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[T
 
 def _contract(
     ties: Ties,
-    a: Int64[Tensor, "... m k"],
+    a: Int64[Tensor, "... _ _"],
     a_shape: Sequence[int],
-    b: Int64[Tensor, "... k n"],
+    b: Int64[Tensor, "... _ _"],
     b_shape: Sequence[int],
-) -> Int64[Tensor, "... m n"]:
+) -> Int64[Tensor, "... _ _"]:
     """Label a matrix product.
 
     Args:
@@ -359,7 +359,7 @@ def _but(labels: Tensor, axis: int) -> list[int]:
     return [a for a in range(labels.ndim) if a != axis % labels.ndim]
 
 
-def attention(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def attention(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of scaled dot-product attention: query and key are tied within a head, the head to its values."""
     query, key, value = (arguments[name].labels for name in ("query", "key", "value"))
     if arguments.get("enable_gqa"):
@@ -381,7 +381,7 @@ def attention(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int6
     return _contract(ties, weights, shape, value, value_shape)
 
 
-def nothing(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
+def nothing(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of what makes new values that come from no neuron."""
     return torch.full([1] * out.ndim, FIXED)
 

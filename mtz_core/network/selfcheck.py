@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import UnsupportedModule
@@ -16,11 +16,13 @@ from mtz_core.network.groups import Analysis
 TOLERANCE = 1e-4
 """How far outputs may differ, relative to the largest: the effect of reordering sums in float32."""
 
-Permutations = Mapping[str, Int64[np.ndarray, " neurons"]]
+Permutations = Mapping[str, Int64[np.ndarray, " _neurons"]]
 
 
 @torch.no_grad()
-def check(network: Network, analysis: Analysis, examples: Tensor, expected: Tensor) -> None:
+def check(
+    network: Network, analysis: Analysis, examples: Shaped[Tensor, "batch ..."], expected: Float[Tensor, "batch ..."]
+) -> None:
     """Compare the graph with the module, then the graph with itself, its neurons permuted.
 
     Args:

@@ -36,7 +36,7 @@ class Ties:
     """
 
     count: int = 2
-    _pairs: list[Int64[Tensor, "2 n"]] = field(default_factory=list)
+    _pairs: list[Int64[Tensor, "2 _n"]] = field(default_factory=list)
     _roots: Int64[Tensor, " labels"] = field(default_factory=lambda: torch.arange(2))
     colours: list[tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]] = field(default_factory=list)
     """Labels, and what distinguishes each from labels that are otherwise alike (see `pin`)."""
@@ -129,6 +129,6 @@ def compress(labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     return labels
 
 
-def varying(labels: Tensor) -> set[int]:
+def varying(labels: Int64[Tensor, "..."]) -> set[int]:
     """The axes along which labels change, counted from the last (−1)."""
     return {axis - labels.ndim for axis, size in enumerate(labels.shape) if size > 1}

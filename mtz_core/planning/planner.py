@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil, exp, log
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidConfig
@@ -90,7 +90,7 @@ class Planner:
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
         sensitivity: Mapping[str, Sensitivities],
-        examples: Mapping[str, Tensor],
+        examples: Mapping[str, Shaped[Tensor, "_ ..."]],
         config: ZipConfig,
         moves: Sequence[Move],
     ) -> None:
@@ -125,7 +125,7 @@ class Planner:
                 ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
 
-    def _droppable(self, examples: Mapping[str, Tensor]) -> set[str]:
+    def _droppable(self, examples: Mapping[str, Shaped[Tensor, "_ ..."]]) -> set[str]:
         """The groups that can lose neurons in all networks."""
         found = [set(Dropper(network).droppable(examples[task])) for task, network in self.networks.items()]
         return set.intersection(*found)

@@ -16,7 +16,7 @@ from itertools import islice
 from math import exp, log
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
@@ -83,7 +83,7 @@ class BudgetSearch:
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
         sensitivity: Mapping[str, Sensitivities],
-        batches: Mapping[str, list[Tensor]],
+        batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]],
         config: ZipConfig,
         budget: Budget,
     ) -> None:
@@ -193,7 +193,7 @@ class BudgetSearch:
         """Merge by a plan, on all calibration data."""
         return self._merged(plan, self.batches)
 
-    def _merged(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> ZippedNetwork:
+    def _merged(self, plan: Plan, batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]]) -> ZippedNetwork:
         return finish(merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.sensitivity))
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ class Validation:
         metric: A metric of `mtz_core.evaluation.METRICS`.
     """
 
-    examples: Float[Tensor, "n ..."]
+    examples: Shaped[Tensor, "n ..."]
     labels: Int64[Tensor, " n"]
     metric: str = "error"
 
@@ -259,7 +259,7 @@ class FloorSearch:
         self,
         budget_search: BudgetSearch,
         originals: Mapping[str, nn.Module],
-        training: Mapping[str, Tensor],
+        training: Mapping[str, Shaped[Tensor, "_ ..."]],
         validation: Mapping[str, Validation],
         retraining: RetrainConfig,
     ) -> None:

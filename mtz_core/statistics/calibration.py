@@ -19,7 +19,7 @@ BATCH = 100
 """The number of examples that go through a network at once."""
 
 
-def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Tensor]:
+def as_batches(data: Tensor | Iterable[Tensor], task: str) -> list[Shaped[Tensor, "_ ..."]]:
     """Turn calibration data into a list of batches.
 
     Args:
@@ -86,7 +86,7 @@ def sample_positions(
 
 def layer_rows(
     node: Node, weight: tuple[int, ...], x: Shaped[Tensor, "batch ..."], positions: Int64[Tensor, " p"]
-) -> Float[Tensor, "n groups*in"]:
+) -> Float[Tensor, "n columns"]:
     """Return a layer's input as the rows that meet its matrix.
 
     Args:
@@ -105,8 +105,8 @@ def layer_rows(
 
 @torch.no_grad()
 def stream_rows(
-    network: Network, batches: Iterable[Tensor], config: ZipConfig
-) -> Iterator[Mapping[str, Float[Tensor, "n groups*in"]]]:
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+) -> Iterator[Mapping[str, Float[Tensor, "n columns"]]]:
     """Stream the sampled input rows of every layer of an original network.
 
     Args:
@@ -138,7 +138,9 @@ def stream_rows(
         yield rows
 
 
-def original_moments(network: Network, batches: Iterable[Tensor], config: ZipConfig) -> dict[str, Moments]:
+def original_moments(
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+) -> dict[str, Moments]:
     """Accumulate the second moments of every layer's input in an original network.
 
     Args:

@@ -84,18 +84,18 @@ class DenseHessian:
         return self.matrix.shape[-1]
 
     @cached_property
-    def _factor(self) -> Float[Tensor, "n n"]:
+    def _factor(self) -> Float[Tensor, "... n n"]:
         return _factorise(self.matrix)
 
-    def product(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    def product(self, vectors: Float[Tensor, "... n m"]) -> Float[Tensor, "... n m"]:
         """``A v``."""
         return self.matrix @ vectors
 
-    def energies(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
+    def energies(self, vectors: Float[Tensor, "... n m"]) -> Float[Tensor, "... m"]:
         """``vᵀ A v`` of every column ``v``."""
         return (vectors * self.product(vectors)).sum(dim=-2)
 
-    def solve(self, vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    def solve(self, vectors: Float[Tensor, "... n m"]) -> Float[Tensor, "... n m"]:
         """Solve for every column.
 
         Args:
@@ -134,7 +134,7 @@ class DenseHessian:
             lambda change: -torch.cholesky_solve(coupling @ change, factor),
         )
 
-    def dense(self) -> Float[Tensor, "n n"]:
+    def dense(self) -> Float[Tensor, "... n n"]:
         """The Hessian as a dense matrix."""
         return self.matrix
 
@@ -253,7 +253,7 @@ def weighted_sum(hessians: Sequence[Hessian], weights: Sequence[float]) -> Hessi
         weights: The weights ``α_t``.
 
     Returns:
-        The sum: in rows if all terms are rows and there are fewer of them together than inputs, dense otherwise.
+        The sum, in rows if all terms are rows and there are fewer of them together than inputs, dense otherwise.
     """
     rows = [h for h in hessians if isinstance(h, RowsHessian)]
     if len(rows) == len(hessians) and sum(h.rows.shape[0] for h in rows) < rows[0].size:

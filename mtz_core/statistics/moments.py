@@ -54,7 +54,7 @@ class Moments:
         """The rows themselves. Only while they are fewer than the inputs."""
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.inputs)
 
-    def add(self, rows: Float[Tensor, "batch groups*inputs"]) -> None:
+    def add(self, rows: Float[Tensor, "batch {self.conv_groups*self.inputs}"]) -> None:
         """Fold in a batch of rows."""
         self.count += rows.shape[0]
         self._rows.append(rows)

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
 from mtz_core.network.graph import INPUT, Network, free_unused, run_node
 
-Sensitivities = Mapping[str, Float[Tensor, " out"]]
+Sensitivities = Mapping[str, Float[Tensor, " _out"]]
 """For every layer, the sensitivity of the loss to each of its rows, in nats per squared unit of the layer's output."""
 
 TEMPERATURE = 2.0
@@ -29,7 +29,9 @@ AT_ONCE = 16
 """The number of examples that are differentiated at once. All their intermediate values are held."""
 
 
-def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Float[Tensor, " out"]]:
+def sensitivities(
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], seed: int = 0
+) -> dict[str, Float[Tensor, " _out"]]:
     """Estimate ``E[Σ_positions g²]`` for every row of every layer.
 
     One class is drawn for each example.

@@ -14,7 +14,7 @@ Owners = tuple[str, ...]
 """The tasks that a neuron, a column or a block of weights belongs to, in the order of the zipped network's tasks."""
 
 NOT_A_MEMBER = -1
-Members = Mapping[str, "Int64[np.ndarray, 'neurons tasks']"]
+Members = Mapping[str, Int64[np.ndarray, "_neurons tasks"]]
 """For every hidden group: which neuron of each task is (a part of) each of its neurons, or `NOT_A_MEMBER`."""
 
 
@@ -116,7 +116,7 @@ def arrange(
     return Arrangement(tuple(segments))
 
 
-def one_size(tables: Iterable[np.ndarray]) -> bool:
+def one_size(tables: Iterable[Int64[np.ndarray, "_ _"]]) -> bool:
     """Whether neurons have as many positions in all networks."""
     return len({table.shape[1] for table in tables}) == 1
 

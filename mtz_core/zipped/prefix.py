@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.graph import INPUT, Node, run_node
@@ -27,7 +28,7 @@ class Order:
     """
 
     axis: int = 1
-    index: Tensor | None = None
+    index: Int64[Tensor, " channels"] | None = None
 
     def same(self, other: Order) -> bool:
         """Whether two values are ordered alike."""
@@ -35,7 +36,7 @@ class Order:
             return self.index is other.index
         return self.axis == other.axis and torch.equal(self.index, other.index)
 
-    def apply(self, value: Tensor) -> Tensor:
+    def apply(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """The task's own value, from the first task's."""
         return value if self.index is None else value.index_select(self.axis, self.index.to(value.device))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mtz_core.network.graph import LayerGraph, Network, Node
@@ -247,7 +248,7 @@ def _layer(name: str, network: TaskStructure | Network) -> Node:
 def to_blocks(
     layer: str,
     task: str,
-    matrix: Tensor,
+    matrix: Float[Tensor, "out columns"],
     rows: Arrangement,
     columns: Arrangement,
     bias: bool,
