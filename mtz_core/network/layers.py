@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
 Arguments = Mapping[str, Any]
@@ -204,19 +204,20 @@ class EmbeddingLayer:
         """Always 1."""
         return 1
 
-    def positions(self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
+    def positions(self, x: Int[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
         """The number of tokens in one example."""
         return prod(x.shape[1:])
 
     def rows(
         self,
-        x: Int64[Tensor, "batch ..."],
+        x: Int[Tensor, "batch ..."],
         weight: tuple[int, ...],
         arguments: Arguments,
         positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n tokens"]:
         """The tokens at these positions, one-hot."""
-        return F.one_hot(x.reshape(len(x), -1)[:, positions].flatten(), weight[0]).to(torch.get_default_dtype())
+        tokens = x.reshape(len(x), -1)[:, positions].flatten().long()
+        return F.one_hot(tokens, weight[0]).to(torch.get_default_dtype())
 
     def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         """The tokens' vectors at these positions."""
