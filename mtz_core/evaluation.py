@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 
-Classifier = Callable[[Float[Tensor, "batch ..."]], Float[Tensor, "batch classes"]]
+Classifier = Callable[[Shaped[Tensor, "batch ..."]], Float[Tensor, "batch classes"]]
 
 
 @torch.no_grad()
-def outputs_of(network: Classifier, batches: Iterable[Tensor]) -> Float[Tensor, "examples classes"]:
+def outputs_of(network: Classifier, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Float[Tensor, "examples classes"]:
     """The outputs for all examples. Raises `InvalidCalibration` without examples."""
     parts = [network(batch) for batch in batches]
     if not parts:
@@ -23,7 +23,7 @@ def outputs_of(network: Classifier, batches: Iterable[Tensor]) -> Float[Tensor, 
     return torch.cat(parts)
 
 
-def predict(network: Classifier, batches: Iterable[Tensor]) -> Int64[Tensor, " examples"]:
+def predict(network: Classifier, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Int64[Tensor, " examples"]:
     """The most likely class of every example. Raises `InvalidCalibration` without examples."""
     return outputs_of(network, batches).argmax(dim=1)
 

@@ -1,15 +1,15 @@
 """How much two networks have in common: what sharing all their neurons would cost and save, without merging anything.
 
-For neurons i of A and j of B with weights `a`, `b` on their common inputs, the functional difference of
+For neurons i of A and j of B with weights ``a`` and ``b`` on their common inputs, the functional difference of
 `mtz_core.merging.matching` is ``½ (a − b)ᵀ P (a − b)``, with ``P = αβ H_A T⁻¹ H_B`` and ``T = α H_A + β H_B = L Lᵀ``.
 As ``P`` is also ``α H_A − α² H_A T⁻¹ H_A``, all its values come from the images ``L⁻¹ H w``: one factorisation, one
-triangular solve and one product for a layer, in single precision, on those inputs that carry anything.
+triangular solve and one product per layer, in single precision, on those inputs that are not always 0.
 
-``½ (aᵀPa + bᵀPb)``, each without its mean, is what two neurons of this strength would cost that have nothing in common.
-What matched neurons cost less than that, all layers weighed by the sensitivities of the losses to them, is the
-*similarity* of two networks. The damage to a task is half of what it has at stake, times what is not in common: with
-equal Hessians the mean of two neurons is that far from either. Sums of functional differences themselves predict worse,
-as later layers make good for much of what earlier ones lose.
+``½ (aᵀPa + bᵀPb)``, each without its mean, is what two neurons of this strength would cost if they had nothing in
+common. The *similarity* of two networks is the part of this that matched neurons save, with all layers weighed by the
+sensitivities of the losses to them. The damage to a task is half of its stake, times the part that is not in common:
+with equal Hessians, the mean of two neurons is that far from either. Sums of functional differences themselves predict
+damage less well, because later layers make good for much of what earlier ones lose.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mtz_core.statistics.sensitivity import Sensitivities
 from mtz_core.zipped.ownership import arrange, positions_of
 
 _LEAST_BALANCE = 1e-3
-"""The least weight of a task in a layer, beside the other."""
+"""The least weight that either task has in a layer."""
 
 _TASKS = ("first", "second")
 
@@ -45,9 +45,13 @@ _TASKS = ("first", "second")
 class Affinity:
     """What two networks have in common, or why they cannot be compared.
 
-    `similarity` is the part of their functional energy that both have: 1 for networks that compute the same, whatever
-    the order of their neurons. `damage` are the nats that each is expected to lose if all is shared (measured: within a
-    factor of about two, docs/benchmarks/affinities.md); `saved` the bytes that this saves.
+    Attributes:
+        similarity: The part of their functional energy that both have: 1 for networks that compute the same, whatever
+            the order of their neurons.
+        damage: The nats that each task is expected to lose if all neurons are shared. Measured to be right within a
+            factor of about two (docs/benchmarks/affinities.md).
+        saved: The bytes that sharing all neurons saves.
+        why: Why the networks cannot be compared; empty if they can.
     """
 
     similarity: float
@@ -62,15 +66,18 @@ class Affinity:
 
     @property
     def reversed(self) -> Affinity:
-        """The same, the second network first."""
+        """The same affinity with the networks in reverse order."""
         return replace(self, damage=self.damage[::-1])
 
 
 @dataclass(frozen=True, eq=False)
 class Affinities:
-    """Every pair of some models: `pairs` has the affinity of ``(a, b)`` for ``a < b``.
+    """The affinities of all pairs of some models.
 
-    `bytes` are the models' sizes, `tags` whatever marks they have.
+    Attributes:
+        bytes: The size of every model, in bytes.
+        tags: The tags of every model that has any.
+        pairs: The affinity of ``(a, b)`` for every pair of models with ``a < b``.
     """
 
     bytes: Mapping[str, int]
@@ -83,25 +90,32 @@ class Affinities:
         return tuple(sorted(self.bytes))
 
     def of(self, model: str, other: str) -> Affinity:
-        """The affinity of two models; the damage of the first one comes first."""
+        """The affinity of two models. The damage to the first one comes first."""
         return self.pairs[model, other] if model < other else self.pairs[other, model].reversed
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """All that comparisons need of a network, for every layer that writes hidden neurons, in single precision.
+    """Everything that comparisons need of a network, for every layer that writes hidden neurons, in single precision.
 
-    `images` are ``W H`` (of layers with dense Hessians), `carrying` says which inputs are ever other than 0. `stake` is
-    what it would cost the task's loss if a neuron group said nothing, ``½ Σ F Var(y)`` in nats, on average over the
-    groups. `structure` is a digest of everything but values.
+    Attributes:
+        network: The traced network.
+        sensitivity: The sensitivity of the loss to each layer's rows, in nats per squared unit of the layer's output.
+        matrices: The matrix of every layer, bias as the last column.
+        hessians: The damped Hessian of every layer.
+        images: ``W H`` of every layer whose Hessian is dense.
+        carrying: For every layer, which inputs are ever other than 0.
+        stake: What it would cost the task's loss if a neuron group had constant outputs, ``½ Σ F Var(y)`` in nats,
+            averaged over the groups.
+        structure: A digest of everything but values.
     """
 
     network: Network
     sensitivity: Sensitivities
-    matrices: Mapping[str, Float[Tensor, "out columns"]]
+    matrices: Mapping[str, Float[Tensor, "_out _columns"]]
     hessians: Mapping[str, Hessian]
-    images: Mapping[str, Float[Tensor, "out columns"]]
-    carrying: Mapping[str, Bool[np.ndarray, " columns"]]
+    images: Mapping[str, Float[Tensor, "_out _columns"]]
+    carrying: Mapping[str, Bool[np.ndarray, " _columns"]]
     stake: float
     structure: str
 
@@ -113,7 +127,20 @@ class Profile:
         sensitivity: Sensitivities,
         damping: float = DEFAULT_DAMPING,
     ) -> Profile:
-        """The profile of a traced network, from its statistics. Raises `InvalidCalibration` without rows."""
+        """Make the profile of a traced network from its statistics.
+
+        Args:
+            network: The traced network.
+            moments: The second moments of each layer's input.
+            sensitivity: The sensitivity of the loss to each layer's rows.
+            damping: ``λ`` relative to the mean diagonal of a layer's Hessian.
+
+        Returns:
+            The profile.
+
+        Raises:
+            InvalidCalibration: If a layer has no calibration rows.
+        """
         hidden = network.graph.hidden_groups
         written = {name for group in hidden for name in group.writers}
         matrices, hessians, images, carrying, stake = {}, {}, {}, {}, 0.0
@@ -135,7 +162,7 @@ class Profile:
 
     @property
     def bytes(self) -> int:
-        """The memory that it takes, its network's included."""
+        """The memory that the profile takes, in bytes, its network included."""
         hessians = [h.rows if isinstance(h, RowsHessian) else h.matrix for h in self.hessians.values()]
         tensors = [*self.matrices.values(), *self.images.values(), *hessians]
         return self.network.bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -148,7 +175,7 @@ def _carrying(hessian: Hessian, damping: float) -> Bool[np.ndarray, " columns"]:
 
 
 def _single(hessian: Hessian) -> Hessian:
-    """A Hessian in single precision; for layers side by side the mean of theirs."""
+    """A Hessian in single precision; for layers that lie side by side, the mean of their Hessians."""
     if isinstance(hessian, RowsHessian):
         return RowsHessian(hessian.rows.to(torch.float32), hessian.damping)
     matrix = hessian.matrix if hessian.matrix.ndim == 2 else hessian.matrix.mean(dim=0)
@@ -156,7 +183,7 @@ def _single(hessian: Hessian) -> Hessian:
 
 
 def _constant(size: int) -> Float[Tensor, " size"]:
-    """The weights of a neuron that says 1: the bias meets the last input."""
+    """The weights of a neuron that is always 1: the bias meets the last input."""
     weights = torch.zeros(size)
     weights[-1] = 1.0
     return weights
@@ -174,10 +201,14 @@ def _structure(network: Network) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Outline:
-    """What networks of two structures can share, and the bytes that this saves; `why` says why nothing.
+    """What networks of two structures can share.
 
-    `writers` are the layers that write a hidden group, `counts` the neurons of it that can be shared, `reads` the
-    hidden groups that a layer reads.
+    Attributes:
+        writers: For every hidden group, the layers that write it and can be shared.
+        counts: For every hidden group, the number of neurons that can be shared.
+        reads: For every such layer, the hidden groups that it reads.
+        saved: The bytes that sharing all of this saves.
+        why: Why nothing can be shared; empty otherwise.
     """
 
     writers: Mapping[str, Sequence[Node]]
@@ -188,13 +219,24 @@ class _Outline:
 
 
 class Comparer:
-    """Compares networks two at a time; what follows from their structure alone is found once for all alike."""
+    """Compares networks two at a time. What follows from structures alone is computed once per pair of structures."""
 
     def __init__(self) -> None:
         self._outlines: dict[tuple[str, str], _Outline] = {}
 
     def compare(self, first: Profile, second: Profile) -> Affinity:
-        """What two networks have in common. Raises `SingularHessian`."""
+        """Compare two networks.
+
+        Args:
+            first: The profile of one network.
+            second: The profile of the other.
+
+        Returns:
+            What they have in common.
+
+        Raises:
+            SingularHessian: If a Hessian cannot be factorised.
+        """
         key = first.structure, second.structure
         if key not in self._outlines:
             self._outlines[key] = _outline(first.network, second.network)
@@ -221,7 +263,7 @@ def _outline(first: Network, second: Network) -> _Outline:
 
 
 def _why_not(first: Network, second: Network) -> str:
-    """Why two networks cannot be zipped, in words; nothing if they can."""
+    """Why two networks cannot be zipped, in words; empty if they can."""
     if first.input_shape != second.input_shape:
         shapes = [" × ".join(map(str, network.input_shape)) for network in (first, second)]
         return f"their inputs differ: {shapes[0]} and {shapes[1]}"
@@ -234,10 +276,17 @@ def _why_not(first: Network, second: Network) -> str:
 
 
 def _differences(outline: _Outline, profiles: tuple[Profile, Profile]) -> tuple[float, float]:
-    """What sharing all matched neurons costs, and what it would if they had nothing in common, in nats.
+    """Compute what sharing all matched neurons costs, and what it would cost if they had nothing in common.
 
-    Groups are matched in topological order, by those of their layers whose inputs are matched already, as
-    `Matcher.match` does; what the others cost is known when all are.
+    Groups are matched in topological order, using those of their layers whose inputs are matched already, as
+    `Matcher.match` does. The costs in the other layers are added when all groups are matched.
+
+    Args:
+        outline: What the networks can share.
+        profiles: The networks' profiles.
+
+    Returns:
+        Both costs, in nats.
     """
     pairings: dict[str, Pairing] = {}
     late: list[tuple[str, Node]] = []
@@ -265,9 +314,12 @@ def _differences(outline: _Outline, profiles: tuple[Profile, Profile]) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """One network's view of a layer on common inputs: weights, curvature and their product.
+    """One network's view of a layer on common inputs. With a bias, the last row is a neuron that is always 1.
 
-    Where a bias reads the constant 1, the last row is a neuron that says nothing else.
+    Attributes:
+        rows: The weights.
+        curvature: What is left of the Hessian on these inputs.
+        images: The product of both.
     """
 
     rows: Float[Tensor, "n s"]
@@ -305,10 +357,19 @@ def _sums(first: Float[Tensor, " a"], second: Float[Tensor, " b"]) -> Float[Tens
 
 def _products(
     sides: tuple[_Side, _Side], alpha: float, centre: bool
-) -> tuple[Sequence[Float[Tensor, " n"]], Sequence[Float[Tensor, " n"]], Float[Tensor, "a b"]]:
-    """``wᵀPw`` of every row of both sides, the same of rows without their means, and ``aᵀPb`` of all pairs.
+) -> tuple[Sequence[Float[Tensor, " _n"]], Sequence[Float[Tensor, " _n"]], Float[Tensor, "a b"]]:
+    """Compute ``wᵀPw`` of every row of both sides, the same of rows without their means, and ``aᵀPb`` of all pairs.
 
-    Raises `SingularHessian`.
+    Args:
+        sides: Both networks' views of a layer.
+        alpha: The weight of the first network; the second has the rest.
+        centre: Whether means are removed; then the last row of either side is the neuron that is always 1.
+
+    Returns:
+        The three products. Those of rows hold one tensor for each network.
+
+    Raises:
+        SingularHessian: If the weighted sum of the curvatures cannot be factorised.
     """
     balance = alpha, 1 - alpha
     total = balance[0] * sides[0].curvature + balance[1] * sides[1].curvature
@@ -328,9 +389,17 @@ def _products(
 
 
 def _turned(total: Float[Tensor, "s s"], images: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
-    """``L⁻¹ H w`` of every row, ``T = L Lᵀ``; in double precision where single is too coarse.
+    """Compute ``L⁻¹ H w`` of every row, with ``T = L Lᵀ``; in double precision where single is too coarse.
 
-    Raises `SingularHessian`.
+    Args:
+        total: ``T``.
+        images: ``H w`` of every row.
+
+    Returns:
+        The turned images.
+
+    Raises:
+        SingularHessian: If ``T`` is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(total)
     if not int(info):
@@ -345,11 +414,21 @@ def _sides(
     profiles: tuple[Profile, Profile],
     node: Node,
     pairings: Mapping[str, Pairing],
-    places: Sequence[Int64[np.ndarray, "neurons slots"]],
+    places: Sequence[Int64[np.ndarray, "_neurons slots"]],
 ) -> tuple[_Side, _Side]:
-    """Both views of a layer on the inputs that correspond, in matched order; those without a partner compensate.
+    """Form both views of a layer on the inputs that correspond, in matched order.
 
-    Inputs that carry nothing in either network are left out: nobody can tell what their weights are.
+    Inputs without a partner compensate. Inputs that are always 0 in both networks are left out: their weights have no
+    effect on the data.
+
+    Args:
+        profiles: The networks' profiles.
+        node: The layer.
+        pairings: The pairings of the groups that are matched already.
+        places: The rows of each neuron of the group, for each network.
+
+    Returns:
+        The view of each network.
     """
     hessians = [profile.hessians[node.name] for profile in profiles]
     shared = _common_inputs(profiles, node, pairings)
@@ -396,10 +475,10 @@ def _in_span(
     profiles: tuple[Profile, Profile],
     node: Node,
     shared: Sequence[Int64[np.ndarray, " s"]],
-    own: Sequence[Int64[np.ndarray, " p"]],
-    rows: Sequence[Int64[Tensor, " n"]],
+    own: Sequence[Int64[np.ndarray, " _p"]],
+    rows: Sequence[Int64[Tensor, " _n"]],
 ) -> tuple[_Side, _Side]:
-    """The same where rows are fewer than inputs: in an orthonormal basis of what the rows of both networks span."""
+    """Both views where rows are fewer than inputs, in an orthonormal basis of what the rows of both networks span."""
     data, dampings = [], []
     for profile, index, rest in zip(profiles, shared, own, strict=True):
         hessian, inputs = profile.hessians[node.name], torch.from_numpy(index)
@@ -421,7 +500,7 @@ def _in_span(
 
 
 def _basis(rows: Float[Tensor, "r n"]) -> Float[Tensor, "k n"]:
-    """Orthonormal rows that span the given ones, as far as single precision tells them apart."""
+    """Orthonormal rows that span the given ones, as far as single precision can tell."""
     values, vectors = torch.linalg.eigh((rows @ rows.T).to(torch.float64))
     kept = values > values[-1] * len(rows) * torch.finfo(torch.float32).eps
     return (vectors[:, kept] / values[kept].sqrt()).T.to(torch.float32) @ rows
@@ -430,5 +509,5 @@ def _basis(rows: Float[Tensor, "r n"]) -> Float[Tensor, "k n"]:
 def _picked(
     matrix: Float[Tensor, "n s"], rows: Int64[Tensor, " a"], columns: Int64[Tensor, " b"]
 ) -> Float[Tensor, "a b"]:
-    """Some rows and columns, in the given order; several times as fast as by indexing."""
+    """Some rows and columns, in the given order. Several times as fast as indexing."""
     return matrix.index_select(0, rows).index_select(1, columns)

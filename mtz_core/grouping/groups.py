@@ -1,8 +1,9 @@
-"""Which models of a fleet should be zipped together: disjoint groups, from what every two of them have in common.
+"""Which models of a fleet should be zipped together: disjoint groups, from what every two models have in common.
 
-Average linkage: the two groups whose models have most in common on average become one, again and again, as long as the
-limits hold. Where only the size of groups is in the way, the models of a small group are spread over others that have
-room. Nothing depends on the order in which the models are listed; their names break ties.
+Groups are found by average linkage: the two groups whose models have most in common on average are joined, again and
+again, as long as the limits hold. Where only the size of groups stands in the way, the models of a small group are
+spread over others that have room. The result does not depend on the order in which models are listed; their names break
+ties.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ LEAST_SIMILARITY = 0.6
 class Limits:
     """What groups may be.
 
-    At most `size` models. Every model's mean similarity to the others of its group is at least `similarity`, its
-    predicted damage at most `damage` nats. A tag of `separate` is had by all models of a group or by none.
+    Attributes:
+        size: The most models in a group, 2 or more.
+        similarity: The least mean similarity of a model to the others of its group, 0 to 1.
+        damage: The most damage that is predicted for a model, in nats.
+        separate: Tags that keep models separate: all models of a group have such a tag, or none has.
     """
 
     size: int = 8
@@ -49,9 +53,14 @@ class Limits:
 class Group:
     """Models to be zipped together, and what sharing all their neurons is expected to do.
 
-    `bytes` are the originals', `saved` those that need not be stored (exact for networks of equal hidden widths, a
-    lower bound where one of them is the narrowest throughout). `similarity` is the mean over all pairs, `least` the
-    least. `damage` are the nats that each model is expected to lose.
+    Attributes:
+        models: The models, in alphabetical order.
+        bytes: The size of the originals, in bytes.
+        saved: The bytes that need not be stored. Exact for networks of equal hidden widths; a lower bound where one of
+            them is the narrowest throughout.
+        similarity: The mean similarity of all pairs.
+        least: The least similarity of any pair.
+        damage: The nats that each model is expected to lose.
     """
 
     models: tuple[str, ...]
@@ -63,18 +72,26 @@ class Group:
 
     @property
     def after(self) -> int:
-        """The bytes that are stored when all is shared."""
+        """The bytes that are stored when all neurons are shared."""
         return self.bytes - self.saved
 
     @property
     def mean_damage(self) -> float:
-        """Nats per task."""
+        """The expected damage per model, in nats."""
         return sum(self.damage.values()) / len(self.damage)
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A model that is in no group: why, and the model that it has most in common with, if there is one to compare."""
+    """A model that is in no group.
+
+    Attributes:
+        model: The model.
+        bytes: Its size, in bytes.
+        why: Why it is in no group.
+        nearest: The model that it has most in common with; None if there is none to compare with.
+        similarity: The similarity of these two.
+    """
 
     model: str
     bytes: int
@@ -85,7 +102,13 @@ class Alone:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Disjoint groups, those that save most first, and the models left alone, by name."""
+    """Disjoint groups, and the models that are in none.
+
+    Attributes:
+        groups: The groups, those that save most first.
+        alone: The models in no group, in alphabetical order.
+        limits: The limits that the groups keep.
+    """
 
     groups: tuple[Group, ...]
     alone: tuple[Alone, ...]
@@ -93,17 +116,25 @@ class Grouping:
 
     @property
     def bytes(self) -> int:
-        """The size of all models."""
+        """The size of all models, in bytes."""
         return sum(group.bytes for group in self.groups) + sum(one.bytes for one in self.alone)
 
     @property
     def saved(self) -> int:
-        """What all groups save."""
+        """The bytes that all groups save."""
         return sum(group.saved for group in self.groups)
 
 
 def choose_groups(affinities: Affinities, limits: Limits) -> Grouping:
-    """Groups that keep the limits, found by joining what is nearest."""
+    """Find groups that keep the limits, by joining those that have most in common.
+
+    Args:
+        affinities: The affinities of all pairs of models.
+        limits: The limits.
+
+    Returns:
+        The groups, and the models that are in none.
+    """
     table = _Table(affinities, limits)
     members = _linked(table)
     while (spread := _spread(table, members)) is not None:
@@ -118,11 +149,11 @@ def choose_groups(affinities: Affinities, limits: Limits) -> Grouping:
 
 
 ModelIndices = tuple[int, ...]
-"""The numbers of a group's models, ascending; models are numbered by name."""
+"""The indices of a group's models, ascending. Models are indexed in alphabetical order."""
 
 
 class _Table:
-    """The pairs of models as matrices: similarity, damage to the first, bytes saved, and whether they may meet."""
+    """All pairs of models as matrices: similarity, damage to the first, bytes saved, and whether they may be joined."""
 
     def __init__(self, affinities: Affinities, limits: Limits) -> None:
         self.affinities, self.limits, self.names = affinities, limits, affinities.models
@@ -142,9 +173,16 @@ class _Table:
         self.may_meet = self.comparable & ~self.kept_apart
 
     def damages(self, own: ModelIndices) -> Float[np.ndarray, " own"]:
-        """What each model of a group loses when all share the mean of their neurons.
+        """Predict what each model of a group loses when all share the mean of their neurons.
 
-        Two lose what the pair does; of many that differ alike, each is twice as far from the mean of all, less a part.
+        Two models lose what their pair does. With more models that differ alike, each is up to twice as far from the
+        mean of all.
+
+        Args:
+            own: The group's models.
+
+        Returns:
+            The nats that each of them loses.
         """
         others = len(own) - 1
         total: Float[np.ndarray, " own"] = self.damage[np.ix_(own, own)].sum(axis=1)
@@ -156,7 +194,7 @@ class _Table:
         return total / (len(own) - 1)
 
     def fits(self, own: ModelIndices) -> bool:
-        """Whether a group of two or more keeps all limits but that of its size."""
+        """Whether a group of two or more models keeps all limits except that of its size."""
         pairs = self.may_meet[np.ix_(own, own)]
         return bool(
             pairs.sum() == len(own) * (len(own) - 1)
@@ -166,7 +204,7 @@ class _Table:
 
 
 def _told_apart(similarity: float) -> float:
-    """A similarity as exact as it is: the order of a network's neurons changes it by less."""
+    """A similarity, rounded to its precision: the order of a network's neurons changes it by less."""
     return round(float(similarity), 5)
 
 
@@ -201,7 +239,7 @@ def _linked(table: _Table) -> list[ModelIndices]:
 
 
 def _spread(table: _Table, members: Sequence[ModelIndices]) -> list[ModelIndices] | None:
-    """The groups with one less, its models spread over others with room, if only the size of groups kept it apart."""
+    """The groups with one less, its models spread over others with room, if only group sizes kept it separate."""
     for own in sorted(members, key=lambda own: (len(own), own)):
         rest = [other for other in members if other != own]
         blocked = [
@@ -216,7 +254,7 @@ def _spread(table: _Table, members: Sequence[ModelIndices]) -> list[ModelIndices
 
 
 def _placed(table: _Table, own: ModelIndices, groups: Sequence[ModelIndices]) -> list[ModelIndices] | None:
-    """The groups with every one of these models in the nearest that has room, or None if one finds none."""
+    """The groups with each of these models in the nearest one that has room; None if a model finds none."""
     groups = list(groups)
     for model in own:
         fitting = [
@@ -263,7 +301,7 @@ def _nearest(table: _Table, model: int, others: Sequence[int] | np.ndarray) -> i
 
 
 def _nobody(table: _Table, model: int) -> str:
-    """Why there is no model to compare one with: the reason that holds for most others."""
+    """Why there is no model to compare a model with: the reason that holds for most others."""
     name = table.names[model]
     reasons = [table.affinities.of(name, other).why for other in table.names if other != name]
     if not reasons:
@@ -273,7 +311,7 @@ def _nobody(table: _Table, model: int) -> str:
 
 
 def _why_alone(table: _Table, model: int, nearest: int, members: Sequence[ModelIndices]) -> str:
-    """Why a model is in no group, though there are others like it."""
+    """Why a model is in no group although it can be compared with others."""
     limits, similarity = table.limits, float(table.similarity[model, nearest])
     there = f"the nearest, {table.names[nearest]}, has {similarity:.1%} in common with it"
     if similarity < limits.similarity:

@@ -17,9 +17,17 @@ KEPT_SEPARATE = "it is listed under keep_separate"
 
 
 def check_compatible(networks: Mapping[str, Network]) -> LayerGraph:
-    """The graph of the first of the networks, whose topology all have.
+    """Check that all networks have one topology and one dtype.
 
-    Raises `IncompatibleNetworks` with the first difference, side by side.
+    Args:
+        networks: The traced networks by task.
+
+    Returns:
+        The graph of the first network.
+
+    Raises:
+        IncompatibleNetworks: If there are fewer than two networks, if topologies differ (the message shows the first
+            difference side by side), or if float32 and float64 weights are mixed.
     """
     if len(networks) < 2:
         raise IncompatibleNetworks(
@@ -40,9 +48,17 @@ def check_compatible(networks: Mapping[str, Network]) -> LayerGraph:
 
 
 def shared_counts(networks: Mapping[str, Network], config: ZipConfig) -> dict[str, int]:
-    """Neurons to share among all networks in every hidden group.
+    """Count the neurons that all networks are to share in every hidden group.
 
-    Groups whose writers correspond nowhere get 0. Raises `InvalidConfig` for settings that do not fit the networks.
+    Args:
+        networks: The traced networks by task.
+        config: How to zip.
+
+    Returns:
+        The counts by group. A group whose writers correspond nowhere gets 0.
+
+    Raises:
+        InvalidConfig: If `share` or `balance` do not fit the networks.
     """
     config.balance_of(tuple(networks))
     graph = next(iter(networks.values())).graph
@@ -60,11 +76,20 @@ def shared_counts(networks: Mapping[str, Network], config: ZipConfig) -> dict[st
 
 
 def writers_of(graph: LayerGraph, group: NeuronGroup) -> list[Node]:
+    """The layers that write a group."""
     return [node for node in graph.layers if node.name in group.writers]
 
 
 def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
-    """Why the rows of a layer stay task-specific whatever is shared around it; None if they need not."""
+    """Tell why the rows of a layer stay task-specific, whatever is shared around it.
+
+    Args:
+        networks: The traced networks by task.
+        layer: The layer.
+
+    Returns:
+        The reason in words; None if the rows can be shared.
+    """
     if any(node.separate for n in networks.values() for node in n.graph.layers if node.name == layer.name):
         return KEPT_SEPARATE
     if not same_kernels(layer.name, networks.values()):

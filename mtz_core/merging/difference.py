@@ -23,8 +23,21 @@ def functional_difference(
     curvatures: tuple[Hessian, Hessian],
     balance: tuple[float, float],
     slots: int = 1,
-) -> Float[Tensor, "a/slots b/slots"]:
-    """``d(i, j)`` for all pairs at once, each neuron having `slots` consecutive rows. Raises `SingularHessian`."""
+) -> Float[Tensor, "a//{slots} b//{slots}"]:
+    """Compute ``d(i, j)`` for all pairs of neurons at once.
+
+    Args:
+        weights: The rows of A's and of B's neurons on the shared inputs.
+        curvatures: ``M_A`` and ``M_B``.
+        balance: ``α_A`` and ``α_B``.
+        slots: How many consecutive rows each neuron has.
+
+    Returns:
+        The functional differences, never negative.
+
+    Raises:
+        SingularHessian: If the weighted sum of the curvatures cannot be factorised.
+    """
     (rows_a, rows_b), (m_a, m_b), (alpha_a, alpha_b) = weights, curvatures, balance
     a, b, inputs = len(rows_a) // slots, len(rows_b) // slots, rows_a.shape[1]
     distance = torch.zeros(a, b, dtype=torch.float64)
@@ -53,12 +66,19 @@ def functional_difference(
     return distance.clamp_(min=0)
 
 
-def weigh_by_sensitivity(balance: Sequence[float], sensitivity: Sequence[Float[Tensor, " out"]]) -> list[float]:
-    """``α_t √(mean F_t)``, made to sum to 1: tasks weigh in a layer by the sensitivities of their losses to its
-    outputs.
+def weigh_by_sensitivity(balance: Sequence[float], sensitivity: Sequence[Float[Tensor, " _out"]]) -> list[float]:
+    """Compute ``α_t √(mean F_t)``, scaled to sum to 1.
 
-    Networks differ in the scale of their activations: without this the loudest would decide for all. The root is a
-    hedge: with the Fisher information itself a confident network would give up everything (docs/method.md).
+    In a layer, tasks weigh by the sensitivities ``F_t`` of their losses to its outputs. Networks differ in the scale of
+    their activations; without this, the network with the largest ones would decide for all. The root is a hedge: with
+    the Fisher information itself, a confident network would give up everything (docs/method.md).
+
+    Args:
+        balance: The weights ``α_t`` of the tasks.
+        sensitivity: The sensitivities ``F_t`` of every task's loss to the layer's rows.
+
+    Returns:
+        The weights of the tasks in this layer. They equal `balance` if no loss is sensitive to the layer.
     """
     weights = [alpha * float(rows.mean()) ** 0.5 for alpha, rows in zip(balance, sensitivity, strict=True)]
     return [weight / sum(weights) for weight in weights] if sum(weights) > 0 else list(balance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.merging.difference import weigh_by_sensitivity
@@ -21,25 +21,46 @@ from mtz_core.statistics.moments import Moments
 from mtz_core.zipped.ownership import Arrangement, Segment
 
 HELD_OUT = 5
-"""One row in so many is held out where the error of a fit is to be measured."""
+"""One row in this many is held out where the error of a fit is measured."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """What an activation behind a layer cannot tell apart: outputs beyond a threshold, on one side, per neuron."""
+    """What the activation behind a layer cannot tell apart: outputs beyond a threshold.
+
+    Attributes:
+        threshold: The threshold of every neuron, in units of the layer's outputs.
+        below: Whether it is the outputs below the threshold that are clipped, per neuron; otherwise those above.
+    """
 
     threshold: Float[Tensor, " out"]
     below: Bool[Tensor, " out"]
 
     def nearest_target(self, y: Float[Tensor, "n out"], y_hat: Float[Tensor, "n out"]) -> Float[Tensor, "n out"]:
-        """Of all values of which the activation makes the same as of `y`, the ones nearest to `y_hat`."""
+        """Relax targets: of all values that the activation treats like `y`, the ones nearest to `y_hat`.
+
+        Args:
+            y: The targets.
+            y_hat: The present outputs.
+
+        Returns:
+            The relaxed targets.
+        """
         clipped = torch.where(self.below, y <= self.threshold, y >= self.threshold)
         nearest = torch.where(self.below, y_hat.minimum(self.threshold), y_hat.maximum(self.threshold))
         return torch.where(clipped, nearest, y)
 
 
 def following_clip(network: Network, layer: Node) -> Clip | None:
-    """What the only reader of a layer's output clips, directly or behind a batch normalisation; None if nothing."""
+    """Find what the only reader of a layer's output clips, directly or behind a batch normalisation.
+
+    Args:
+        network: The network.
+        layer: The layer.
+
+    Returns:
+        The clip; None if nothing is clipped, or if several nodes read the output.
+    """
     width = network.state[layer.weight].new_ones(layer.layer.matrix(network.state[layer.weight]).shape[0])
     reader = _only_reader(network, layer.name)
     if reader is None:
@@ -82,24 +103,56 @@ def _only_reader(network: Network, name: str) -> Node | None:
 
 
 class LayerFit:
-    """One task's side of a layer: its matrix in float64, and the rows that it will be fed in the zipped network.
+    """One task's side of a layer: its matrix in float64, and the rows that the zipped network feeds it.
 
-    `hessian` belongs to those rows; None where the layer stays as it is: nothing is shared in it or before it.
-    `held_out` parts are fitted to most rows only, the others tell how well (`held_out_error`).
+    Attributes:
+        node: The layer in the reduced network.
+        network: The task's network, dropped neurons removed.
+        zipped: The layer's inputs in the zipped network, batch by batch.
+        paper: Whether the method is the paper's.
+        sensitivity: The sensitivity of the task's loss to the rows that are left; None if it is not given.
+        held_out: Whether the layer is fitted to most rows only, so that `held_out_error` can measure on the others.
+        shape: The shape of the layer's weight.
+        conv_groups: How many layers lie side by side.
+        intact: Whether the zipped network's inputs are the original's.
+        changed: Whether the matrix may differ from the original's.
+        targets: The original's outputs, batch by batch.
+        hessian: The damped Hessian of the rows; None where the layer stays as it is, because nothing is shared in it or
+            before it. The attributes below exist only if there is one.
+        matrix: The layer's matrix in float64, bias as the last column.
+        positions: The positions at which rows are taken.
+        count: The number of rows.
+        damping: The absolute damping ``λ``.
     """
 
     def __init__(
         self,
         node: Node,
         reduced: Reduced,
-        original: Sequence[Tensor],
-        zipped: Sequence[Tensor],
+        original: Sequence[Shaped[Tensor, "_ ..."]],
+        zipped: Sequence[Shaped[Tensor, "_ ..."]],
         shared: bool,
         config: ZipConfig,
         sensitivity: Float[Tensor, " all_rows"] | None = None,
         damping: float | None = None,
         held_out: bool = False,
     ) -> None:
+        """Collect the layer's rows and targets, and form its Hessian.
+
+        Args:
+            node: The layer in the reduced network.
+            reduced: The task's network, some of whose neurons may have been dropped, and its original.
+            original: The layer's inputs in the original network, batch by batch.
+            zipped: The layer's inputs in the zipped network, batch by batch.
+            shared: Whether any of the layer's rows are shared.
+            config: How to zip.
+            sensitivity: The sensitivity of the task's loss to the original layer's rows.
+            damping: ``λ`` relative to the mean diagonal of the Hessian; `ZipConfig.fixed_damping` if it is not given.
+            held_out: Whether one row in `HELD_OUT` is held out.
+
+        Raises:
+            InvalidCalibration: If there are no rows.
+        """
         network = reduced.network
         self.node, self.network, self.zipped = node, network, zipped
         self.paper, self.held_out = config.method == "paper", held_out
@@ -131,19 +184,21 @@ class LayerFit:
         self.damping = moments.damping(relative)
         self.hessian = moments.hessian(relative)
 
-    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n groups*in"]:
+    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n columns"]:
         rows = layer_rows(node, self.shape, x, self.positions)
         return rows.to(self.network.state[self.node.weight].dtype)
 
-    def _stacked(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups out/groups in"]:
+    def _stacked(
+        self, matrix: Float[Tensor, "out in"]
+    ) -> Float[Tensor, "{self.conv_groups} out//{self.conv_groups} in"]:
         return matrix.unflatten(0, (self.conv_groups, -1))
 
     def _fitted(self, rows: Float[Tensor, "n columns"]) -> Float[Tensor, "m columns"]:
-        """The rows of a batch that are fitted to."""
+        """The rows of a batch that the layer is fitted to."""
         return rows[: len(rows) - len(rows) // HELD_OUT] if self.held_out else rows
 
     def held_out_error(self) -> float:
-        """``½ Σ F E‖y − W x̂‖²`` on the rows that were held out, in nats."""
+        """``½ Σ F E‖y − W x̂‖²`` on the held-out rows, in nats."""
         if self.hessian is None:
             return 0.0
         total, count = 0.0, 0
@@ -155,11 +210,17 @@ class LayerFit:
         return total / max(count, 1)
 
     def refit(self, clip: Clip | None) -> None:
-        """The matrix that best gives the original's outputs ``y`` on what the zipped network feeds, drawn to the prior.
+        """Fit the matrix to the original's outputs ``y`` on what the zipped network feeds, drawn to the prior ``W₀``.
 
-        ``min E‖y − W x̂‖² + λ‖W − W₀‖²`` by one Newton step from the present matrix, which is exact:
-        ``W + (E[(y − W x̂) x̂ᵀ] − λ (W − W₀))(Ĥ + λ I)⁻¹``. Given what follows clips, ``y`` is first relaxed to
-        the targets nearest to the present outputs.
+        Solves ``min E‖y − W x̂‖² + λ‖W − W₀‖²`` by one Newton step from the present matrix, which is exact:
+        ``W + (E[(y − W x̂) x̂ᵀ] − λ (W − W₀))(Ĥ + λ I)⁻¹``.
+
+        Args:
+            clip: What the next activation clips. If given, ``y`` is first relaxed to the targets nearest to the present
+                outputs.
+
+        Raises:
+            SingularHessian: If the Hessian cannot be factorised.
         """
         if self.hessian is None or (clip is None and self.intact):
             return  # an intact layer is its own best fit
@@ -190,18 +251,18 @@ class LayerFit:
 
     @property
     def few_rows(self) -> str:
-        """Rows and inputs in words, if the rows that fit the layer are fewer than its inputs."""
+        """The numbers of rows and of inputs in words, if the layer is fitted to fewer rows than it has inputs."""
         if self.hessian is None or self.count >= self.hessian.size:
             return ""
         return f"{self.count:,} rows for {self.hessian.size:,} inputs"
 
     def stored_matrix(self) -> Float[Tensor, "out in"]:
-        """The matrix that the zipped network stores."""
+        """The matrix that the zipped network stores, in the original's dtype."""
         original = self.network.matrix(self.node)
         return self.matrix.to(original.dtype) if self.changed else original
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """Weight and bias as the zipped network has them; None if they are the original's."""
+        """Weight and bias as the zipped network has them, by name; None if they are the original's."""
         if not self.changed:
             return None
         matrix = self.stored_matrix()
@@ -218,7 +279,7 @@ class LayerFit:
 
 
 def _outputs(
-    rows: Float[Tensor, "n groups*in"], matrix: Float[Tensor, "out in"], conv_groups: int
+    rows: Float[Tensor, "n columns"], matrix: Float[Tensor, "out in"], conv_groups: int
 ) -> Float[Tensor, "n out"]:
     if conv_groups == 1:
         return rows @ matrix.T
@@ -233,7 +294,21 @@ def fit(
     clips: Mapping[str, Clip | None],
     config: ZipConfig,
 ) -> float:
-    """Find the matrices of all tasks, shared neurons' weights in common; returns the predicted cost of sharing."""
+    """Find the matrices of all tasks, with common weights for shared neurons.
+
+    Args:
+        parts: The tasks' sides of the layer. Their matrices are updated.
+        rows: Who owns the layer's rows.
+        columns: Who owns the layer's columns.
+        clips: What follows the layer in every task, for the rounds of ``refit``.
+        config: How to zip.
+
+    Returns:
+        The predicted cost of sharing.
+
+    Raises:
+        SingularHessian: If a Hessian cannot be factorised.
+    """
     if config.method == "refit":
         for part in parts.values():
             part.refit(None)
@@ -260,10 +335,10 @@ def _sharing(
 
 
 class _Sharing:
-    """Rows that several tasks share, and what has been factorised to find their common weights.
+    """Rows that several tasks share, and the factorisations that their common weights need.
 
-    ``s* = (Σ α_t M_t)⁻¹ Σ α_t M_t s_t`` on the inputs that two or more of them share; the weights of inputs that
-    only one of them has answer with ``−H_pp⁻¹ H_ps δ``, unless the method is the paper's.
+    The weights are ``s* = (Σ α_t M_t)⁻¹ Σ α_t M_t s_t`` on the inputs that two or more of the tasks share. The weights
+    of inputs that only one of them has answer with ``−H_pp⁻¹ H_ps δ``, unless the method is the paper's.
     """
 
     def __init__(
@@ -311,7 +386,7 @@ class _Sharing:
         return DenseHessian(wide)
 
     def apply(self) -> float:
-        """Give the rows their common weights; returns the cost."""
+        """Give the rows their common weights and return the cost."""
         return sum(self._apply(part) for part in chunks(self.segment.size, self.size)) if self.size else 0.0
 
     def _apply(self, some: slice) -> float:
@@ -343,7 +418,7 @@ class _Sharing:
 
 
 class _GroupedSharing:
-    """The same for a convolution in groups: every row has a Hessian of its own group, and no input is own."""
+    """The same for a grouped convolution: every row has the Hessian of its conv_group, and no input is own."""
 
     def __init__(
         self, parts: Mapping[str, LayerFit], segment: Segment, columns: Arrangement, balance: Mapping[str, float]
@@ -352,7 +427,7 @@ class _GroupedSharing:
         self.balance = [balance[task] for task in segment.owners]
 
     def apply(self) -> float:
-        """Give the rows their common weights; returns the cost."""
+        """Give the rows their common weights and return the cost."""
         inputs = next(iter(self.parts.values())).matrix.shape[1]
         return sum(self._apply(part) for part in chunks(self.segment.size, inputs**2))
 

@@ -1,14 +1,14 @@
-"""Which neurons of the networks become one: functional difference, assignment, descent over neuron groups.
+"""Which neurons of the networks become one: functional difference, assignment, coordinate descent over neuron groups.
 
-The cost of sharing neuron i of A with neuron j of B is their functional difference (He, Zhou, Thiele 2018,
-section 3.2, generalised to own inputs that compensate),
+The cost of sharing neuron i of A with neuron j of B is their functional difference (He, Zhou, Thiele 2018, section 3.2,
+generalised to own inputs that compensate),
 
     d(i, j) = ½ (s_i − s_j)ᵀ P (s_i − s_j),   P = (M_A⁻¹/α_A + M_B⁻¹/α_B)⁻¹,
 
-with `s` a neuron's weights on shared inputs and `M` what is left of the layer-wise Hessian on them, summed over all
+with ``s`` a neuron's weights on shared inputs and ``M`` what is left of the layer-wise Hessian on them, summed over all
 layers that write the neuron group. All ``N_A × N_B`` values come from one factorisation and one matrix product per
-layer. More than two networks are matched one at a time against what the others have in common, which is the same
-formula with the shared weights of the others for A and the sum of their Hessians for M_A.
+layer. More than two networks are matched one at a time against what the others have in common. The formula stays the
+same, with the shared weights of the others for A and the sum of their Hessians for ``M_A``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ from mtz_core.zipped.ownership import NOT_A_MEMBER, arrange, positions_of
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """One task's view of a layer: weights on the shared inputs of the group's neurons, their curvature, its balance.
+    """One task's view of a layer.
 
-    A neuron may have several rows (`slots`).
+    Attributes:
+        rows: The weights of the group's neurons on the shared inputs; a neuron may have several rows (slots).
+        curvature: What is left of the layer's Hessian on the shared inputs.
+        balance: The task's weight in the layer.
     """
 
     rows: Float[Tensor, "neurons slots s"]
@@ -50,7 +53,20 @@ _Layers = Sequence[Sequence[_Side]]
 
 
 class Matcher:
-    """Finds the best pairing of one neuron group while the others stay, and predicts what pairings cost."""
+    """Finds the best pairing of one neuron group given the others', and predicts what pairings cost.
+
+    Attributes:
+        networks: The traced networks by task.
+        moments: For every task, the second moments of each layer's input.
+        config: How to zip.
+        sensitivity: For every task, the sensitivity of the loss to each layer's rows; None if tasks weigh alike.
+        graph: The graph of the first network.
+        tasks: The tasks.
+        counts: How many neurons all networks are to share in every group.
+        groups: The hidden groups by name.
+        writers: For every group, the layers that write it and can be shared.
+        refit: Whether own inputs compensate (``method="refit"``).
+    """
 
     def __init__(
         self,
@@ -75,9 +91,20 @@ class Matcher:
         return {name for name in self.graph.columns[node.name].groups if name in self.groups}
 
     def match(self, name: str, pairings: Mapping[str, Pairing]) -> GroupMatch:
-        """The best pairing of a group, given those of other groups.
+        """Find the best pairing of a group, given those of other groups.
 
-        Inputs from groups without a pairing count as own; layers that read such are left out where others are left.
+        Inputs from groups without a pairing count as own. Layers that read such groups are left out, as long as other
+        layers are left.
+
+        Args:
+            name: The group.
+            pairings: The pairings of other groups.
+
+        Returns:
+            The pairing and its predicted cost.
+
+        Raises:
+            SingularHessian: If a Hessian cannot be factorised.
         """
         writers = self.writers[name]
         ready = [node for node in writers if self.reads(node) <= pairings.keys()]
@@ -88,23 +115,58 @@ class Matcher:
         return GroupMatch(name, pairing, _pairing_cost(layers, pairing), curve)
 
     def tuples(self, name: str, pairings: Mapping[str, Pairing], count: int) -> Int64[np.ndarray, "count tasks"]:
-        """The best tuples of all tasks' neurons, `count` of them, given the pairings of other groups."""
+        """Find the best tuples that have a neuron of every task.
+
+        Args:
+            name: The group.
+            pairings: The pairings of all other groups.
+            count: The number of tuples.
+
+        Returns:
+            The neuron of every task in each tuple.
+
+        Raises:
+            SingularHessian: If a Hessian cannot be factorised.
+        """
         layers = [self._sides(node, name, pairings) for node in self.writers[name]]
         widths = [network.graph.widths[name] for network in self.networks.values()]
         return _match_all(layers, widths, count, self.config)[0]
 
     def cost(self, name: str, pairings: Mapping[str, Pairing]) -> float:
-        """The predicted cost of a group's shared neurons, all pairings given."""
+        """Predict the cost of a group's shared neurons.
+
+        Args:
+            name: The group.
+            pairings: The pairings of all groups.
+
+        Returns:
+            The total functional difference.
+
+        Raises:
+            SingularHessian: If a Hessian cannot be factorised.
+        """
         return _pairing_cost([self._sides(node, name, pairings) for node in self.writers[name]], pairings[name])
 
     def touched(self, name: str) -> list[str]:
-        """The groups whose cost depends on the pairing of a group: itself, and those written by its readers."""
+        """The groups whose cost depends on a group's pairing: the group itself and those that its readers write."""
         return [g for g in self.groups if g == name or any(name in self.reads(node) for node in self.writers[g])]
 
     def tuple_damages(
         self, name: str, pairings: Mapping[str, Pairing], tuples: Int64[np.ndarray, "k tasks"]
     ) -> Float[np.ndarray, " k"]:
-        """What sharing tuples of a group's neurons would cost the tasks, in nats of their losses."""
+        """Predict what sharing tuples of a group's neurons would cost the tasks.
+
+        Args:
+            name: The group.
+            pairings: The pairings of all groups.
+            tuples: The neuron of every task in each tuple.
+
+        Returns:
+            The damage of every tuple, in nats of the tasks' losses.
+
+        Raises:
+            SingularHessian: If a Hessian cannot be factorised.
+        """
         damage = np.zeros(len(tuples))
         for node in self.writers[name]:
             sensitivity = None
@@ -144,13 +206,13 @@ class Matcher:
 
 
 def _average(hessian: Hessian) -> Hessian:
-    """For layers side by side, the mean of their Hessians: one matrix for all pairs of neurons."""
+    """The mean of the Hessians of layers that lie side by side: one matrix for all pairs of neurons."""
     if isinstance(hessian, DenseHessian) and hessian.matrix.ndim == 3:
         return DenseHessian(hessian.matrix.mean(dim=0))
     return hessian
 
 
-def _tuple_rows(side: _Side, neurons: Int64[np.ndarray, " k"]) -> Float[Tensor, "k*slots s"]:
+def _tuple_rows(side: _Side, neurons: Int64[np.ndarray, " k"]) -> Float[Tensor, "k_slots s"]:
     return side.rows[torch.from_numpy(neurons)].flatten(0, 1).to(torch.float64)
 
 
@@ -169,11 +231,18 @@ def _centre(sides: Sequence[_Side], rows: Sequence[Float[Tensor, "n s"]], total:
 def _tuple_costs(
     layers: _Layers,
     tuples: Int64[np.ndarray, "k tasks"],
-    sensitivity: Sequence[Float[Tensor, "neurons slots"]] | None = None,
+    sensitivity: Sequence[Float[Tensor, "_neurons slots"]] | None = None,
 ) -> Float[np.ndarray, " k"]:
-    """The predicted cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
+    """Predict the cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
 
-    With `sensitivity`, in nats: the shared weights are the same, but every row's loss counts by its sensitivity.
+    Args:
+        layers: For every layer that writes the group, the view of every task.
+        tuples: The neuron of every task in each tuple.
+        sensitivity: The sensitivity of every task's loss to the neurons' rows. With it, costs are in nats: the shared
+            weights are the same, but every row counts by its sensitivity.
+
+    Returns:
+        The cost of every tuple.
     """
     costs = torch.zeros(len(tuples), dtype=torch.float64)
     for sides in layers:
@@ -212,11 +281,21 @@ def _restrict(layers: _Layers, tasks: Iterable[int], neurons: Sequence[np.ndarra
     ]
 
 
-_Tuples = tuple["Int64[np.ndarray, 'k tasks']", tuple[float, ...]]
+_Tuples = tuple[Int64[np.ndarray, "k tasks"], tuple[float, ...]]
 
 
 def _match_tuples(layers: _Layers, widths: Sequence[int], count: int, config: ZipConfig) -> _Tuples:
-    """Tuples of neurons to share, and the cost curve: `count` of all tasks, then what wider networks share more."""
+    """Find the tuples of neurons to share: `count` of all tasks, then what wider networks share beyond them.
+
+    Args:
+        layers: For every layer that writes the group, the view of every task.
+        widths: The number of neurons of every task.
+        count: The number of tuples that have a neuron of every task.
+        config: How to zip.
+
+    Returns:
+        The tuples, and the cost curve of those of all tasks.
+    """
     found, curve = _match_all(layers, widths, count, config)
     wider = [t for t, width in enumerate(widths) if width > min(widths)]
     if len(widths) > 2 and len(wider) > 1 and isinstance(config.share, (int, float)) and layers:
@@ -232,7 +311,17 @@ def _match_tuples(layers: _Layers, widths: Sequence[int], count: int, config: Zi
 
 
 def _match_all(layers: _Layers, widths: Sequence[int], count: int, config: ZipConfig) -> _Tuples:
-    """`count` tuples with one neuron of every task, and what the cheapest 1, 2, … of as many as possible would cost."""
+    """Find `count` tuples with one neuron of every task.
+
+    Args:
+        layers: For every layer that writes the group, the view of every task.
+        widths: The number of neurons of every task.
+        count: The number of tuples.
+        config: How to zip.
+
+    Returns:
+        The tuples, and what the cheapest 1, 2, … of as many as possible would cost.
+    """
     if not layers:
         return np.zeros((0, len(widths)), dtype=np.int64), ()
     most = min(widths)
@@ -258,7 +347,7 @@ def _match_all(layers: _Layers, widths: Sequence[int], count: int, config: ZipCo
 def _pair_costs(
     layers: _Layers, tasks: list[int], other: list[int], tuples: Int64[np.ndarray, "k tasks"] | None
 ) -> Float[np.ndarray, "a b"]:
-    """The cost of every neuron of one task beside every tuple of others (or every neuron of one other)."""
+    """The cost of every neuron of one task with every tuple of others, or with every neuron of one other task."""
     total: Tensor | None = None
     for sides in layers:
         (one,) = _restrict([sides], other)[0]
@@ -280,13 +369,13 @@ def _pair_costs(
 def _partners(
     cost: Float[np.ndarray, "k n"], solve: Callable[[np.ndarray, int], np.ndarray]
 ) -> Int64[np.ndarray, " k"]:
-    """The neuron that each tuple gets."""
+    """The neuron that each tuple is paired with."""
     pairs = solve(cost, len(cost))
     return np.asarray(pairs[np.argsort(pairs[:, 0]), 1])
 
 
 def _settle(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"], config: ZipConfig) -> Int64[np.ndarray, "k tasks"]:
-    """Match every task anew against what the others share, until nothing gets cheaper."""
+    """Match every task anew against what the others share, until the cost stops falling."""
     best = float(_tuple_costs(layers, tuples).sum())
     for _ in range(config.matching_rounds):
         before = best
@@ -303,7 +392,7 @@ def _settle(layers: _Layers, tuples: Int64[np.ndarray, "k tasks"], config: ZipCo
 
 
 def descent(matches: Iterable[GroupMatch]) -> tuple[float, ...]:
-    """The predicted cost of all groups before coordinate descent, and after every pairing that it took."""
+    """The predicted cost of all groups: before coordinate descent, then after every pairing that it took."""
     return tuple(match.total for match in matches if not math.isnan(match.total))
 
 
@@ -313,13 +402,26 @@ def match(
     config: ZipConfig,
     sensitivity: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[GroupMatch]:
-    """Pair the neurons of every hidden group on the originals' weights and Hessians; the last word on a group counts.
+    """Pair the neurons of every hidden group, using the originals' weights and Hessians.
 
-    `moments[task][layer]` are the second moments of the original network's layer inputs, `sensitivity[task]` the
-    sensitivities of the task's loss (tasks weigh alike if they are not given). Groups are paired in topological order.
-    Where a group's pairing depends on later ones (a residual sum is written by layers that read it), the groups are
-    matched again in turn, at most `config.matching_rounds` times, and a pairing is taken only if the predicted cost of
-    all groups falls. Raises `IncompatibleNetworks`, `InvalidConfig`, `SingularHessian`.
+    Groups are paired in topological order. Where a group's pairing depends on later ones (a residual sum is written by
+    layers that read it), the groups are matched again in turn, at most `ZipConfig.matching_rounds` times. A new pairing
+    is taken only if the predicted cost of all groups falls.
+
+    Args:
+        networks: The traced networks by task.
+        moments: For every task, the second moments of each layer's input in the original network.
+        config: How to zip.
+        sensitivity: For every task, the sensitivity of the loss to each layer's rows; tasks weigh alike if it is not
+            given.
+
+    Yields:
+        Pairings of groups. The last one of a group counts.
+
+    Raises:
+        IncompatibleNetworks: If the networks differ in topology or in dtype.
+        InvalidConfig: If settings do not fit the networks.
+        SingularHessian: If a Hessian cannot be factorised.
     """
     matcher = Matcher(dict(sorted(networks.items())), moments, config, sensitivity)
     pairings: dict[str, Pairing] = {}

@@ -17,8 +17,11 @@ from mtz_core.zipped.ownership import NOT_A_MEMBER
 class Pairing:
     """Which neurons of one group are one neuron of the zipped network.
 
-    `members[u, t]` is the neuron of task t that is (a part of) the zipped network's neuron u, or `NOT_A_MEMBER`. Rows
-    are in canonical order: neurons of more tasks first, then by the tasks and their neurons.
+    Attributes:
+        tasks: The tasks, in the order of the columns of `members`.
+        members: ``members[u, t]`` is the neuron of task t that is (a part of) the zipped network's neuron u, or
+            `NOT_A_MEMBER`. Rows are in canonical order: neurons of more tasks first, then by the tasks and their
+            neurons.
     """
 
     tasks: tuple[str, ...]
@@ -28,7 +31,16 @@ class Pairing:
     def from_tuples(
         cls, tasks: tuple[str, ...], widths: Sequence[int], tuples: Int64[np.ndarray, "k tasks"]
     ) -> Pairing:
-        """The pairing in which the given tuples are shared and every other neuron stays its task's own."""
+        """Make the pairing in which the given tuples are shared and every other neuron stays separate.
+
+        Args:
+            tasks: The tasks.
+            widths: The number of neurons of every task.
+            tuples: The neuron of every task in each tuple, or `NOT_A_MEMBER`.
+
+        Returns:
+            The pairing.
+        """
         rows = [tuples[(tuples >= 0).any(axis=1)]]
         for t, width in enumerate(widths):
             rest = np.setdiff1d(np.arange(width), tuples[:, t])
@@ -42,17 +54,23 @@ class Pairing:
 
     @property
     def shared(self) -> int:
-        """Neurons that belong to more than one task."""
+        """The number of neurons that belong to more than one task."""
         return int(((self.members >= 0).sum(axis=1) > 1).sum())
 
 
 @dataclass(frozen=True)
 class GroupMatch:
-    """The pairing of one neuron group and its predicted cost, the total functional difference of its shared neurons.
+    """The pairing of one neuron group, and its predicted cost.
 
-    `curve[k - 1]` is what the cheapest k would cost if as many as possible were matched: a picture of what sharing less
-    or more means. `total` is the predicted cost of all groups once this pairing was taken, in `sweep` of the descent
-    (0: before it); NaN where there is no descent, or groups are missing yet.
+    Attributes:
+        group: The group.
+        pairing: The pairing.
+        cost: The total functional difference of the shared neurons.
+        curve: ``curve[k - 1]`` is the cost of the cheapest k tuples if as many as possible were matched: it shows what
+            sharing less or more would cost.
+        sweep: The sweep of coordinate descent in which the pairing was taken; 0 before the first.
+        total: The predicted cost of all groups with this pairing; NaN where there is no descent, or while groups are
+            missing.
     """
 
     group: str
@@ -64,10 +82,17 @@ class GroupMatch:
 
 
 def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:
-    """`count` disjoint pairs of least total cost.
+    """Find disjoint pairs of least total cost.
 
-    Exact: the rows and columns that stay alone are assigned to ``a − count`` and ``b − count`` free dummies, which may
-    not meet each other, so that exactly `count` real pairs remain.
+    The answer is exact. Rows and columns that stay unpaired are assigned to ``a − count`` and ``b − count`` free
+    dummies, which must not meet each other, so exactly `count` real pairs remain.
+
+    Args:
+        cost: The cost of every pair.
+        count: The number of pairs.
+
+    Returns:
+        The row and the column of every pair.
     """
     a, b = cost.shape
     padded = np.zeros((a + b - count, a + b - count))
@@ -79,10 +104,18 @@ def assign(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "cou
 
 
 def assign_greedily(cost: Float[np.ndarray, "a b"], count: int) -> Int64[np.ndarray, "count 2"]:
-    """`count` disjoint pairs, always taking the cheapest that is left (as the paper does).
+    """Find disjoint pairs by always taking the cheapest that is left, as the paper does.
 
-    Taken in rounds: two neurons that are each other's cheapest partner would be taken before anything that could
-    come between them, so all such pairs are taken at once; the cheapest `count` of all are the greedy answer.
+    Pairs are taken in rounds. Two neurons that are each other's cheapest partner would be taken before anything that
+    could come between them, so all such pairs are taken at once. The cheapest `count` of all pairs are the greedy
+    answer.
+
+    Args:
+        cost: The cost of every pair.
+        count: The number of pairs.
+
+    Returns:
+        The row and the column of every pair.
     """
     rows, columns = np.arange(cost.shape[0]), np.arange(cost.shape[1])
     found: list[np.ndarray] = []

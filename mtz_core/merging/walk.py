@@ -1,15 +1,15 @@
-"""Zipping: the walk over a network that makes one of several.
+"""The walk over the layers of several networks that merges them into one.
 
-Nodes are run in topological order, in the originals and in the zipped network, on every task's calibration data. At
-every layer: refit it to the originals' outputs on the inputs that the zipped network really feeds it, whatever sums and
-normalisations those came through; merge the paired neurons; let own weights compensate; store the blocks.
-(`method="paper"` skips refit and compensation.)
+Nodes are run in topological order, in the originals and in the zipped network, on every task's calibration data. Every
+layer is refitted to the originals' outputs on the inputs that the zipped network really feeds it, whatever sums and
+normalisations these came through. Then paired neurons are merged, own weights compensate, and the blocks are stored.
+(``method="paper"`` skips refit and compensation.)
 
-A layer's targets are exact only as far as the next activation can tell: behind a ReLU, any negative value is as good as
-any other, also through a batch normalisation. So a layer is fitted in sweeps. The first takes the originals' outputs;
-each later one replaces every target that the activation would clip by the nearest value that it clips alike, and solves
-again. Both halves of a sweep lower the same squared error (each task's taken relative to the amplitude of its own fit),
-and the Hessians, the expensive part, stay.
+A layer's targets matter only as far as the next activation can tell them apart: before a ReLU, any negative value is as
+good as any other, also with a batch normalisation in between. So a layer is fitted in several rounds. The first takes
+the originals' outputs as targets. Each later one replaces every target that the activation would clip by the nearest
+value that it clips alike, and solves again. Both halves of a round lower the same squared error (each task's relative
+to the amplitude of its own fit), and the Hessians, the expensive part, stay the same.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig, MtzError
@@ -38,13 +39,33 @@ DAMPINGS = (5e-4, 5e-3, 2e-2, 1e-1)
 
 
 def check_task_name(task: object) -> None:
-    """Raises `InvalidConfig` for what cannot name a task."""
+    """Check that a value can name a task.
+
+    Args:
+        task: The value.
+
+    Raises:
+        InvalidConfig: If it is no text of letters, digits, '_' and '-'.
+    """
     if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
         raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
 
 
-def trace_task(task: str, module: nn.Module, example: Tensor, config: ZipConfig) -> Network:
-    """`trace`, with the task's name in errors."""
+def trace_task(task: str, module: nn.Module, example: Shaped[Tensor, "batch ..."], config: ZipConfig) -> Network:
+    """Trace a task's network, naming the task in errors.
+
+    Args:
+        task: The task.
+        module: Its network.
+        example: A batch of its inputs.
+        config: `ZipConfig.keep_separate` names submodules that stay task-specific.
+
+    Returns:
+        The traced network.
+
+    Raises:
+        MtzError: Of the kinds that `mtz_core.network.tracing.trace` raises.
+    """
     try:
         return trace(module, example, config.keep_separate)
     except MtzError as error:
@@ -52,7 +73,7 @@ def trace_task(task: str, module: nn.Module, example: Tensor, config: ZipConfig)
 
 
 def finish(steps: Iterator[LayerReport | ZippedNetwork]) -> ZippedNetwork:
-    """Run `merge` to its end, without looking at its reports."""
+    """Run `merge` to its end and return the zipped network."""
     *_, zipped = steps
     assert isinstance(zipped, ZippedNetwork)
     return zipped
@@ -62,9 +83,14 @@ class ActivationStream:
     """One task's calibration data on their way through the original and through the zipped network, batch by batch.
 
     A value of the zipped network is the very same object as the original's as long as nothing upstream has changed.
+
+    Attributes:
+        reduced: The task's network, some of whose neurons may have been dropped, and its original.
+        original: The live values of the original network, one entry per batch.
+        zipped: The live values of the zipped network, one entry per batch.
     """
 
-    def __init__(self, reduced: Reduced, batches: Iterable[Tensor]) -> None:
+    def __init__(self, reduced: Reduced, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> None:
         self.reduced = reduced
         self.original: dict[str, list[Any]] = {INPUT: list(batches)}
         self.zipped: dict[str, list[Any]] = {INPUT: list(self.original[INPUT])}
@@ -74,7 +100,12 @@ class ActivationStream:
         return all(a is b for a, b in zip(self.original[name], self.zipped[name], strict=True))
 
     def advance(self, node: Node, changed: Mapping[str, Tensor] | None = None) -> None:
-        """Run a node in both networks; `changed` are the tensors that the zipped network has instead."""
+        """Run a node in both networks.
+
+        Args:
+            node: The node.
+            changed: The tensors that the zipped network has in place of the reduced network's, by name.
+        """
         whole, narrow = self.reduced.original, self.reduced.network
         same = not changed and all(self.intact(source) for source in node.sources) and not self.reduced.touches(node)
         outputs = self._run(whole.graph.node(node.name), self.original, whole.state)
@@ -98,7 +129,7 @@ class ActivationStream:
         return self._counts
 
     def output_error(self, node: Node) -> float:
-        """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, as far as they are left."""
+        """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, dropped ones aside."""
         if self.intact(node.name):
             return 0.0
         kept = self.reduced.kept_rows(node)
@@ -116,18 +147,34 @@ class ActivationStream:
 def merge(
     networks: Mapping[str, Network],
     pairings: Mapping[str, Pairing],
-    batches: Mapping[str, list[Tensor]],
+    batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]],
     config: ZipConfig,
     costs: Sequence[float] = (),
     keep: Mapping[str, Keep] | None = None,
     sensitivity: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[LayerReport | ZippedNetwork]:
-    """Merge paired networks, yielding a report as each layer is done and the zipped network at the end.
+    """Merge paired networks layer by layer.
 
-    `pairings` has an entry for every hidden group; `costs` say how matching came to them, for the report. `keep` names
-    the neurons that are left of groups that lose some; `pairings` then number those. `sensitivity` has the
-    sensitivities of the tasks' losses, taken from the calibration data if it is not given. Memory beyond weights: the
-    calibration data at the width of the live values, twice, and the moments of the current layer.
+    Beside weights, this needs memory for the calibration data at the width of the live values, twice, and for the
+    moments of the current layer.
+
+    Args:
+        networks: The traced networks by task.
+        pairings: The pairing of every hidden group.
+        batches: The calibration data of every task.
+        config: How to zip.
+        costs: The predicted costs of coordinate descent, for the report.
+        keep: For every task, the neurons that are left of groups that lose some; `pairings` then number those.
+        sensitivity: For every task, the sensitivity of the loss to each layer's rows; computed from the calibration
+            data if it is not given.
+
+    Yields:
+        A report when a layer is done, for every layer, and at last the zipped network.
+
+    Raises:
+        IncompatibleNetworks: If the networks differ in topology or in dtype.
+        InvalidConfig: If settings do not fit the networks.
+        SingularHessian: If a Hessian cannot be factorised.
     """
     networks = dict(sorted(networks.items()))
     check_compatible(networks)
@@ -169,7 +216,7 @@ def _merge_layer(
     config: ZipConfig,
     sensitivity: Mapping[str, Sensitivities],
 ) -> tuple[LayerReport, dict[str, Tensor]]:
-    """Fit one layer, store its blocks, and run it."""
+    """Fit one layer of all tasks, store its blocks, and run it."""
     (node, *_) = nodes.values()
     rows, columns = structure.rows[node.name], structure.columns[node.name]
     originals = {task: narrow.original for task, narrow in reduced.items()}

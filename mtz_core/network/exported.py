@@ -18,7 +18,15 @@ SIZES = (2, 3)
 
 
 class ProgramReader:
-    """Reads two exported programs of one module side by side."""
+    """Reads two exported programs of one module side by side.
+
+    Attributes:
+        module: The module.
+        programs: Its programs, one for each of the batch sizes `SIZES`.
+        names: The name of every value, by the name of the node of the first program.
+        replaced: Nodes whose values were changed in place, and the nodes that changed them.
+        tensors: The stored tensor that each placeholder of the first program stands for, once `nodes` has run.
+    """
 
     def __init__(self, module: nn.Module, programs: Sequence[torch.export.ExportedProgram]) -> None:
         self.module = module
@@ -27,7 +35,7 @@ class ProgramReader:
         self.replaced: dict[fx.Node, fx.Node] = {}
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the module holds or its program carries along."""
+        """Every tensor that the module holds or that its program carries along."""
         constants = {name: value for name, value in self.programs[0].constants.items() if isinstance(value, Tensor)}
         held = dict(self.module.named_parameters(remove_duplicate=False)) | dict(
             self.module.named_buffers(remove_duplicate=False)
@@ -35,7 +43,14 @@ class ProgramReader:
         return {name: tensor.detach().cpu() for name, tensor in (constants | held).items()}
 
     def nodes(self) -> tuple[list[Node], str]:
-        """All operators in order, and the name of the output's value."""
+        """Read all operators in order.
+
+        Returns:
+            The nodes, and the name of the output's value.
+
+        Raises:
+            UnsupportedModule: If the programs differ in operators, or if an operator or an argument cannot be stored.
+        """
         first, second = self.programs
         signature = first.graph_signature
         given = {
@@ -78,6 +93,19 @@ class ProgramReader:
         return node
 
     def _node(self, a: fx.Node, b: fx.Node, number: int) -> Node:
+        """Read one node from its counterparts in both programs.
+
+        Args:
+            a: The node in the first program.
+            b: The node in the second program.
+            number: How many nodes have been read before.
+
+        Returns:
+            The node.
+
+        Raises:
+            UnsupportedModule: If the operator is no ATen operator, or one that cannot be written out of place.
+        """
         path = self._path(a)
         if a.target is python_operator.getitem:
             source, index = a.args
@@ -95,7 +123,7 @@ class ProgramReader:
             renamed = dict(zip((argument.name for argument in target._schema.arguments), names, strict=False))
             arguments = {renamed[name]: value for name, value in arguments.items()}
         if (kind, overload) == ("to", "device"):
-            overload = "dtype"  # where a tensor lies is the running network's business
+            overload = "dtype"  # the device is set when the network runs
         kind = f"{kind}.{overload}" if overload else kind
         name = f"{kind}:{number}"
         if kind in LAYERS:
@@ -110,7 +138,19 @@ class ProgramReader:
         return next(n for n in (name, *(f"{name}:{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
     def _out_of_place(self, node: fx.Node, kind: str, overload: str) -> tuple[str, str]:
-        """An operator that writes into its operand, as the one that does not; later readers get the new value."""
+        """Replace an operator that writes into its operand by the one that does not. Later readers get the new value.
+
+        Args:
+            node: The node.
+            kind: Its operator.
+            overload: The operator's overload.
+
+        Returns:
+            The operator that does not write into its operand, and its overload.
+
+        Raises:
+            UnsupportedModule: If there is no such operator, or if another view of the operand is read afterwards.
+        """
         written = node.args[0]
         assert isinstance(written, fx.Node)
         plain = kind.removesuffix("_")
@@ -126,7 +166,7 @@ class ProgramReader:
         return plain, overload
 
     def _aliases(self, node: fx.Node, without: fx.Node) -> set[fx.Node]:
-        """All nodes whose values may share memory with a node's, but those that come of another one."""
+        """All nodes whose values may share memory with a node's, except those that derive from another one."""
         root = node
         while (before := self._viewed(root)) is not None:
             root = before
@@ -153,7 +193,7 @@ class ProgramReader:
         return source if isinstance(source, fx.Node) else None
 
     def _arguments(self, a: fx.Node, b: fx.Node) -> dict[str, Any]:
-        """The arguments by the names that the operator's schema gives them; defaults left out."""
+        """The arguments by the names in the operator's schema, defaults left out."""
         target: Any = a.target
         schema = target._schema.arguments
         names = [argument.name for argument in schema]
@@ -198,7 +238,7 @@ class ProgramReader:
         return str(stack[-1][0]) if stack else ""
 
     def _unsupported(self, node: fx.Node, why: str) -> UnsupportedModule:
-        """A refusal that names the module's path, the operator, the reason and the way out."""
+        """An error that names the module's path, the operator, the reason and the remedy."""
         path = self._path(node)
         part = dict(self.module.named_modules()).get(path, self.module)
         return UnsupportedModule(
@@ -211,10 +251,10 @@ _MAY_PASS = frozenset(
     {"reshape", "contiguous", "flatten", "reshape_as", "unflatten", "broadcast_to", "ravel", "type_as", "movedim"}
     | {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 )
-"""Operators whose schema does not say so, but which may give back their operand itself, or a view of it."""
+"""Operators that may return their operand itself or a view of it, although their schema does not show it."""
 
 _PLACES = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
-"""Arguments that say where and how a tensor lies, which is the running network's business."""
+"""Arguments about where and how a tensor is stored. They are set when the network runs."""
 
 _KEPT = frozenset({"train", "training", "eps", "momentum", "p"})
 """Arguments that are stored even if they have their default value."""

@@ -1,9 +1,9 @@
 """The structure of a network: nodes that run one after the other, and neuron groups that say whose channels are tied.
 
-A node is one ATen operator with its arguments; the values it reads and the tensors it is given are named in them. The
-arguments are JSON, so that a graph can be stored and run again without the source that it was traced from:
-``{"value": name}`` stands for the value of another node, ``{"state": name}`` for a stored tensor, and
-``{"batch": [a, b]}`` for the number ``a · batch + b``.
+A node is one ATen operator with its arguments. It names the values that it reads and the tensors that it is given.
+Arguments are JSON, so that a graph can be stored and run again without the source that it was traced from:
+``{"value": name}`` stands for the value of another node, ``{"state": name}`` for a stored tensor, ``{"batch": [a, b]}``
+for the number ``a · batch + b``, and ``{"dtype": name}`` for a dtype of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.layers import LAYERS, Layer
@@ -24,10 +24,10 @@ INPUT = ":input"
 """The name of the network's input, as a value and as a neuron group. No path of a module holds a colon."""
 
 KERNEL = ":kernel"
-"""Stands in an `Axis` for the columns of a convolution in groups: all rows have them, for what their group reads."""
+"""Stands in an `Axis` for the columns of a grouped convolution: every row has them, for what its conv_group reads."""
 
 GETITEM = "getitem"
-"""The kind of a node that takes one of several values of another node."""
+"""The kind of a node that selects one of several values of another node."""
 
 FIXED = -1
 """Stands in an `Axis` for a position that belongs to no neuron."""
@@ -35,10 +35,17 @@ FIXED = -1
 
 @dataclass(frozen=True)
 class Node:
-    """One step of a network: the operator `kind` (as ``conv2d`` or ``add.Tensor``) and its `arguments` by name.
+    """One step of a network.
 
-    `name` is also the name of its value. `module` is the path of the module it comes from. A *layer* is a node with
-    a weight matrix that zipping may share; `separate` says that this one stays task-specific.
+    A *layer* is a node with a weight matrix that zipping may share.
+
+    Attributes:
+        name: The name of the node and of its value.
+        kind: The ATen operator, as ``conv2d`` or ``add.Tensor``.
+        arguments: The operator's arguments by name.
+        module: The path of the module that the node comes from.
+        is_layer: Whether the node is a layer.
+        separate: Whether the layer stays task-specific.
     """
 
     name: str
@@ -70,18 +77,25 @@ class Node:
 
     @property
     def weight(self) -> str:
-        """The stored weight of a layer."""
+        """The name of a layer's weight."""
         return str(self.arguments[self.layer.weight]["state"])
 
     @property
     def bias(self) -> str | None:
-        """The stored bias of a layer."""
+        """The name of a layer's bias; None if it has none."""
         bias = self.arguments.get(self.layer.bias) if self.layer.bias else None
         return None if bias is None else str(bias["state"])
 
 
 def leaves(argument: Any) -> Iterator[Any]:
-    """An argument, or the arguments in it if it is a list."""
+    """Iterate over an argument, or over the arguments inside it if it is a list.
+
+    Args:
+        argument: The argument.
+
+    Yields:
+        Arguments that are no lists.
+    """
     if isinstance(argument, list):
         for part in argument:
             yield from leaves(part)
@@ -98,11 +112,17 @@ def _references(arguments: Mapping[str, Any], key: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class NeuronGroup:
-    """Neurons that share one pairing: outputs of `writers` that are tied, element by element, and read by `readers`.
+    """Neurons that share one pairing: outputs of layers that are tied element by element.
 
-    A chain's groups have one writer each; sums, products, normalisation and depthwise convolutions tie several. The
+    A chain's groups have one writer each; sums, products, normalisations and depthwise convolutions tie several. The
     neurons of a group are interchangeable units: a head of an attention layer is one neuron that has several rows in
-    the matrices of its writers. `hidden` groups can be shared; the network's input and its outputs cannot.
+    the matrices of its writers.
+
+    Attributes:
+        name: The group's name, that of the first layer that writes it.
+        writers: The layers whose rows belong to the group's neurons.
+        readers: The layers whose columns belong to the group's neurons.
+        hidden: Whether the group can be shared; the network's input and its outputs cannot.
     """
 
     name: str
@@ -115,8 +135,12 @@ class NeuronGroup:
 class Axis:
     """Which neuron each row or column of a layer's matrix belongs to.
 
-    `group[i]` indexes `groups`, or is `FIXED`; `neuron[i]` counts within the group. Equal neurons' positions
-    correspond in ascending order.
+    The positions of equal neurons correspond in ascending order.
+
+    Attributes:
+        groups: The groups that occur on the axis.
+        group: For every position, the index of its group in `groups`, or `FIXED`.
+        neuron: For every position, the index of its neuron in the group, or `FIXED`.
     """
 
     groups: tuple[str, ...]
@@ -126,9 +150,15 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
-    """A network's structure, without weights: nodes in an order in which they can run, and neuron groups.
+    """A network's structure, without weights.
 
-    `rows` and `columns` have an `Axis` for every layer, `widths` the number of neurons of every group.
+    Attributes:
+        nodes: The nodes, in an order in which they can run.
+        output: The value that is the network's output.
+        groups: The neuron groups.
+        widths: The number of neurons of every group.
+        rows: For every layer, whose its rows are.
+        columns: For every layer, whose its columns are, the bias aside.
     """
 
     nodes: tuple[Node, ...]
@@ -140,7 +170,7 @@ class LayerGraph:
 
     @cached_property
     def layers(self) -> tuple[Node, ...]:
-        """The nodes with a matrix to share, in topological order."""
+        """The nodes that are layers, in topological order."""
         return tuple(node for node in self.nodes if node.is_layer)
 
     @cached_property
@@ -158,15 +188,20 @@ class LayerGraph:
 
     @cached_property
     def last_use(self) -> Mapping[str, str]:
-        """For every value the last node that reads it; the output is read by nobody."""
+        """For every value except the output, the last node that reads it."""
         return {source: node.name for node in self.nodes for source in node.sources if source != self.output}
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A traced network: its graph and every tensor that it needs (`state`), in the module's own shapes.
+    """A traced network: its graph and every tensor that it needs, in the module's own shapes.
 
-    `trainable` names the tensors that are parameters; `input_shape` is the shape of one example.
+    Attributes:
+        graph: The graph.
+        state: The tensors by name.
+        trainable: The names of the tensors that are parameters.
+        input_shape: The shape of one example.
+        input_dtype: The dtype of the examples.
     """
 
     graph: LayerGraph
@@ -182,7 +217,7 @@ class Network:
 
     @property
     def bytes(self) -> int:
-        """The size of everything that the network needs to run: parameters, statistics and constants."""
+        """The size in bytes of everything that the network needs to run: parameters, statistics and constants."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
 
     def matrix(self, layer: Node) -> Float[Tensor, "out columns"]:
@@ -193,12 +228,22 @@ class Network:
         return torch.cat([matrix, self.state[layer.bias][:, None]], dim=1)
 
     def columns(self, layer: Node) -> int:
-        """The number of inputs of a layer's rows, with the trailing 1 of a bias."""
+        """The number of inputs of a layer's rows, the trailing 1 of a bias included."""
         return layer.layer.matrix(self.state[layer.weight]).shape[1] + (layer.bias is not None)
 
 
 def operator(kind: str) -> torch._ops.OpOverload:
-    """The ATen operator of a kind. Raises `AttributeError` if there is none."""
+    """Find the ATen operator of a kind.
+
+    Args:
+        kind: The operator's name, with or without an overload.
+
+    Returns:
+        The operator.
+
+    Raises:
+        AttributeError: If there is no such operator.
+    """
     packet, _, overload = kind.partition(".")
     found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
     if not isinstance(found, torch._ops.OpOverload):
@@ -206,8 +251,18 @@ def operator(kind: str) -> torch._ops.OpOverload:
     return found
 
 
-def resolve(argument: Any, values: Mapping[str, Any], state: Mapping[str, Tensor], batch: int) -> Any:
-    """An argument with its references replaced by what they stand for."""
+def resolve(argument: Any, values: Mapping[str, Any], state: Mapping[str, Any], batch: int) -> Any:
+    """Replace the references in an argument by what they stand for.
+
+    Args:
+        argument: An argument of a node.
+        values: What stands for the values of nodes, by name.
+        state: What stands for stored tensors, by name.
+        batch: The number of examples.
+
+    Returns:
+        The argument without references.
+    """
     if isinstance(argument, list):
         return [resolve(part, values, state, batch) for part in argument]
     if not isinstance(argument, Mapping):
@@ -232,9 +287,17 @@ def run_node(
     batch: int,
     training: bool = False,
 ) -> Any:
-    """The value of one node: a tensor, or a sequence of tensors for operators with several outputs.
+    """Compute the value of one node.
 
-    `training` turns dropout on and lets normalisation use (and update) the statistics of the batch.
+    Args:
+        node: The node.
+        values: The values that it reads.
+        state: The stored tensors.
+        batch: The number of examples.
+        training: Whether dropout is active and normalisations use (and update) the statistics of the batch.
+
+    Returns:
+        A tensor, or a sequence of tensors for operators with several outputs.
     """
     arguments = {name: resolve(value, values, state, batch) for name, value in node.arguments.items()}
     if node.kind == GETITEM:
@@ -245,9 +308,19 @@ def run_node(
 
 
 def run(
-    graph: LayerGraph, state: Mapping[str, Tensor], x: Float[Tensor, "batch ..."], training: bool = False
+    graph: LayerGraph, state: Mapping[str, Tensor], x: Shaped[Tensor, "batch ..."], training: bool = False
 ) -> Float[Tensor, "batch ..."]:
-    """The output of a network, values freed after their last use."""
+    """Compute the output of a network. Values are freed after their last use.
+
+    Args:
+        graph: The network's graph.
+        state: Its tensors.
+        x: A batch of inputs.
+        training: Whether dropout is active and normalisations use (and update) the statistics of the batch.
+
+    Returns:
+        The output.
+    """
     values: dict[str, Any] = {INPUT: x}
     for node in graph.nodes:
         values[node.name] = run_node(node, values, state, len(x), training)
@@ -257,7 +330,13 @@ def run(
 
 
 def free_unused(graph: LayerGraph, values: dict[str, Any], node: Node) -> None:
-    """Free the values that a node was the last to read."""
+    """Free the values that a node was the last to read.
+
+    Args:
+        graph: The network's graph.
+        values: The live values; those that are no longer needed are removed.
+        node: The node that has just run.
+    """
     for source in set(node.sources):
         if graph.last_use.get(source) == node.name:
             values.pop(source, None)

@@ -1,6 +1,6 @@
 """Find the neuron groups of a network: which rows and columns of its layers belong to one and the same neuron.
 
-The network is run on labels instead of numbers (see `mtz_core.network.ties`). Tied labels are one neuron; neurons that
+The network is run on labels instead of numbers (see `mtz_core.network.ties`). Tied labels are one neuron. Neurons that
 occur equally often in the same rows and columns of the same layers form a group, within which they can be permuted.
 """
 
@@ -24,16 +24,22 @@ from mtz_core.network.ties import THE_INPUT, THE_KERNEL
 class Analysis:
     """A graph, and what its self-check needs beside it.
 
-    `rows` and `columns` are those of all nodes with a matrix, whether they are shared or not; `constants` has the
-    neuron of every element of other parameters and statistics. `classes[group]` numbers the neurons: only those of
-    equal number may be permuted with each other. `labels` are those of every value, `members[group]` the neurons' own.
+    Attributes:
+        graph: The graph.
+        rows: For every node with a matrix, whether it is shared or not, whose its rows are.
+        columns: For every node with a matrix, whose its columns are.
+        constants: For every other parameter and statistic, the neuron of each of its elements.
+        classes: For every group, a number for each neuron. Only neurons of equal number may be permuted with each
+            other.
+        labels: The labels of all values.
+        members: For every group, the labels of its neurons.
     """
 
     graph: LayerGraph
     rows: Mapping[str, Axis]
     columns: Mapping[str, Axis]
     constants: Mapping[str, Axis]
-    classes: Mapping[str, Int64[np.ndarray, " neurons"]]
+    classes: Mapping[str, Int64[np.ndarray, " _neurons"]]
     labels: Labelling
     members: Mapping[str, Sequence[int]]
 
@@ -46,14 +52,29 @@ def analyse(
     input_shape: tuple[int, ...],
     input_dtype: torch.dtype,
 ) -> Analysis:
-    """The graph of these nodes with its neuron groups. Raises `UnsupportedModule` for operators without a rule."""
+    """Find the neuron groups of a network.
+
+    Args:
+        nodes: The nodes, in an order in which they can run.
+        output: The value that is the network's output.
+        state: The stored tensors by name.
+        trainable: The names of the tensors that are parameters.
+        input_shape: The shape of one example.
+        input_dtype: The dtype of the examples.
+
+    Returns:
+        The graph and its analysis.
+
+    Raises:
+        UnsupportedModule: If there is no rule for an operator, or if its rule does not cover how it is used.
+    """
     return _collect(label_network(nodes, state, trainable, input_shape, input_dtype), nodes, output)
 
 
 def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
-    """Classes of tied labels as neurons, alike neurons as groups."""
+    """Turn classes of tied labels into neurons, and neurons that are alike into groups."""
     ties = found.ties
-    # What is kept separate and not understood is no layer.
+    # A node that is kept separate and has no rule is no layer.
     nodes = [replace(node, is_layer=node.is_layer and node.name in found.rows) for node in nodes]
     layers = [node for node in nodes if node.is_layer]
     tables = {
@@ -112,7 +133,7 @@ def _name_groups(
     tables: Mapping[tuple[str, str], np.ndarray],
     names: set[str],
 ) -> tuple[list[NeuronGroup], dict[str, list[int]]]:
-    """Groups in topological order, named after the first layer that writes them."""
+    """The groups in topological order, named after the first layer that writes them, and their labels."""
     ordered = []
     for (ends, *places), labels in alike.items():
         first = next(number for number, side, _ in places if side == "rows")
@@ -143,8 +164,8 @@ def _axis(labels: np.ndarray, place: Mapping[int, tuple[str, int]]) -> Axis:
 
 def _classes(
     found: Labelling, members: Mapping[str, Sequence[int]], constants: Mapping[str, Axis]
-) -> dict[str, Int64[np.ndarray, " neurons"]]:
-    """Neurons of a group that also agree in the constants that belong to them and in what pins them."""
+) -> dict[str, Int64[np.ndarray, " _neurons"]]:
+    """Number the neurons of every group by the constants that belong to them and by what pins them."""
     marks: dict[int, list[tuple[int, int]]] = {}
     for labels, colours in found.ties.colours:
         for label, colour in zip(found.ties.resolve(labels).tolist(), colours.tolist(), strict=True):

@@ -24,12 +24,20 @@ REMEDY = (
 
 @dataclass
 class Labelling:
-    """Labels of everything, as far as the network has been run."""
+    """The labels of everything, as far as the network has been run.
+
+    Attributes:
+        ties: The labels and which of them are tied.
+        values: What is known of every value, a `Value` or several, by the node's name.
+        rows: The label of every row of each matrix, by the node's name.
+        columns: The label of every column of each matrix, by the node's name.
+        constants: What is known of stored tensors that are no layer's weights, by the tensor's name.
+    """
 
     ties: Ties = field(default_factory=Ties)
     values: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, Int64[Tensor, " out"]] = field(default_factory=dict)
-    columns: dict[str, Int64[Tensor, " columns"]] = field(default_factory=dict)
+    rows: dict[str, Int64[Tensor, " _out"]] = field(default_factory=dict)
+    columns: dict[str, Int64[Tensor, " _columns"]] = field(default_factory=dict)
     constants: dict[str, Value] = field(default_factory=dict)
 
 
@@ -40,7 +48,22 @@ def label_network(
     input_shape: tuple[int, ...],
     input_dtype: torch.dtype,
 ) -> Labelling:
-    """The labels of all values, for a batch of one example. Raises `UnsupportedModule` for operators without a rule."""
+    """Label all values of a network, for a batch of one example.
+
+    Args:
+        nodes: The nodes, in an order in which they can run.
+        state: The stored tensors by name.
+        trainable: The names of the tensors that are parameters.
+        input_shape: The shape of one example.
+        input_dtype: The dtype of the examples.
+
+    Returns:
+        The labels.
+
+    Raises:
+        UnsupportedModule: If there is no rule for an operator, or if its rule does not cover how it is used. Nodes that
+            are kept separate need no rule.
+    """
     found = Labelling()
     entry = torch.empty(1, *input_shape, dtype=input_dtype, device="meta")
     found.values[INPUT] = Value(entry, torch.full([1] * entry.ndim, THE_INPUT))
@@ -58,7 +81,20 @@ def label_network(
 
 
 def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable: frozenset[str]) -> Any:
-    """The value of a node as far as labels go."""
+    """Label the value of one node.
+
+    Args:
+        found: The labels so far.
+        node: The node.
+        state: The stored tensors by name.
+        trainable: The names of the tensors that are parameters.
+
+    Returns:
+        What is known of the value, or of each value.
+
+    Raises:
+        NotUnderstood: If no rule covers the operator, or how it is used.
+    """
     if node.kind == GETITEM:
         return found.values[node.sources[0]][node.arguments["index"]]
     if operator(node.kind)._schema.is_mutable:
@@ -88,7 +124,7 @@ def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
 
 
 def _makes_constants(kind: str, values: Sequence[Value]) -> bool:
-    """Whether an operator is a function of tensors, or one that is known to do nothing but make some."""
+    """Whether an operator is a function of tensors, or one that is known to do nothing but make constants."""
     found = operator(kind)
     if torch.Tag.nondeterministic_seeded in found.tags:
         return False
@@ -128,7 +164,7 @@ def _given(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
     if weight is not None and "state" in weight and weight["state"] not in given:
         meta = state[weight["state"]].to("meta")
         given[weight["state"]] = Value(meta, _nothing(meta), constant=True)
-    return {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}  # type: ignore[arg-type]
+    return {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}
 
 
 def _is_statistic(node: Node, name: str) -> bool:
@@ -157,9 +193,21 @@ def _map(argument: Any, change: Any) -> Any:
 
 
 def _opaque(found: Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
-    """A node that nobody understands: what it reads stays in its place, what it writes belongs to no neuron."""
+    """Label a node without a rule: what it reads is pinned in its place, what it writes belongs to no neuron.
+
+    Args:
+        found: The labels so far.
+        node: The node.
+        state: The stored tensors by name.
+
+    Returns:
+        What is known of the value, or of each value.
+
+    Raises:
+        UnsupportedModule: If the operator is no function of tensors.
+    """
     given = {name: Value(state[name].to("meta"), _nothing(state[name]), True) for name in node.state}
-    arguments = {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}  # type: ignore[arg-type]
+    arguments = {name: resolve(value, found.values, given, 1) for name, value in node.arguments.items()}
     for value in _flat(arguments):
         if isinstance(value, Value):
             found.ties.pin(value.labels, torch.arange(value.labels.numel()).reshape(value.labels.shape))
@@ -175,9 +223,22 @@ def _opaque(found: Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
 
 
 def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out: Tensor, weight: Value) -> Tensor:
-    """A layer's columns belong to the neurons that it reads; its rows are new neurons.
+    """Label a layer: its columns belong to the neurons that it reads, its rows are new neurons.
 
-    The rows of a depthwise or grouped convolution belong to the neurons that their group reads.
+    The rows of a depthwise or grouped convolution belong to the neurons that their conv_group reads.
+
+    Args:
+        found: The labels so far.
+        node: The layer.
+        arguments: Its arguments.
+        out: Its output, on the meta device.
+        weight: What is known of its weight.
+
+    Returns:
+        The labels of the output.
+
+    Raises:
+        NotUnderstood: If the operator is not a plain layer.
     """
     layer, ties = LAYERS[node.kind], found.ties
     if {"alpha", "beta"} & node.arguments.keys():
@@ -212,7 +273,7 @@ def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out
 
 
 def _grouped(ties: Ties, read: Int64[Tensor, " channels"], conv_groups: int) -> Int64[Tensor, " groups"]:
-    """The neuron of each group of a convolution: the channels that it reads, if those are neurons."""
+    """The neuron of each conv_group of a convolution: the channels that the group reads, if those are neurons."""
     channels = read.reshape(conv_groups, -1)
     first = channels[:, :1]
     ties.tie(channels, first)

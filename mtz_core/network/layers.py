@@ -1,12 +1,13 @@
-"""Layers as matrices: what each type of layer with weights computes, and how it is read and written.
+"""Layers as matrices: what each type of layer with weights computes, and how its weights are read and written.
 
-Every layer is seen as ``y = W x`` on *rows*: a linear layer's rows are its inputs at every position, a convolution's
+Every layer is seen as ``y = W x`` on *rows*. A linear layer's rows are its inputs at every position, a convolution's
 are its unfolded patches (channel first, then the kernel), an embedding's are one-hot tokens. The bias, where there is
 one, is the last column of ``W`` and meets a trailing 1 in every row. So later mathematics has no cases: a *neuron* owns
 rows of ``W``, and the neurons that it reads own columns.
 
-A grouped convolution is several such layers side by side, of equal size: `conv_groups` of them, their matrices stacked,
-the rows of their inputs side by side. A depthwise convolution has as many groups as channels.
+A grouped convolution is several such layers of equal size, side by side. The number of these is `conv_groups`; their
+matrices are stacked, and the rows of their inputs lie side by side. A depthwise convolution has as many groups as
+channels.
 
 To teach zipping a new type of layer, add one entry to `LAYERS`.
 """
@@ -20,11 +21,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
 Arguments = Mapping[str, Any]
-"""What an operator is given beside tensors."""
+"""An operator's arguments beside tensors, by name."""
 
 
 class Layer(Protocol):
@@ -32,80 +33,137 @@ class Layer(Protocol):
 
     @property
     def input(self) -> str:
-        """The name of the operator's argument for its input."""
+        """The name of the operator's argument for the layer's input."""
         ...
 
     @property
     def weight(self) -> str:
-        """The name of the one for its weight."""
+        """The name of the operator's argument for the weight."""
         ...
 
     @property
     def bias(self) -> str | None:
-        """The name of the one for its bias; None if it has none."""
+        """The name of the operator's argument for the bias; None if it takes none."""
         ...
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+    def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "out columns"]:
         """The weight as a matrix."""
         ...
 
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
-        """A matrix of any number of neurons as a weight; `like` is the shape of the traced weight."""
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Float[Tensor, "..."]:
+        """Turn a matrix back into a weight.
+
+        Args:
+            matrix: The matrix, without bias, of any number of neurons.
+            like: The shape of the traced weight.
+
+        Returns:
+            The weight.
+        """
         ...
 
     def channel_axis(self, ndim: int) -> int:
-        """Where the neurons lie in an input or output of that many axes."""
+        """The axis of the neurons in an input or output that has `ndim` axes."""
         ...
 
     def conv_groups(self, arguments: Arguments) -> int:
-        """How many layers stand side by side."""
+        """The number of layers that lie side by side."""
         ...
 
-    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
-        """How many rows one example contributes."""
+    def positions(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
+        """Count the rows that one example contributes.
+
+        Args:
+            x: The layer's input.
+            weight: The shape of the layer's weight.
+            arguments: The operator's other arguments.
+
+        Returns:
+            The number of positions.
+        """
         ...
 
     def rows(
-        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
-    ) -> Float[Tensor, "n groups*inputs"]:
-        """The rows of some positions of every example; `weight` is the weight's shape."""
+        self,
+        x: Shaped[Tensor, "batch ..."],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
+    ) -> Float[Tensor, "n columns"]:
+        """Take the rows at some positions of every example.
+
+        Args:
+            x: The layer's input.
+            weight: The shape of the layer's weight.
+            arguments: The operator's other arguments.
+            positions: The positions.
+
+        Returns:
+            The rows, example by example, without the trailing 1. Those of several conv_groups lie side by side.
+        """
         ...
 
-    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
-        """The outputs at the same positions."""
+    def output_rows(self, y: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+        """Take the outputs at some positions of every example.
+
+        Args:
+            y: The layer's output.
+            positions: The positions.
+
+        Returns:
+            The outputs, in the order of `rows`.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """``y = x Wᵀ + b`` on the last axis; `transposed` for operators that hold ``Wᵀ``."""
+    """``y = x Wᵀ + b`` on the last axis.
+
+    Attributes:
+        input: The name of the operator's argument for the input.
+        weight: The name of the operator's argument for the weight.
+        bias: The name of the operator's argument for the bias.
+        transposed: Whether the operator holds ``Wᵀ``.
+    """
 
     input: str = "input"
     weight: str = "weight"
     bias: str | None = "bias"
     transposed: bool = False
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+    def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "out columns"]:
+        """The weight as a matrix."""
         return weight.T if self.transposed else weight
 
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Float[Tensor, "..."]:
+        """A matrix as a weight."""
         return matrix.T.contiguous() if self.transposed else matrix
 
     def channel_axis(self, ndim: int) -> int:
+        """The last axis."""
         return ndim - 1
 
     def conv_groups(self, arguments: Arguments) -> int:
+        """Always 1."""
         return 1
 
     def positions(self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments) -> int:
+        """The number of positions along all axes between the batch and the last."""
         return prod(x.shape[1:-1])
 
     def rows(
-        self, x: Float[Tensor, "batch ... in"], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
+        self,
+        x: Float[Tensor, "batch ... in"],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n in"]:
+        """The inputs at these positions."""
         return _at(x, positions)
 
-    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+        """The outputs at these positions."""
         return _at(y, positions)
 
 
@@ -118,39 +176,65 @@ def _at(x: Float[Tensor, "batch ... features"], positions: Int64[Tensor, " p"]) 
 
 @dataclass(frozen=True)
 class EmbeddingLayer:
-    """A table of tokens: the rows are one-hot, a token's vector is a column of the matrix."""
+    """A table of tokens. The rows are one-hot, and a token's vector is a column of the matrix.
+
+    Attributes:
+        input: The name of the operator's argument for the input.
+        weight: The name of the operator's argument for the weight.
+        bias: None; embeddings have no bias.
+    """
 
     input: str = "indices"
     weight: str = "weight"
     bias: str | None = None
 
     def matrix(self, weight: Float[Tensor, "tokens out"]) -> Float[Tensor, "out tokens"]:
+        """The table, transposed."""
         return weight.T
 
     def from_matrix(self, matrix: Float[Tensor, "out tokens"], like: tuple[int, ...]) -> Float[Tensor, "tokens out"]:
+        """A matrix as a table."""
         return matrix.T.contiguous()
 
     def channel_axis(self, ndim: int) -> int:
+        """The last axis."""
         return ndim - 1
 
     def conv_groups(self, arguments: Arguments) -> int:
+        """Always 1."""
         return 1
 
-    def positions(self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
+    def positions(self, x: Int[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
+        """The number of tokens in one example."""
         return prod(x.shape[1:])
 
     def rows(
-        self, x: Int64[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments, positions: Tensor
+        self,
+        x: Int[Tensor, "batch ..."],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n tokens"]:
-        return F.one_hot(x.reshape(len(x), -1)[:, positions].flatten(), weight[0]).to(torch.get_default_dtype())
+        """The tokens at these positions, one-hot."""
+        tokens = x.reshape(len(x), -1)[:, positions].flatten().long()
+        return F.one_hot(tokens, weight[0]).to(torch.get_default_dtype())
 
-    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Tensor) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ... out"], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+        """The tokens' vectors at these positions."""
         return y.reshape(len(y), -1, y.shape[-1])[:, positions].flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution over `spatial` axes; a transposed one is a convolution over its input with zeros put in between."""
+    """A convolution. A transposed one is a convolution over its input with zeros put in between.
+
+    Attributes:
+        spatial: The number of spatial axes.
+        transposed: Whether the convolution is transposed.
+        input: The name of the operator's argument for the input.
+        weight: The name of the operator's argument for the weight.
+        bias: The name of the operator's argument for the bias.
+    """
 
     spatial: int
     transposed: bool = False
@@ -158,21 +242,25 @@ class Convolution:
     weight: str = "weight"
     bias: str | None = "bias"
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "out columns"]:
+    def matrix(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "out columns"]:
+        """The kernels as a matrix, input channel first, then the kernel's taps."""
         return (self._turn(weight) if self.transposed else weight).flatten(1)
 
-    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Tensor:
+    def from_matrix(self, matrix: Float[Tensor, "out columns"], like: tuple[int, ...]) -> Float[Tensor, "..."]:
+        """A matrix as kernels; `like` is the shape of the traced weight."""
         weight = matrix.reshape(len(matrix), -1, *like[2:])
         return self._turn(weight) if self.transposed else weight
 
     def _turn(self, weight: Tensor) -> Tensor:
-        """Between ``[in, out, kernel]`` and ``[out, in, mirrored kernel]``."""
+        """Convert between ``[in, out, kernel]`` and ``[out, in, mirrored kernel]``."""
         return weight.transpose(0, 1).flip(*range(2, weight.ndim))
 
     def channel_axis(self, ndim: int) -> int:
+        """The axis behind the batch."""
         return 1
 
     def conv_groups(self, arguments: Arguments) -> int:
+        """The number of groups of the convolution."""
         return int(arguments.get("groups", 1))
 
     def _all(self, arguments: Arguments, name: str, default: int) -> list[int]:
@@ -180,8 +268,8 @@ class Convolution:
         value = [value] if isinstance(value, int) else list(value)
         return value * self.spatial if len(value) == 1 else value
 
-    def _window(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> _Window:
-        """The input as the kernel sees it: padded (and spread), with what is left of stride and dilation."""
+    def _window(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> _Window:
+        """The input as the kernel sees it: padded (and spread), with the stride and dilation that are left."""
         kernel = weight[2:]
         stride, dilation = self._all(arguments, "stride", 1), self._all(arguments, "dilation", 1)
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -204,12 +292,18 @@ class Convolution:
         sizes = tuple((n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True))
         return _Window(x, kernel, stride, dilation, sizes)
 
-    def positions(self, x: Tensor, weight: tuple[int, ...], arguments: Arguments) -> int:
+    def positions(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
+        """The number of positions of the kernel."""
         return prod(self._window(x[:1], weight, arguments).sizes)
 
     def rows(
-        self, x: Tensor, weight: tuple[int, ...], arguments: Arguments, positions: Int64[Tensor, " p"]
+        self,
+        x: Shaped[Tensor, "batch ..."],
+        weight: tuple[int, ...],
+        arguments: Arguments,
+        positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n inputs"]:
+        """The unfolded patches at these positions."""
         window = self._window(x, weight, arguments)
         index = window.index(positions)
         channels_last = window.x.movedim(1, -1).flatten(
@@ -218,13 +312,22 @@ class Convolution:
         taken = channels_last.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
         return taken.transpose(2, 3).flatten(0, 1).flatten(1)
 
-    def output_rows(self, y: Tensor, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+    def output_rows(self, y: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
+        """The outputs at these positions."""
         return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """A padded input, and how a kernel moves over it to as many positions as `sizes` says."""
+    """A padded input, and how a kernel moves over it.
+
+    Attributes:
+        x: The padded input.
+        kernel: The size of the kernel along every spatial axis.
+        stride: The stride along every spatial axis.
+        dilation: The dilation along every spatial axis.
+        sizes: The number of positions along every spatial axis.
+    """
 
     x: Float[Tensor, "batch channels ..."]
     kernel: tuple[int, ...]
@@ -270,10 +373,17 @@ LAYERS: dict[str, Layer] = {
 """Layers with weights, by their ATen operator."""
 
 
-def with_ones(
-    rows: Float[Tensor, "n groups*inputs"], conv_groups: int, bias: bool
-) -> Float[Tensor, "n groups*columns"]:
-    """Rows with the trailing 1 that a bias meets, in every group."""
+def with_ones(rows: Float[Tensor, "n columns"], conv_groups: int, bias: bool) -> Float[Tensor, "n columns_and_ones"]:
+    """Append the 1 that meets a bias to every row.
+
+    Args:
+        rows: The rows of a layer; those of several conv_groups lie side by side.
+        conv_groups: How many layers lie side by side.
+        bias: Whether the layer has a bias.
+
+    Returns:
+        The rows with a trailing 1 for each conv_group, or as they are without a bias.
+    """
     if not bias:
         return rows
     if conv_groups == 1:

@@ -1,9 +1,9 @@
-"""Drop neurons: the network that is left when some neurons of its groups go, in all layers that write and read them.
+"""Drop neurons: the network that is left without some neurons of its groups, in all layers that write and read them.
 
-A dropped neuron's rows, columns and parameters leave every tensor, and operators that are told sizes (a view, a
-depthwise convolution) are told the new ones. Which groups allow that is found by trying: the narrower network must
-compute what the whole one does when nobody reads the dropped neurons. A normalisation across neurons fails that
-test, so its neurons can be shared but not dropped.
+A dropped neuron's rows, columns and parameters leave every tensor, and operators that take sizes as arguments (a view,
+a depthwise convolution) get the new ones. Which groups allow that is found by trying: the narrower network must compute
+what the whole one does when nothing reads the dropped neurons. A normalisation across neurons fails that test, so its
+neurons can be shared but not dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import MtzError
@@ -23,20 +23,26 @@ from mtz_core.network.groups import Analysis, analyse
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
 
-Keep = Mapping[str, "Int64[np.ndarray, ' kept']"]
+Keep = Mapping[str, Int64[np.ndarray, " _kept"]]
 """For neuron groups that lose some, the neurons that stay, ascending."""
 
 LEAST = 2
-"""Neurons that a group keeps at least."""
+"""The least number of neurons that a group keeps."""
 
 
 class CannotDrop(MtzError):
-    """Some operator cannot do with fewer neurons of a group."""
+    """An operator does not work with fewer neurons of a group."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """A network without some of its neurons, and the network that it comes from."""
+    """A network without some of its neurons, and the network that it comes from.
+
+    Attributes:
+        original: The whole network.
+        network: The network without the dropped neurons.
+        keep: For groups that lose neurons, those that stay.
+    """
 
     original: Network
     network: Network
@@ -44,7 +50,7 @@ class Reduced:
 
     @classmethod
     def whole(cls, network: Network) -> Reduced:
-        """A network that keeps everything."""
+        """The network that keeps everything."""
         return cls(network, network, {})
 
     def touches(self, node: Node) -> bool:
@@ -62,20 +68,34 @@ class Reduced:
 
 
 def analysis_of(network: Network) -> Analysis:
-    """The analysis of a traced network, made anew."""
+    """Analyse a traced network anew."""
     entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
     return analyse(network.graph.nodes, network.graph.output, *entry)
 
 
 class Dropper:
-    """Takes neurons out of one network, which it analyses once."""
+    """Drops neurons from one network, which is analysed once.
+
+    Attributes:
+        network: The network.
+    """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self._analysis = analysis_of(network)
 
     def narrow(self, keep: Keep) -> Reduced:
-        """The network with only the given neurons of these groups. Raises `CannotDrop`."""
+        """Drop neurons.
+
+        Args:
+            keep: For groups that lose neurons, those that stay, ascending.
+
+        Returns:
+            The network without all other neurons of these groups.
+
+        Raises:
+            CannotDrop: If `keep` is no choice of a hidden group's neurons, or if an operator does not work with fewer.
+        """
         keep = self._checked(keep)
         if not keep:
             return Reduced.whole(self.network)
@@ -89,7 +109,17 @@ class Dropper:
         return Reduced(self.network, narrow, keep)
 
     def _checked(self, keep: Keep) -> Keep:
-        """The groups that lose neurons. Raises `CannotDrop` for what is no choice of a hidden group's neurons."""
+        """Find the groups that lose neurons.
+
+        Args:
+            keep: The neurons that stay, by group.
+
+        Returns:
+            `keep` without groups that keep all neurons.
+
+        Raises:
+            CannotDrop: If `keep` is no choice of a hidden group's neurons.
+        """
         fewer = {}
         hidden = {group.name for group in self.network.graph.hidden_groups}
         for name, kept in keep.items():
@@ -103,8 +133,15 @@ class Dropper:
                 fewer[name] = kept
         return fewer
 
-    def droppable(self, examples: Tensor) -> tuple[str, ...]:
-        """The hidden groups that can lose neurons, found by dropping every third neuron of all, or of each."""
+    def droppable(self, examples: Shaped[Tensor, "batch ..."]) -> tuple[str, ...]:
+        """Find the hidden groups that can lose neurons, by dropping every third neuron of all groups, or else of each.
+
+        Args:
+            examples: A batch of inputs to compare outputs on.
+
+        Returns:
+            The names of the groups.
+        """
         widths = {group.name: self.network.graph.widths[group.name] for group in self.network.graph.hidden_groups}
         trial = {name: np.array([i for i in range(width) if i % 3 != 1]) for name, width in widths.items()}
         trial = {name: kept for name, kept in trial.items() if LEAST <= len(kept) < widths[name]}
@@ -113,8 +150,8 @@ class Dropper:
         return tuple(name for name, kept in trial.items() if self._agrees({name: kept}, examples))
 
     @torch.no_grad()
-    def _agrees(self, keep: Keep, examples: Tensor) -> bool:
-        """Whether the narrower network computes what the whole one does when nobody reads what is dropped."""
+    def _agrees(self, keep: Keep, examples: Shaped[Tensor, "batch ..."]) -> bool:
+        """Whether the narrower network computes what the whole one does when nothing reads the dropped neurons."""
         try:
             narrow = self.narrow(keep).network
         except CannotDrop:
@@ -137,7 +174,7 @@ class Dropper:
         return whole.shape == fewer.shape and bool((whole - fewer).abs().max() <= TOLERANCE * scale)
 
     def _cut(self, name: str, keep: Keep) -> Tensor:
-        """A stored tensor without what belongs to dropped neurons; the tensor itself if nothing of it does."""
+        """A stored tensor without the dropped neurons' part; the tensor itself if nothing of it belongs to them."""
         tensor = self.network.state[name]
         for node in self.network.graph.nodes:
             if node.name in self._analysis.rows and name in (node.weight, node.bias):
@@ -155,7 +192,18 @@ class Dropper:
         return _take(tensor, torch.from_numpy(_stays(axis, keep)).reshape(tensor.shape))
 
     def _resized(self, keep: Keep, state: Mapping[str, Tensor]) -> list[Node]:
-        """The nodes, told the new sizes; each is tried on shapes alone. Raises `CannotDrop`."""
+        """Give the nodes the new sizes, and try each on shapes alone.
+
+        Args:
+            keep: For groups that lose neurons, those that stay.
+            state: The tensors without the dropped neurons.
+
+        Returns:
+            The nodes.
+
+        Raises:
+            CannotDrop: If an operator does not work with fewer neurons.
+        """
         network = self.network
         metas = {name: tensor.to("meta") for name, tensor in state.items()}
         values: dict[str, Any] = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
@@ -175,7 +223,7 @@ class Dropper:
         return nodes
 
     def _retold(self, node: Node, expected: tuple[int, ...] | None, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A node's arguments with the sizes that its output is to have."""
+        """A node's arguments, adapted to the sizes that its output is to have."""
         arguments = dict(node.arguments)
         for name in _SIZES & arguments.keys():
             given, sizes = arguments[name], expected
@@ -189,7 +237,18 @@ class Dropper:
         return arguments
 
     def _expected(self, node: Node, keep: Keep) -> tuple[int, ...] | None:
-        """The shape of a node's value, for one example, without the dropped neurons; None for several values."""
+        """Find the shape of a node's value without the dropped neurons, for one example.
+
+        Args:
+            node: The node.
+            keep: For groups that lose neurons, those that stay.
+
+        Returns:
+            The shape; None for several values.
+
+        Raises:
+            CannotDrop: If the value mixes kept and dropped neurons.
+        """
         value = self._analysis.labels.values[node.name]
         if not isinstance(value, Value):
             return None
@@ -242,7 +301,7 @@ _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 
 
 def _size(old: Any, new: int) -> Any:
-    """A size as it was given: left open, a multiple of the batch, or a number."""
+    """A size in the form in which it was given: open, a multiple of the batch, or a number."""
     if isinstance(old, Mapping) and "batch" in old:
         slope, offset = old["batch"]
         return {"batch": [new, 0]} if offset == 0 else {"batch": [slope, offset]}

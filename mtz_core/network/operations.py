@@ -3,6 +3,10 @@
 To teach zipping a new operator, give `register_operation` its ATen name and one of the rules below: `pointwise` for
 what acts on every element alone, `movement` for what only moves elements, `reduction` and `along` for sums and soft-max
 over axes, `window(n)` for what works on the last n axes of each channel.
+
+A rule takes the labels that are tied so far, the node, its arguments (tensors as `Value`) and its output on the meta
+device. It ties labels as far as the operator requires, and returns the labels of the output, or of each output. It
+raises `NotUnderstood` for uses of the operator that it does not cover.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.graph import FIXED, Node, operator
@@ -22,16 +26,19 @@ from mtz_core.network.ties import Ties, compress, varying
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What is known of a value for a batch of one example: its shape and type (`meta`) and its labels.
+    """What is known of a value, for a batch of one example.
 
-    `labels` have as many axes as the value, of size 1 where they do not change. A `constant` value does not depend on
-    the input; `actual` is what it is, unless it depends on parameters, which may still learn.
+    Attributes:
+        meta: A tensor of the value's shape and dtype, on the meta device.
+        labels: The labels, with as many axes as the value, of size 1 where they do not change.
+        constant: Whether the value is independent of the network's input.
+        actual: The value itself, if it depends on neither input nor parameters; parameters may still learn.
     """
 
-    meta: Tensor
+    meta: Shaped[Tensor, "..."]
     labels: Int64[Tensor, "..."]
     constant: bool = False
-    actual: Tensor | None = None
+    actual: Shaped[Tensor, "..."] | None = None
 
     @property
     def everywhere(self) -> Int64[Tensor, "..."]:
@@ -40,19 +47,22 @@ class Value:
 
 
 class NotUnderstood(Exception):
-    """An operator treats neurons in a way that no rule covers; the message says which."""
+    """An operator treats neurons in a way that no rule covers. The message says which."""
 
 
 Arguments = Mapping[str, Any]
-Rule = Callable[[Ties, Node, Arguments, Tensor], "Int64[Tensor, '...'] | Sequence[Int64[Tensor, '...']]"]
-"""Ties the labels of an operator's operands as far as it must; gives the labels of its output (or outputs)."""
+Rule = Callable[[Ties, Node, Arguments, Any], Int64[Tensor, "..."] | Sequence[Int64[Tensor, "..."]]]
+"""Ties the labels of an operator's operands as far as required, and returns the labels of its output (or outputs)."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operator: its rule, and below which `floor` all its inputs give the same output (0 for a ReLU).
+    """An operator.
 
-    One that `keeps` channels acts on each of them alone and in its place.
+    Attributes:
+        rule: What the operator does to labels.
+        floor: The value below which all inputs give the same output; 0 for a ReLU.
+        keeps: Whether the operator acts on each channel alone and leaves it in its place.
     """
 
     rule: Rule
@@ -66,7 +76,14 @@ class Operation:
 
 
 def operands(arguments: Any) -> Iterable[Value]:
-    """All values among an operator's arguments."""
+    """Iterate over all values among an operator's arguments.
+
+    Args:
+        arguments: The arguments, nested or not.
+
+    Yields:
+        The values.
+    """
     if isinstance(arguments, Value):
         yield arguments
     elif isinstance(arguments, Mapping):
@@ -77,8 +94,8 @@ def operands(arguments: Any) -> Iterable[Value]:
             yield from operands(part)
 
 
-def pointwise(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Elements that meet are tied."""
+def pointwise(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of what acts on every element alone: elements that meet are tied."""
     values = list(operands(arguments))
     met = [value for value in values if not value.constant] or values
     labels = torch.full([1] * out.ndim, FIXED)
@@ -100,7 +117,7 @@ def _meet(ties: Ties, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pin_by(ties: Ties, labels: Tensor, other: Tensor, shape: Sequence[int]) -> None:
-    """Pin neurons that meet something (of this shape, with `other` labels) that changes but belongs to no neuron."""
+    """Pin neurons that meet something (of this shape, with labels `other`) that changes but belongs to no neuron."""
     axes = {axis for axis in varying(labels) if -axis <= len(shape) and shape[axis] > 1}
     if not axes or bool((other >= 0).all()):
         return
@@ -111,10 +128,11 @@ def _pin_by(ties: Ties, labels: Tensor, other: Tensor, shape: Sequence[int]) -> 
 
 
 def _meet_constant(ties: Ties, labels: Tensor, constant: Value) -> None:
-    """A constant that changes from neuron to neuron belongs to them; one that does not is the same for all.
+    """Tie or pin neurons that meet a constant that changes from neuron to neuron.
 
     A parameter is tied to the neurons, to be permuted along. Where that would tie neurons that nothing else ties (a
-    rotary position is the same in every head), or where it is no parameter, they are pinned in their places.
+    rotary position is the same in every head), or where the constant is no parameter, the neurons are pinned in their
+    places. A constant that does not change from neuron to neuron is the same for all.
     """
     neurons = varying(labels)
     own = constant.labels if constant.actual is None else _distinct(constant.actual)
@@ -132,12 +150,12 @@ def _meet_constant(ties: Ties, labels: Tensor, constant: Value) -> None:
 
 
 def _distinct(values: Tensor) -> Tensor:
-    """Values as numbers that are equal where the values are, with size 1 along axes along which they do not change."""
+    """Number the values so that equal ones have equal numbers, with size 1 along axes without change."""
     return compress(values.unique(return_inverse=True)[1]) if values.numel() > 1 else torch.zeros_like(values).long()
 
 
-def movement(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Any:
-    """The operator is run on the labels themselves; what it fills up belongs to no neuron."""
+def movement(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
+    """The rule of what moves elements: the operator is run on the labels. What it fills in belongs to no neuron."""
     moved = {name: _movable(argument) for name, argument in arguments.items()}
     if node.kind == "pad" and arguments.get("mode", "constant") != "constant":
         return compress(operator(node.kind)(**{**moved, "self": moved["self"].double()}).long())
@@ -164,7 +182,7 @@ def _axes(arguments: Arguments, ndim: int) -> list[int]:
 
 
 def reduction(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
-    """Sums and the like over the axes `dim`, or over all."""
+    """The rule of sums and the like over the axes `dim`, or over all."""
     value: Value = arguments["self"]
     axes = _axes(arguments, value.labels.ndim)
     labels = compress(ties.symmetric(value.labels, axes))
@@ -174,21 +192,28 @@ def reduction(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
     return [labels] * len(parts) if isinstance(out, (list, tuple)) else labels
 
 
-def along(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Soft-max and the like: every element meets all along an axis, but stays itself."""
+def along(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of soft-max and the like: every element meets all others along an axis, but stays itself."""
     value: Value = arguments["self"]
     ties.symmetric(value.labels, _axes(arguments, value.labels.ndim))
     return ties.resolve(value.labels)
 
 
-def gated(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """A gated linear unit: the first half of an axis is multiplied by what the second half lets through."""
+def gated(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of a gated linear unit: the second half of an axis gates the first."""
     first, second = arguments["self"].everywhere.chunk(2, dim=arguments.get("dim", -1))
     return compress(ties.resolve(_meet(ties, first, second)))
 
 
 def window(axes: int) -> Rule:
-    """Pooling, interpolation and the like on the last `axes` axes of every channel."""
+    """Make the rule of what works on the last axes of every channel, such as pooling and interpolation.
+
+    Args:
+        axes: How many axes the window has.
+
+    Returns:
+        The rule. It raises `NotUnderstood` if the window runs over neurons.
+    """
 
     def rule(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
         (value,) = (v for v in operands(arguments) if v.meta.is_floating_point())
@@ -201,7 +226,20 @@ def window(axes: int) -> Rule:
 
 
 def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Iterable[Value | None]) -> Tensor:
-    """Tie the constants of a normalisation to the neurons along the axes `keep`."""
+    """Tie the constants of a normalisation to the neurons along some axes.
+
+    Args:
+        ties: The labels that are tied so far.
+        labels: The labels of what is normalised.
+        keep: The axes of the neurons.
+        constants: The constants, None for those that are missing.
+
+    Returns:
+        The labels of the output.
+
+    Raises:
+        NotUnderstood: If a constant depends on the data.
+    """
     labels = ties.uniform(labels, keep)
     shape = [labels.shape[axis] for axis in keep]
     for constant in constants:
@@ -212,22 +250,35 @@ def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Itera
     return ties.resolve(labels)
 
 
-def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Batch and instance normalisation: every channel (axis 1) has constants of its own."""
+def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of batch normalisation: every channel (axis 1) has constants of its own.
+
+    Args:
+        ties: The labels that are tied so far.
+        node: The node.
+        arguments: Its arguments.
+        out: Its output.
+
+    Returns:
+        The labels of the output.
+
+    Raises:
+        NotUnderstood: If the statistics are those of the batch.
+    """
     if arguments.get("training") or arguments.get("use_input_stats"):
         raise NotUnderstood("it uses the statistics of the batch in evaluation mode")
     constants = (arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
     return _normalise(ties, arguments["input"].labels, (1,), constants)
 
 
-def instance_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Instance normalisation: every channel of every example is normalised by itself."""
+def instance_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of instance normalisation: every channel of every example is normalised by itself."""
     constants = (arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
     return _normalise(ties, arguments["input"].labels, (1,), constants)
 
 
-def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Layer and root-mean-square normalisation over the last axes."""
+def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of layer and root-mean-square normalisation over the last axes."""
     value: Value = arguments["input"]
     ndim = value.labels.ndim
     keep = range(ndim - len(arguments["normalized_shape"]), ndim)
@@ -237,8 +288,8 @@ def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int
     return ties.resolve(labels)
 
 
-def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Group normalisation: channels stay in their group."""
+def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of group normalisation: channels stay in their group."""
     labels = _normalise(ties, arguments["input"].labels, (1,), (arguments.get(name) for name in ("weight", "bias")))
     groups = int(arguments["num_groups"])
     if labels.shape[1] > 1 and groups > 1:
@@ -246,8 +297,21 @@ def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int
     return labels
 
 
-def matmul(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """A product of two values, as in attention."""
+def matmul(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of a product of two values, as in attention.
+
+    Args:
+        ties: The labels that are tied so far.
+        node: The node.
+        arguments: Its arguments.
+        out: Its output.
+
+    Returns:
+        The labels of the output.
+
+    Raises:
+        NotUnderstood: If one of the values is a vector, or if every neuron is multiplied with every other.
+    """
     first, second = operands(arguments)
     if min(first.meta.ndim, second.meta.ndim) < 2:
         raise NotUnderstood("it multiplies by a vector")
@@ -256,12 +320,26 @@ def matmul(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[T
 
 def _contract(
     ties: Ties,
-    a: Int64[Tensor, "... m k"],
+    a: Int64[Tensor, "... _ _"],
     a_shape: Sequence[int],
-    b: Int64[Tensor, "... k n"],
+    b: Int64[Tensor, "... _ _"],
     b_shape: Sequence[int],
-) -> Int64[Tensor, "... m n"]:
-    """The labels of a matrix product; shapes are those of the values."""
+) -> Int64[Tensor, "... _ _"]:
+    """Label a matrix product.
+
+    Args:
+        ties: The labels that are tied so far.
+        a: The labels of the first value.
+        a_shape: The shape of the first value.
+        b: The labels of the second value.
+        b_shape: The shape of the second value.
+
+    Returns:
+        The labels of the product.
+
+    Raises:
+        NotUnderstood: If every neuron is multiplied with every other.
+    """
     a, b = compress(ties.resolve(a)), compress(ties.resolve(b))
     if a.shape[-1] > 1 or b.shape[-2] > 1:  # the sum runs over neurons
         a, b = ties.uniform(a, _but(a, -2)), ties.uniform(b, _but(b, -1)).transpose(-1, -2)
@@ -281,8 +359,8 @@ def _but(labels: Tensor, axis: int) -> list[int]:
     return [a for a in range(labels.ndim) if a != axis % labels.ndim]
 
 
-def attention(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """Scaled dot-product attention: query and key are tied within a head, the head to its values."""
+def attention(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of scaled dot-product attention: query and key are tied within a head, the head to its values."""
     query, key, value = (arguments[name].labels for name in ("query", "key", "value"))
     if arguments.get("enable_gqa"):
         heads = arguments["query"].meta.shape[-3]
@@ -303,8 +381,8 @@ def attention(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int6
     return _contract(ties, weights, shape, value, value_shape)
 
 
-def nothing(ties: Ties, node: Node, arguments: Arguments, out: Tensor) -> Int64[Tensor, "..."]:
-    """New values that come of no neuron."""
+def nothing(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of what makes new values that come from no neuron."""
     return torch.full([1] * out.ndim, FIXED)
 
 
@@ -396,9 +474,13 @@ CREATION = frozenset({"arange", "zeros", "ones", "full", "eye", "linspace", "sca
 
 
 def register_operation(kind: str, operation: Operation) -> None:
-    """Teach zipping an ATen operator, by its name as in ``cumsum`` or, for one overload alone, ``cumsum.dim``.
+    """Teach zipping an ATen operator.
 
-    Networks that use it can be loaded only where it is registered, too.
+    Networks that use the operator can be loaded only where it is registered, too.
+
+    Args:
+        kind: The operator's name, as ``cumsum``, or ``cumsum.dim`` for one overload alone.
+        operation: What the operator does to neurons.
     """
     OPERATIONS[kind] = operation
 

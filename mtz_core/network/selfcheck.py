@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import UnsupportedModule
@@ -14,16 +14,25 @@ from mtz_core.network.graph import INPUT, Axis, Network, free_unused, run_node
 from mtz_core.network.groups import Analysis
 
 TOLERANCE = 1e-4
-"""How far outputs may lie apart, relative to the largest: what reordering sums in float32 can make of them."""
+"""How far outputs may differ, relative to the largest: the effect of reordering sums in float32."""
 
-Permutations = Mapping[str, Int64[np.ndarray, " neurons"]]
+Permutations = Mapping[str, Int64[np.ndarray, " _neurons"]]
 
 
 @torch.no_grad()
-def check(network: Network, analysis: Analysis, examples: Tensor, expected: Tensor) -> None:
+def check(
+    network: Network, analysis: Analysis, examples: Shaped[Tensor, "batch ..."], expected: Float[Tensor, "batch ..."]
+) -> None:
     """Compare the graph with the module, then the graph with itself, its neurons permuted.
 
-    Raises `UnsupportedModule`, naming the neuron group where the outputs differ.
+    Args:
+        network: The traced network.
+        analysis: Its analysis.
+        examples: A batch of inputs.
+        expected: The module's outputs for these inputs.
+
+    Raises:
+        UnsupportedModule: If the outputs differ. The message names the neuron group at fault.
     """
     same = _run(network, analysis, examples, {})
     if same.shape != expected.shape or not _close(same, expected.cpu()):
@@ -67,7 +76,7 @@ def _permutation(classes: Int64[np.ndarray, " n"], generator: np.random.Generato
 
 
 def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: Permutations) -> Tensor:
-    """The network's output with permuted neurons; one layer's weights are copied at a time."""
+    """The network's output with permuted neurons. Weights are copied one layer at a time."""
     graph = network.graph
     constants = {
         name: tensor.flatten()[torch.from_numpy(_order(analysis.constants[name], permutations))].reshape(tensor.shape)
@@ -89,7 +98,7 @@ def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: P
 
 
 def _order(axis: Axis, permutations: Permutations) -> Int64[np.ndarray, " n"]:
-    """Where every position's content comes from."""
+    """For every position, where its content comes from."""
     order = np.arange(len(axis.group))
     for number, name in enumerate(axis.groups):
         if name in permutations:
@@ -100,7 +109,7 @@ def _order(axis: Axis, permutations: Permutations) -> Int64[np.ndarray, " n"]:
 
 
 def _places(axis: Axis, group: int, neurons: int) -> Iterator[Int64[np.ndarray, " slots"]]:
-    """The positions of every neuron of a group, in order."""
+    """The positions of every neuron of a group, in ascending order."""
     own = np.flatnonzero(axis.group == group)
     sorted_ = own[np.argsort(axis.neuron[own], kind="stable")]
     yield from np.split(sorted_, np.searchsorted(axis.neuron[sorted_], np.arange(1, neurons)))

@@ -1,9 +1,9 @@
 """Labels: every element of every value of a network carries the name of the neuron that it comes from.
 
-A label is a whole number; two labels are *tied* when elements that carry them are added, multiplied, normalised by one
-constant, or read by one weight: their neurons cannot be permuted apart. Reshaping, slicing and concatenating move
-labels as they move values, so these operators are simply run on the labels. What is left at the end, the classes of
-tied labels, are the neurons of the neuron groups (see `mtz_core.network.groups`).
+A label is a whole number. Two labels are *tied* when elements that carry them are added, multiplied, normalised by one
+constant, or read by one weight: then their neurons can only be permuted together. Reshaping, slicing and concatenating
+move labels as they move values, so these operators are simply run on the labels. The classes of tied labels that are
+left at the end are the neurons of the neuron groups (see `mtz_core.network.groups`).
 
 Labels are those of a batch of one example. `FIXED` (−1) marks what belongs to no neuron, such as padding.
 """
@@ -28,30 +28,35 @@ THE_INPUT, THE_KERNEL = 0, 1
 
 @dataclass
 class Ties:
-    """Labels and which of them are tied (union-find, by connected components when somebody asks)."""
+    """Labels, and which of them are tied (union-find, by connected components on demand).
+
+    Attributes:
+        count: The number of labels.
+        colours: Labels, and what distinguishes each from labels that are otherwise alike (see `pin`).
+    """
 
     count: int = 2
-    _pairs: list[Int64[Tensor, "2 n"]] = field(default_factory=list)
+    _pairs: list[Int64[Tensor, "2 _n"]] = field(default_factory=list)
     _roots: Int64[Tensor, " labels"] = field(default_factory=lambda: torch.arange(2))
     colours: list[tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]] = field(default_factory=list)
-    """Labels, and what tells each from labels that are otherwise alike (see `pin`)."""
+    """Labels, and what distinguishes each from labels that are otherwise alike (see `pin`)."""
 
     def fresh(self, count: int) -> Int64[Tensor, " count"]:
-        """New labels, tied to nothing."""
+        """Make new labels that are tied to nothing."""
         labels = torch.arange(self.count, self.count + count)
         self._roots = torch.cat([self._roots, labels])
         self.count += count
         return labels
 
     def tie(self, a: Int64[Tensor, "..."], b: Int64[Tensor, "..."]) -> None:
-        """Tie labels element by element, where neither is `FIXED`; shapes broadcast."""
+        """Tie labels element by element, where neither is `FIXED`. Shapes broadcast."""
         a, b = torch.broadcast_tensors(a, b)
         both = (a >= 0) & (b >= 0) & (a != b)
         if bool(both.any()):
             self._pairs.append(torch.stack([a[both], b[both]]).unique(dim=1))
 
     def resolve(self, labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-        """The least label tied to each label."""
+        """The least label that is tied to each label."""
         if self._pairs:
             first, second = self._roots[torch.cat(self._pairs, dim=1)].numpy()
             links = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(self.count, self.count))
@@ -62,13 +67,21 @@ class Ties:
         return torch.where(labels >= 0, self._roots[labels.clamp(min=0)], labels)
 
     def pin(self, labels: Int64[Tensor, "..."], colours: Int64[Tensor, "..."]) -> None:
-        """Say that labels of different colours are different, whatever else they have in common."""
+        """Mark labels of different colours as different, whatever else they have in common. Shapes broadcast."""
         labels, colours = torch.broadcast_tensors(labels, colours)
         own = labels >= 0
         self.colours.append((labels[own], colours[own] + 1_000_000_007 * len(self.colours)))
 
     def uniform(self, labels: Int64[Tensor, "..."], keep: Sequence[int]) -> Int64[Tensor, "..."]:
-        """Tie everything along all axes but `keep`, which are all that is left of the result."""
+        """Tie all labels along all axes but some.
+
+        Args:
+            labels: The labels.
+            keep: The axes along which labels may differ.
+
+        Returns:
+            The labels that are left, with size 1 along all other axes.
+        """
         labels = self.resolve(labels)
         others = [axis for axis in range(labels.ndim) if axis not in keep and labels.shape[axis] > 1]
         if others:
@@ -78,10 +91,18 @@ class Ties:
         return labels
 
     def symmetric(self, labels: Int64[Tensor, "..."], axes: Sequence[int]) -> Int64[Tensor, "..."]:
-        """What is left of labels when values are summed along `axes`, or otherwise treated alike.
+        """Find the labels that are left when values are summed along some axes, or otherwise treated alike.
 
         A sum over all neurons belongs to none of them. Where different positions sum different neurons (the heads of an
-        attention layer, say), those that one position sums are tied: they are one neuron, and the sum belongs to it.
+        attention layer, for example), those that one position sums are tied: they are one neuron, and the sum belongs
+        to it.
+
+        Args:
+            labels: The labels.
+            axes: The axes of the sum.
+
+        Returns:
+            The labels of the sums, with size 1 along these axes.
         """
         labels = self.resolve(labels)
         axes = [axis for axis in axes if labels.shape[axis] > 1]
@@ -99,7 +120,7 @@ class Ties:
 
 
 def compress(labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """The same labels with size 1 along every axis along which they do not change, `FIXED` ones aside."""
+    """Reduce labels to size 1 along every axis along which they do not change, `FIXED` ones aside."""
     for axis in range(labels.ndim):
         if labels.shape[axis] > 1:
             most = labels.amax(dim=axis, keepdim=True)
@@ -108,6 +129,6 @@ def compress(labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     return labels
 
 
-def varying(labels: Tensor) -> set[int]:
+def varying(labels: Int64[Tensor, "..."]) -> set[int]:
     """The axes along which labels change, counted from the last (−1)."""
     return {axis - labels.ndim for axis, size in enumerate(labels.shape) if size > 1}

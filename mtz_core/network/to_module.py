@@ -1,4 +1,4 @@
-"""A network as a plain module of torch: standard submodules where there are such, ATen operators between them."""
+"""A network as a plain torch module: standard submodules where there are such, ATen operators between them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ _DROPOUTS: Mapping[str, type[nn.Module]] = {
 
 @torch.no_grad()
 def build_module(network: Network) -> fx.GraphModule:
-    """A plain torch module of a graph and its tensors, which it takes over.
+    """Build a plain torch module from a graph and its tensors, which it takes over.
 
-    Its tensors are named as in the traced module. Linear layers, convolutions, embeddings, batch normalisations and
-    dropouts are torch's own modules at their paths (layers with weights as far as these are `weight` and `bias` there).
+    Tensors are named as in the traced module. Linear layers, convolutions, embeddings, batch normalisations and
+    dropouts are torch's own modules at their paths (layers with weights only where these are called `weight` and `bias`
+    there).
+
+    Args:
+        network: The network.
+
+    Returns:
+        The module.
     """
     root = nn.Module()
     drawing = fx.Graph()
@@ -146,7 +153,7 @@ def _module(node: Node, network: Network, shapes: Mapping[str, Any]) -> tuple[st
 def _filled(
     part: nn.Module, names: Mapping[str, Any], network: Network, extra: Mapping[str, Tensor]
 ) -> tuple[str, nn.Module] | None:
-    """A module with the network's tensors, at the path where they come from; None if they come from several."""
+    """A module with the network's tensors, and the path where they come from; None if they come from several."""
     paths = {
         reference["state"].removesuffix(f".{name}") if reference["state"] != name else ""
         for name, reference in names.items()

@@ -1,4 +1,4 @@
-"""Whether two networks have one topology; where they do not, the first difference in words."""
+"""Whether two networks have one topology and, if not, the first difference in words."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from mtz_core.network.layers import LAYERS
 
 
 def first_difference(first: LayerGraph, second: LayerGraph) -> tuple[str, str] | None:
-    """The first node, or group, at which two networks' topology differs, as each has it; None if it is the same.
+    """Find the first node or neuron group at which the topologies of two networks differ.
 
-    Widths, shapes and numbers of classes are no difference: the kinds of all nodes, who reads whom, the names of layers
-    and how their kernels move, and the groups.
+    Compared are the kinds of all nodes, what each of them reads, the names of layers, how kernels move, and the groups.
+    Widths, shapes and numbers of classes may differ.
+
+    Args:
+        first: One graph.
+        second: The other graph.
+
+    Returns:
+        What the first and what the second network has there, in words; None if the topologies are the same.
     """
     for a, b in zip(_steps(first), _steps(second), strict=False):
         if a != b:

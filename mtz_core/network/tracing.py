@@ -1,9 +1,9 @@
 """Trace any ``nn.Module`` into a `Network`: its operators, its tensors, and which neurons are tied.
 
-Tracing goes through ``torch.export``: it sees the operators that really run, however the module spells them, knows
-every shape, and needs no specification by hand. The module is exported for two batch sizes; numbers that differ between
-the two are numbers that count examples. What the graph cannot express is refused, with the module's path and the
-operator; nothing is guessed, and every graph is checked by permuting its neurons (see `mtz_core.network.selfcheck`).
+Tracing goes through ``torch.export``. It sees the operators that really run, however the module is written, knows every
+shape, and needs no specification by hand. The module is exported for two batch sizes; numbers that differ between the
+two are numbers that count examples. What the graph cannot express is refused, with the module's path and the operator.
+Nothing is guessed, and every graph is checked by permuting its neurons (see `mtz_core.network.selfcheck`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,24 @@ from mtz_core.network.operations import operation_of
 from mtz_core.network.selfcheck import check
 
 CHECKED_SIZE = 5
-"""The one that the graph is checked with: on no straight line through the others by chance."""
+"""The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
 
 
 def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate: Sequence[str] = ()) -> Network:
-    """The graph and tensors of a module, found by exporting it on an example input. The module is not modified.
+    """Trace a module by exporting it on an example input. The module is not modified.
 
-    `keep_separate` are paths of submodules whose layers will not be shared and whose operators need not be understood.
-    Raises `UnsupportedModule` for what cannot be zipped, `InvalidWeights` for weights that are not finite,
-    `InvalidCalibration` if the module does not accept the example.
+    Args:
+        module: The module.
+        example: A batch of its inputs.
+        keep_separate: Paths of submodules whose layers will not be shared and whose operators need no rule.
+
+    Returns:
+        The module's graph and tensors.
+
+    Raises:
+        UnsupportedModule: If the module, or a part of it, cannot be zipped.
+        InvalidWeights: If weights or buffers are not finite.
+        InvalidCalibration: If the module does not accept the example.
     """
     if not isinstance(module, nn.Module):
         raise UnsupportedModule(f"{module!r} is not a torch.nn.Module.")
@@ -86,7 +95,14 @@ def _generic(example: Shaped[Tensor, "batch ..."], count: int) -> Shaped[Tensor,
 
 
 def _accepted(module: nn.Module, example: Shaped[Tensor, "batch ..."]) -> tuple[Tensor, Tensor]:
-    """Examples that the module accepts, generic ones if it does, and its outputs."""
+    """Find examples that the module accepts: generic ones if it does, copies of the first one otherwise.
+
+    Returns:
+        The examples and the module's outputs.
+
+    Raises:
+        InvalidCalibration: If the module accepts neither.
+    """
     examples = _generic(example, CHECKED_SIZE)
     try:
         return examples, _output(module, examples)
@@ -103,7 +119,7 @@ def _accepted(module: nn.Module, example: Shaped[Tensor, "batch ..."]) -> tuple[
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass writes into buffers."""
+    """Restore the buffers that a forward pass writes into."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -142,7 +158,7 @@ def _first_line(error: Exception) -> str:
 
 
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
-"""Names of parts that modules which are built from graphs cannot have."""
+"""Names that parts of a module built from a graph cannot have."""
 
 
 def _check_names(module: nn.Module) -> None:
@@ -198,7 +214,14 @@ def _check_weights(module: nn.Module) -> None:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, every submodule's own mode put back afterwards."""
+    """Put a module into evaluation mode, without gradients, and restore every submodule's own mode afterwards.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing; the mode holds inside the context.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -211,7 +234,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Without the fused operators that torch's attention modules use in evaluation mode only."""
+    """Disable the fused operators that torch's attention modules use in evaluation mode only."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -240,7 +263,7 @@ def _has_batch(node: Node) -> bool:
 def _fold(
     nodes: list[Node], output: str, state: dict[str, Tensor], parameters: frozenset[str]
 ) -> tuple[list[Node], dict[str, Tensor]]:
-    """Replace what depends on neither input, parameters nor the size of the batch by its value."""
+    """Replace nodes that depend on neither input, parameters nor batch size by their values."""
     values: dict[str, Any] = {}
     kept: list[Node] = []
     for node in nodes:
@@ -269,7 +292,7 @@ def _renamed(argument: Any, names: Mapping[str, str]) -> Any:
 
 
 def _mark_layers(nodes: list[Node], trainable: frozenset[str], keep_separate: Sequence[str]) -> list[Node]:
-    """Say which nodes are layers: those whose parameters nobody else reads, and which zipping can see as a matrix."""
+    """Mark the layers: nodes that zipping can see as a matrix and whose parameters no other node reads."""
     uses: dict[str, int] = {}
     for node in nodes:
         for name in node.state:

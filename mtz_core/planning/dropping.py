@@ -1,14 +1,15 @@
-"""Which neurons can go, and what that costs: optimal brain surgeon on the layers that read them.
+"""Which neurons can be dropped, and at what damage: optimal brain surgeon on the layers that read them.
 
-Without the neuron whose outputs are a layer's inputs ``S``, the layer's other weights answer in closed form, and what
-is left of the damage is (Hassibi and Stork 1993, for a block of inputs and all rows of the layer at once)
+When the neuron whose outputs are a layer's inputs ``S`` is dropped, the layer's other weights answer in closed form.
+The damage that is left (Hassibi and Stork 1993; here for a block of inputs and all rows of the layer at once) is
 
     ½ Σ_o f_o w_oSᵀ ([H⁻¹]_SS)⁻¹ w_oS,
 
-with `H` the layer's Hessian and ``f_o`` the sensitivity of the loss to row o (`mtz_core.statistics.sensitivity`). What
-goes is a *unit*: a neuron of one task, or neurons that several tasks share, which go in all of them. The units that
-cost least for the bytes that they free go first, a few at a time, `H⁻¹` and the weights brought up to date in between,
-so that the costs of a sequence add up to what dropping them all costs. A group that several layers read costs the sum.
+with ``H`` the layer's Hessian and ``f_o`` the sensitivity of the loss to row o (`mtz_core.statistics.sensitivity`).
+What is dropped is a *unit*: a neuron of one task, or neurons that several tasks share, which are dropped in all of
+them. The units that cost least for the bytes that they free are dropped first, a few at a time. In between, ``H⁻¹`` and
+the weights are updated, so that the damages of a sequence add up to the damage of dropping all of it. The damage of a
+group that several layers read is the sum over these layers.
 """
 
 from __future__ import annotations
@@ -28,19 +29,38 @@ from mtz_core.statistics.sensitivity import Sensitivities
 from mtz_core.zipped.ownership import positions_of
 
 AT_ONCE = 1 / 64
-"""The part of the units that are left which goes at once."""
+"""The fraction of the remaining units that is dropped at once."""
 
 WIDEST = 8192
-"""Inputs of a layer up to which its inverse Hessian is kept up to date; beyond, neurons are judged once."""
+"""The most inputs of a layer whose inverse Hessian is kept up to date; in wider layers, damage is computed once."""
 
 
 class Reader:
-    """One layer that reads a group, as far as neurons have been dropped."""
+    """One layer that reads a group, as far as neurons have been dropped.
+
+    Attributes:
+        slots: The columns of each of the group's neurons in the layer's matrix, ``[neurons, slots]``.
+        rows: The layer's matrix, each row times the root of its sensitivity.
+        exact: Whether the inverse Hessian is kept up to date (see `WIDEST`).
+        inverse: The inverse Hessian of the remaining inputs, if `exact`.
+        blocks: Each neuron's block of the inverse Hessian, if not `exact`.
+    """
 
     def __init__(
         self, network: Network, node: Node, group: str, hessian: Hessian, sensitivity: Float[Tensor, " out"]
     ) -> None:
-        """Raises `SingularHessian`."""
+        """Factorise the layer's Hessian.
+
+        Args:
+            network: The task's network.
+            node: The layer.
+            group: The group that it reads.
+            hessian: The layer's damped Hessian.
+            sensitivity: The sensitivity of the loss to each of the layer's rows.
+
+        Raises:
+            SingularHessian: If the Hessian cannot be factorised.
+        """
         self.slots = torch.from_numpy(positions_of(network.graph.columns[node.name], group))
         self.rows = network.matrix(node).to(torch.float64) * sensitivity.sqrt()[:, None]
         self.exact = hessian.size <= WIDEST
@@ -50,7 +70,7 @@ class Reader:
             self.blocks = torch.stack([_inverse_block(hessian, own) for own in self.slots])
 
     def copy(self) -> Reader:
-        """The same, to drop other neurons from."""
+        """Copy the reader, to drop other neurons from it."""
         other = object.__new__(Reader)
         other.__dict__ = dict(self.__dict__)
         if self.exact:
@@ -58,7 +78,7 @@ class Reader:
         return other
 
     def damages(self, neurons: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """What each of these neurons would cost, in nats."""
+        """The damage of dropping each of these neurons alone, in nats."""
         own = self.slots[neurons]
         weights = self.rows[:, own]
         if own.shape[1] == 1 and self.exact:
@@ -68,7 +88,14 @@ class Reader:
         return 0.5 * (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
 
     def drop(self, neurons: Int64[Tensor, " n"]) -> float:
-        """Take neurons away and let the other weights answer; returns the damage of all together."""
+        """Drop neurons and let the other weights answer.
+
+        Args:
+            neurons: The neurons' indices in the group.
+
+        Returns:
+            The damage of dropping all of them, in nats.
+        """
         if not self.exact:
             return float(self.damages(neurons).sum())
         own = self.slots[neurons].flatten()
@@ -89,9 +116,22 @@ def _inverse_block(hessian: Hessian, own: Int64[Tensor, " slots"]) -> Float[Tens
 def readers(
     network: Network, group: str, moments: Mapping[str, Moments], sensitivity: Sensitivities, damping: float
 ) -> list[Reader]:
-    """The layers that read a group; convolutions in groups keep its neurons apart and say nothing of their worth.
+    """The layers of a network that read a group.
 
-    Raises `SingularHessian`.
+    Grouped convolutions are left out: they keep the group's neurons separate and do not tell what they are worth.
+
+    Args:
+        network: The network.
+        group: The group.
+        moments: The second moments of every layer's input.
+        sensitivity: The sensitivity of the loss to each layer's rows.
+        damping: ``λ`` relative to the mean diagonal of a layer's Hessian.
+
+    Returns:
+        A reader for every layer.
+
+    Raises:
+        SingularHessian: If a layer's Hessian cannot be factorised.
     """
     return [
         Reader(network, node, group, moments[node.name].hessian(damping), sensitivity[node.name])
@@ -103,10 +143,15 @@ def readers(
 def eliminate(
     reading: Sequence[Sequence[Reader]], units: Int64[np.ndarray, "units tasks"], freed: Float64[np.ndarray, " units"]
 ) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """The order in which units go, and what each adds to the damage, until no task has more than `LEAST` left.
+    """Drop units one after the other until no task has more than `LEAST` of them left.
 
-    `reading[t]` are the layers of task t that read the group, `units[u, t]` the neuron of task t in unit u (or
-    `NOT_A_MEMBER`), `freed` the bytes that a unit frees.
+    Args:
+        reading: For every task, the layers that read the group. They are not modified.
+        units: The neuron of every task in each unit, or `NOT_A_MEMBER`.
+        freed: The bytes that dropping each unit frees.
+
+    Returns:
+        The units in the order in which they are dropped, and the damage that each adds, in nats.
     """
     reading = [[reader.copy() for reader in task] for task in reading]
     owned = units >= 0

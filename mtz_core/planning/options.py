@@ -1,9 +1,9 @@
-"""What can be done to one neuron group to save bytes, and what it costs: *share* tuples of neurons, *drop* units.
+"""What can be done to one neuron group to save bytes, and at what damage: *share* tuples of neurons, *drop* units.
 
-Both moves are counted in nats of the tasks' losses (`mtz_core.statistics.sensitivity`): sharing a tuple costs what its
-members' outputs change, ``Σ_t ½ f_t (s* − s_t)ᵀ M_t (s* − s_t)``; dropping a unit costs what the layers that read it
-cannot make up for (`mtz_core.planning.dropping`). An *option* is a state that a group can be brought to: some tuples
-are shared, then units are dropped, shared ones in all networks at once.
+Both moves are counted in nats of the tasks' losses (`mtz_core.statistics.sensitivity`). The damage of sharing a tuple
+is what the changes of its members' outputs cost, ``Σ_t ½ f_t (s* − s_t)ᵀ M_t (s* − s_t)``. The damage of dropping a
+unit is what the layers that read it cannot make up for (`mtz_core.planning.dropping`). An *option* is a state that a
+group can be brought to: some tuples are shared, then units are dropped, shared ones in all networks at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import Move
 
 STARTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-"""Parts of a group's tuples that are shared before units are dropped."""
+"""The fractions of a group's tuples that are shared before units are dropped."""
 
 SHARES = 64
-"""Steps from nothing to everything in which a group can be shared when none of it is dropped."""
+"""The steps from nothing to everything in which a group can be shared when none of it is dropped."""
 
 
 @dataclass(frozen=True, eq=False)
 class DropPath:
-    """A group's units, shared ones first; the damage of sharing each; the order in which they go; what that adds."""
+    """A sequence of states of a group: some of its tuples are shared, then its units are dropped one after the other.
+
+    Attributes:
+        units: The neuron of every task in each unit, shared units first.
+        sharing: The damage of sharing each unit, in nats; 0 for a neuron alone.
+        order: The units in the order in which they are dropped.
+        dropping: The damage that each of these adds, in nats.
+    """
 
     units: Int64[np.ndarray, "units tasks"]
     sharing: Float64[np.ndarray, " units"]
@@ -37,15 +44,22 @@ class DropPath:
     dropping: Float64[np.ndarray, " dropped"]
 
     def members(self, gone: int) -> Int64[np.ndarray, "left tasks"]:
-        """The units that are left when the first `gone` of the order are."""
+        """The units that are left when the first `gone` of the order are dropped."""
         return np.delete(self.units, self.order[:gone], axis=0)
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """All states that a group can be brought to, one a column: what each task keeps, what is shared, the damage.
+    """All states that a group can be brought to. State i lies on path ``path[i]`` with ``gone[i]`` units dropped.
 
-    State i lies on path ``path[i]`` with ``gone[i]`` units dropped. Damage is in nats, by sharing and by dropping.
+    Attributes:
+        paths: The paths that the states lie on.
+        path: The path of every state.
+        gone: The number of units that are dropped in every state.
+        kept: The number of neurons that each task keeps in every state.
+        shared: The number of neurons that all tasks share in every state.
+        sharing: The damage by sharing in every state, in nats.
+        dropping: The damage by dropping in every state, in nats.
     """
 
     paths: Sequence[DropPath]
@@ -74,7 +88,15 @@ class Options:
         return cls(paths, *(np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True)))
 
     def damage(self, sharing: float = 1.0, dropping: float = 1.0) -> Float64[np.ndarray, " states"]:
-        """The damage of every state, that of each move multiplied."""
+        """Compute the weighted damage of every state.
+
+        Args:
+            sharing: The factor of the damage by sharing.
+            dropping: The factor of the damage by dropping.
+
+        Returns:
+            The damage of every state, in nats.
+        """
         return sharing * self.sharing + dropping * self.dropping
 
     def members(self, state: int) -> Int64[np.ndarray, "left tasks"]:
@@ -90,9 +112,18 @@ def options(
     sizes: Sizes,
     moves: Sequence[Move],
 ) -> Options:
-    """The states of a group. `pairings` are those of all groups when everything is shared.
+    """List the states that a group can be brought to.
 
-    `reading[t]` are the layers of task t that read the group; empty lists where it cannot lose neurons.
+    Args:
+        name: The group.
+        matcher: Finds tuples and their damages.
+        pairings: The pairings of all groups when everything is shared.
+        reading: For every task, the layers that read the group; empty if the group cannot lose neurons.
+        sizes: The stored bytes, given counts.
+        moves: The moves that are allowed.
+
+    Returns:
+        The states.
     """
     widths = [own[name] for own in sizes.widths]
     complete = np.zeros((0, len(widths)), dtype=np.int64)
@@ -135,7 +166,7 @@ def _with_own(
 def _freed(
     name: str, units: Int64[np.ndarray, "units tasks"], sizes: Sizes, share: float
 ) -> Float64[np.ndarray, " units"]:
-    """The bytes that each unit frees if as large a part of every group is shared."""
+    """The bytes that dropping each unit frees if the same fraction of every group is shared."""
     kept = [dict(widths) for widths in sizes.widths]
     shared = {group: round(share * min(own[group] for own in kept)) for group in kept[0]}
     owned = units >= 0

@@ -1,9 +1,9 @@
-"""Choose, for every neuron group, how much is shared and what is dropped, so that the bytes fit and damage is least.
+"""Choose, for every neuron group, how much is shared and what is dropped: least damage within the budget of bytes.
 
-Damage adds up over groups; bytes do not, since what two neighbouring groups share pays only together
-(`mtz_core.planning.sizes`). So the plan for a price λ per byte is sought by coordinate descent: every group in turn
-takes the state of least ``damage + λ · bytes`` given the others', from several starts. The price is bisected until the
-bytes fit.
+Damage adds up over groups. Bytes do not, since two neighbouring groups save more when both are shared
+(`mtz_core.planning.sizes`). So the plan for a price λ per byte is found by coordinate descent: group by group, the
+state of least ``damage + λ · bytes`` is chosen given the other groups' states, from several starts. The price is
+bisected until the bytes fit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil, exp, log
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidConfig
@@ -30,14 +30,19 @@ from mtz_core.statistics.sensitivity import Sensitivities
 
 _BISECTIONS = 28
 _ANY_PRICE = 1e30
-"""Per byte: nothing but bytes counts."""
+"""A price per byte, in nats, at which nothing but bytes counts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which neurons each task keeps, and which of those are one; the bytes, and the damage that is expected in nats.
+    """Which neurons each task keeps, and which of those are one.
 
-    `pairings` number the neurons that are kept. `sharing` and `dropping` are the damage by move, for every group.
+    Attributes:
+        keep: For every task and group, the neurons that are kept, ascending.
+        pairings: The pairing of every group. It numbers the neurons that are kept.
+        bytes: The size of the zipped network, in bytes.
+        sharing: The expected damage by sharing in every group, in nats.
+        dropping: The expected damage by dropping in every group, in nats.
     """
 
     keep: Mapping[str, Keep]
@@ -48,7 +53,7 @@ class Plan:
 
     @property
     def damage(self) -> float:
-        """The expected damage of everything, in nats."""
+        """The expected damage of all moves, in nats."""
         return sum(self.sharing.values()) + sum(self.dropping.values())
 
     def same(self, other: Plan) -> bool:
@@ -64,25 +69,44 @@ States = dict[str, int]
 """The chosen state of every group."""
 
 Prices = tuple[float, float]
-"""What the damage of sharing and that of dropping are multiplied with."""
+"""The factors of the damage by sharing and by dropping."""
 
 NEVER = 1e12
-"""A price at which no move is worth it."""
+"""A factor at which no move is worth its damage."""
 
 
 class Planner:
-    """Plans for networks of one topology, from their weights, Hessians and sensitivities alone."""
+    """Makes plans for networks of one topology, from their weights, Hessians and sensitivities alone.
+
+    Attributes:
+        networks: The traced networks by task, in alphabetical order.
+        tasks: The tasks in the same order.
+        sizes: The stored bytes, given counts.
+        options: The states that every hidden group can be brought to.
+    """
 
     def __init__(
         self,
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
         sensitivity: Mapping[str, Sensitivities],
-        examples: Mapping[str, Tensor],
+        examples: Mapping[str, Shaped[Tensor, "_ ..."]],
         config: ZipConfig,
         moves: Sequence[Move],
     ) -> None:
-        """`examples` are some inputs of every task, to find out which groups can lose neurons. Raises `MtzError`."""
+        """Match the networks and list the states of every group.
+
+        Args:
+            networks: The traced networks by task.
+            moments: For every task, the second moments of each layer's input.
+            sensitivity: For every task, the sensitivity of the loss to each layer's rows.
+            examples: Some inputs of every task, to find out which groups can lose neurons.
+            config: How to zip.
+            moves: The moves that are allowed.
+
+        Raises:
+            MtzError: If the networks cannot be zipped together, or if a Hessian cannot be factorised.
+        """
         self.networks = dict(sorted(networks.items()))
         self.tasks = tuple(self.networks)
         self.sizes = Sizes(self.networks)
@@ -101,18 +125,26 @@ class Planner:
                 ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
 
-    def _droppable(self, examples: Mapping[str, Tensor]) -> set[str]:
+    def _droppable(self, examples: Mapping[str, Shaped[Tensor, "_ ..."]]) -> set[str]:
         """The groups that can lose neurons in all networks."""
         found = [set(Dropper(network).droppable(examples[task])) for task, network in self.networks.items()]
         return set.intersection(*found)
 
     @property
     def original_bytes(self) -> int:
-        """The size of all originals."""
+        """The size of all originals together, in bytes."""
         return sum(network.bytes for network in self.networks.values())
 
     def reaches(self, size: float, move: Move) -> bool:
-        """Whether a size can be reached by one move alone."""
+        """Whether a size can be reached by one move alone.
+
+        Args:
+            size: The size relative to the originals' bytes.
+            move: The move.
+
+        Returns:
+            Whether doing as much of the move as possible stores at most that size.
+        """
         states = {}
         for name, table in self.options.items():
             pure = table.gone == 0 if move == "share" else table.shared == 0
@@ -122,14 +154,23 @@ class Planner:
 
     @property
     def least_bytes(self) -> int:
-        """The least size that any plan has."""
+        """The least size that any plan has, in bytes."""
         return min(self._bytes(states) for states in self._descents(_ANY_PRICE, (1.0, 1.0), []))
 
     def plan(self, size: float, sharing: float = 1.0, dropping: float = 1.0) -> Plan:
-        """The plan of least damage that stores at most `size` times the originals' bytes.
+        """Make the plan of least damage that fits a size.
 
-        `sharing` and `dropping` multiply the damage that each is expected to do; `NEVER` leaves a move out, unless it
-        costs nothing. Raises `InvalidConfig` if no plan is as small.
+        Args:
+            size: The most that is stored, relative to the originals' bytes.
+            sharing: The factor of the damage that sharing is expected to do. `NEVER` leaves out all sharing that costs
+                anything.
+            dropping: The same factor for dropping.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InvalidConfig: If no plan is that small.
         """
         prices = sharing, dropping
         budget = int(size * self.original_bytes + 1e-6)
@@ -155,7 +196,16 @@ class Planner:
         return self._plan(self._fill(best, budget, prices))
 
     def stepped_back(self, plan: Plan, to: Plan) -> Iterator[tuple[str, Plan]]:
-        """A plan with ever more groups as they are in another one, those that do most damage first."""
+        """Bring ever more groups of a plan into the state that they have in another plan.
+
+        Args:
+            plan: The plan.
+            to: The plan to go back to.
+
+        Yields:
+            The names of the groups that step back, those that do most damage first, and the plan with them stepped
+                back.
+        """
         damage = {name: plan.sharing[name] + plan.dropping[name] for name in plan.pairings}
         worst = sorted((name for name in damage if damage[name] > 0), key=lambda name: -damage[name])
         for count in range(1, len(worst)):
@@ -177,11 +227,21 @@ class Planner:
             )
 
     def whole(self) -> Plan:
-        """The plan that leaves everything as it is."""
+        """The plan that shares and drops nothing."""
         return self._plan(dict.fromkeys(self.options, 0))
 
     def _descents(self, price: float, prices: Prices, tried: Sequence[States]) -> list[States]:
-        """Local optima: from nothing done, from everything shared, from as much as possible done."""
+        """Local optima of coordinate descent.
+
+        Args:
+            price: The price of a byte, in nats.
+            prices: The factors of the damage by sharing and by dropping.
+            tried: Further states to start from.
+
+        Returns:
+            The optima, starting from nothing done, from everything shared, from as much as possible done, and from
+                `tried`.
+        """
         nothing = dict.fromkeys(self.options, 0)
         shared = {name: int(np.argmax(o.shared)) for name, o in self.options.items()}
         smallest = {name: len(o.gone) - 1 for name, o in self.options.items()}

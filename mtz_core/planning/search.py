@@ -1,10 +1,10 @@
 """Spend a budget: make plans, verify them on data, keep the best; or find the smallest network that keeps a floor.
 
-Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds it can be wrong by
-far, as neither errors that meet in later layers nor those that cancel are in it. So for one size several plans are
-made, with the damage of sharing counted for more or for less, going where it gets better, and with one move alone. Each
-is merged on most of the calibration data and measured on the rest by the distillation loss against the originals. The
-best is taken: a mixture is chosen only where it does better than either move alone.
+Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds it can be far off,
+because it misses errors that meet in later layers and errors that cancel. So several plans are made for one size: with
+one move alone, and with the damage of sharing counted for more or for less, as long as this improves the result. Each
+plan is merged on most of the calibration data and measured on the rest, by the distillation loss against the originals.
+The best is taken: a mixture is chosen only where it does better than either move alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import islice
 from math import exp, log
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
@@ -32,25 +32,31 @@ from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport
 
 STEP = 4.0
-"""By what factor the damage of sharing is counted for more or less from plan to plan, and its root once it is found."""
+"""The factor by which the damage of sharing counts for more or less from plan to plan; near the best, its root."""
 
 LEAST_FACTOR = 4.0**-5
-"""The search for that factor stays between this and its inverse."""
+"""The least factor of the damage of sharing; the greatest is its inverse."""
 
 HELD_OUT = 5
-"""One part in so many of the calibration data is held out to measure plans."""
+"""One calibration example in this many is held out to measure plans."""
 
 
 FIRST, SIZES, CLOSE = 0.3, 7, 1.03
-"""A search for a floor begins with this size, tries so many, and ends when what is known lies this close together."""
+"""A search for a floor starts at this size, tries this many sizes at most, and ends at this ratio of bounds."""
 
 ATTEMPTS, REWEIGHED, BACK = 2, 2, 3
-"""How many plans of one size such a search tries, how often it weighs the tasks anew, how many groups step back."""
+"""How many plans of one size such a search tries, how often it reweighs the tasks, and how many groups step back."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A plan that was merged and measured: its held-out distillation loss of every task, in nats."""
+    """A plan that was merged and measured.
+
+    Attributes:
+        name: How the plan was made, in words.
+        plan: The plan.
+        loss: The distillation loss of every task on its held-out calibration data, in nats.
+    """
 
     name: str
     plan: Plan
@@ -58,18 +64,46 @@ class Candidate:
 
 
 class BudgetSearch:
-    """Makes and verifies plans for one group of networks; statistics and matching are computed once for all sizes."""
+    """Makes and verifies plans for one group of networks. Statistics are computed once for all sizes.
+
+    Attributes:
+        networks: The traced networks by task.
+        moments: For every task, the second moments of each layer's input.
+        sensitivity: For every task, the sensitivity of the loss to each layer's rows.
+        batches: The calibration data of every task.
+        config: How to zip.
+        budget: The budget.
+        fitting: The part of the calibration data on which plans are merged.
+        held_out: The part of the calibration data on which they are measured, one example in `HELD_OUT`.
+        weights: The weight of every task's loss.
+        planner: Makes the plans.
+    """
 
     def __init__(
         self,
         networks: Mapping[str, Network],
         moments: Mapping[str, Mapping[str, Moments]],
         sensitivity: Mapping[str, Sensitivities],
-        batches: Mapping[str, list[Tensor]],
+        batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]],
         config: ZipConfig,
         budget: Budget,
     ) -> None:
-        """Raises `InvalidCalibration` if there are too few examples to hold some out, and as matching does."""
+        """Split the calibration data and match the networks.
+
+        Args:
+            networks: The traced networks by task.
+            moments: For every task, the second moments of each layer's input.
+            sensitivity: For every task, the sensitivity of the loss to each layer's rows.
+            batches: The calibration data of every task.
+            config: How to zip.
+            budget: The budget.
+
+        Raises:
+            InvalidCalibration: If there are too few examples to hold some out.
+            InvalidConfig: If a network has a single output, or if settings do not fit the networks.
+            IncompatibleNetworks: If the networks differ in topology or in dtype.
+            SingularHessian: If a Hessian cannot be factorised.
+        """
         self.networks, self.moments, self.sensitivity = networks, moments, sensitivity
         self.batches, self.config, self.budget = batches, config, budget
         self.fitting, self.held_out = {}, {}
@@ -103,7 +137,17 @@ class BudgetSearch:
         self.planner = Planner(self.networks, self.moments, sensitivity, examples, self.config, moves)
 
     def candidates(self, size: float) -> Iterator[Candidate]:
-        """Plans for a size, merged and measured. Raises `InvalidConfig` for a size that no plan reaches."""
+        """Make, merge and measure plans for a size.
+
+        Args:
+            size: The size relative to the originals' bytes.
+
+        Yields:
+            Each plan that differs from those before it.
+
+        Raises:
+            InvalidConfig: If no plan is that small.
+        """
         moves = set(self.budget.moves)
         done: list[Candidate] = []
 
@@ -136,14 +180,14 @@ class BudgetSearch:
                         break
                     factor, best = factor * step, done[-1]
         if not done:
-            self.planner.plan(size)  # says what the least size is
+            self.planner.plan(size)  # raises an error that names the least size
 
     def ranked(self, size: float) -> list[Candidate]:
-        """The plans for a size, the one that does best on held-out data first."""
+        """The candidates for a size, the one with the least held-out loss first."""
         return sorted(self.candidates(size), key=lambda candidate: self.weighted(candidate.loss))
 
     def best(self, size: float) -> Plan:
-        """The plan for a size that does best on held-out data."""
+        """The plan for a size with the least held-out loss."""
         return self.ranked(size)[0].plan
 
     def zip(self, plan: Plan) -> ZippedNetwork:
@@ -151,10 +195,12 @@ class BudgetSearch:
         return finish(self.merging(plan))
 
     def merging(self, plan: Plan) -> Iterator[LayerReport | ZippedNetwork]:
-        """Merge by a plan, on all calibration data, as `mtz_core.merging.walk.merge` does."""
+        """Return the steps of merging by a plan, on all calibration data; see `mtz_core.merging.walk.merge`."""
         return self._merging(plan, self.batches)
 
-    def _merging(self, plan: Plan, batches: Mapping[str, list[Tensor]]) -> Iterator[LayerReport | ZippedNetwork]:
+    def _merging(
+        self, plan: Plan, batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]]
+    ) -> Iterator[LayerReport | ZippedNetwork]:
         return merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.sensitivity)
 
     @torch.no_grad()
@@ -166,26 +212,37 @@ class BudgetSearch:
         }
 
     def weighted(self, losses: Mapping[str, float]) -> float:
-        """The loss of all tasks, weighed."""
+        """The weighted sum of the tasks' losses."""
         return sum(self.weights[task] * loss for task, loss in losses.items())
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A task's validation data: examples that took no part in anything, with labels; a metric of
-    `mtz_core.evaluation.METRICS`.
+    """A task's validation data: labelled examples that were used for nothing else.
+
+    Attributes:
+        examples: The inputs.
+        labels: The class of every example.
+        metric: A metric of `mtz_core.evaluation.METRICS`.
     """
 
-    examples: Float[Tensor, "n ..."]
+    examples: Shaped[Tensor, "n ..."]
     labels: Int64[Tensor, " n"]
     metric: str = "error"
 
 
 @dataclass(frozen=True, eq=False)
 class FloorCandidate:
-    """One network that the search for a floor has tried: stored bytes relative to the originals', points lost.
+    """One network that the search for a floor has tried.
 
-    `kept` says whether it keeps the floor of every task, `iterations` how many of light retraining it was given.
+    Attributes:
+        what: What was tried, in words.
+        plan: The plan that the network was merged by.
+        size: The stored bytes relative to the originals'.
+        lost: The percentage points that each task has lost on its validation data.
+        kept: Whether the network keeps the floor of every task.
+        iterations: The number of iterations of light retraining.
+        zipped: The network, after light retraining.
     """
 
     what: str
@@ -198,22 +255,34 @@ class FloorCandidate:
 
 
 class FloorSearch:
-    """The smallest network that keeps every task's floor on validation data, after light retraining.
+    """Searches for the smallest network that keeps every task's floor on validation data, after light retraining.
 
-    Sizes are bisected. Where some tasks break their floor while others have room, the losses are weighed anew. At the
-    end the smallest plan that failed is tried with those groups as in the one that did not that do most damage: a layer
-    that is to blame steps back alone.
+    Sizes are bisected. Where some tasks break their floor while others have room, the losses are reweighed. At the end,
+    the smallest plan that failed is tried again with its most damaging groups as in the plan that kept the floor, so
+    that a layer that is to blame steps back alone.
     """
 
     def __init__(
         self,
         budget_search: BudgetSearch,
         originals: Mapping[str, nn.Module],
-        training: Mapping[str, Tensor],
+        training: Mapping[str, Shaped[Tensor, "_ ..."]],
         validation: Mapping[str, Validation],
         retraining: RetrainConfig,
     ) -> None:
-        """Raises `InvalidConfig` or `InvalidCalibration` for floors, metrics and labels that cannot be, before work."""
+        """Check the validation data and measure the originals.
+
+        Args:
+            budget_search: Makes and merges plans.
+            originals: The original modules by task, the teachers of light retraining.
+            training: The examples of every task for light retraining.
+            validation: The validation data of every task.
+            retraining: How to retrain.
+
+        Raises:
+            InvalidConfig: If validation data, floors or metrics do not fit the tasks.
+            InvalidCalibration: If labels do not fit the examples or the classes.
+        """
         tasks = tuple(budget_search.networks)
         if set(validation) != set(tasks):
             raise InvalidConfig(
@@ -238,7 +307,12 @@ class FloorSearch:
         )
 
     def steps(self) -> Iterator[FloorCandidate]:
-        """Try networks; the smallest that is `kept` is what was searched for. The first stores the originals."""
+        """Try networks of different sizes.
+
+        Yields:
+            Every network that is tried. The first one stores the originals. The smallest one that is `kept` is the
+                result.
+        """
         budget_search = self._budget_search
         best = self._try("everything kept", budget_search.planner.whole())
         yield best
@@ -294,7 +368,7 @@ class FloorSearch:
         return FloorCandidate(what, plan, size, lost, kept, iterations, zipped)
 
     def _room(self, step: FloorCandidate) -> dict[str, float]:
-        """How much of its floor each task has used, 1 being all."""
+        """How much of its floor each task has used up; 1 is all of it."""
         return {task: max(points, 0.0) / max(self._floors[task], 0.01) for task, points in step.lost.items()}
 
     def _uneven(self, step: FloorCandidate) -> bool:
@@ -302,7 +376,7 @@ class FloorSearch:
         return min(used) < 0.5 < 1 < max(used) and self._reweighed < REWEIGHED
 
     def _fairer(self, step: FloorCandidate) -> dict[str, float]:
-        """Weights that make tasks count more, the more of their floor they have used."""
+        """Weights that make a task count more, the more of its floor it has used up."""
         self._reweighed += 1
         used = {task: min(max(share, 0.25), 4.0) for task, share in self._room(step).items()}
         mean = exp(sum(log(share) for share in used.values()) / len(used))

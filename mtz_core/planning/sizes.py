@@ -1,4 +1,4 @@
-"""How many bytes a zipped network stores, as a function of how many neurons are kept and how many are shared."""
+"""How many bytes a zipped network stores, given how many neurons are kept and how many are shared."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from mtz_core.network.narrowing import analysis_of
 from mtz_core.zipped.ownership import positions_of
 
 Counts = Mapping[str, Any]
-"""A number of neurons for every hidden group; or several numbers, as an array, to compare."""
+"""The number of neurons of every hidden group; or an array of numbers that are compared."""
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """The length of an axis: so many positions for each neuron of some groups, and some that are always there."""
+    """The length of an axis, as a function of how many neurons its groups have.
+
+    Attributes:
+        slots: For every group, how many positions each of its neurons has.
+        fixed: The number of positions that are always there.
+    """
 
     slots: Mapping[str, int]
     fixed: int
@@ -36,7 +41,15 @@ class _Extent:
 
 @dataclass(frozen=True)
 class _Table:
-    """Something stored: every task's rows and columns, and what of them corresponds in all tasks."""
+    """Something stored: the rows and columns of every task, and what of them can correspond in all tasks.
+
+    Attributes:
+        rows: The rows of every task.
+        columns: The columns of every task.
+        shared_rows: The rows that can correspond in all tasks.
+        shared_columns: The columns that can correspond in all tasks.
+        itemsize: Bytes per value.
+    """
 
     rows: Sequence[_Extent]
     columns: Sequence[_Extent]
@@ -59,11 +72,15 @@ _ONE = _Extent({}, 1)
 
 
 class Sizes:
-    """The stored bytes of networks of one topology, given counts.
+    """The stored bytes of zipped networks of one topology, given counts of neurons.
 
-    What all tasks share is stored once: a layer's rows and columns cost ``Σ_t r_t c_t − (T − 1) r c`` values, with
-    ``r c`` those that all share. So neighbouring groups depend on each other: sharing in one saves the more, the more
-    is shared in the other.
+    What all tasks share is stored once. With T tasks, a layer's matrix costs ``Σ_t r_t c_t − (T − 1) r c`` values,
+    where task t has ``r_t`` rows and ``c_t`` columns, of which ``r`` and ``c`` are shared by all. So neighbouring
+    groups depend on each other: the more is shared in one, the more sharing saves in the other.
+
+    Attributes:
+        tasks: The tasks.
+        widths: For every task, the number of neurons of each hidden group.
     """
 
     def __init__(self, networks: Mapping[str, Network]) -> None:
@@ -80,11 +97,29 @@ class Sizes:
         self._touching = {name: [table for table in self._tables if name in table.groups] for name in self.widths[0]}
 
     def stored(self, kept: Sequence[Counts], shared: Counts) -> int:
-        """Bytes with these many neurons of every group kept by each task, and shared by all of them."""
+        """Compute the stored bytes.
+
+        Args:
+            kept: For every task, how many neurons of each group it keeps.
+            shared: For every group, how many neurons all tasks share.
+
+        Returns:
+            The size in bytes.
+        """
         return int(sum(table.bytes(kept, shared) for table in self._tables))
 
     def around(self, group: str, kept: Sequence[Counts], shared: Counts) -> Any:
-        """The part of the bytes that depends on a group; arrays of counts give an array."""
+        """Compute the part of the stored bytes that depends on one group.
+
+        Args:
+            group: The group.
+            kept: For every task, how many neurons of each group it keeps; arrays of counts are compared element by
+                element.
+            shared: For every group, how many neurons all tasks share; likewise.
+
+        Returns:
+            The size in bytes, an array if counts are arrays.
+        """
         return sum(table.bytes(kept, shared) for table in self._touching[group])
 
 
@@ -106,7 +141,7 @@ def _layer(networks: Mapping[str, Network], name: str) -> _Table:
 
 
 def _common(axes: Sequence[Axis], hidden: frozenset[str]) -> _Extent:
-    """What of an axis can correspond in all networks."""
+    """The part of an axis that can correspond in all networks."""
     slots, fixed = {}, 0
     for name in axes[0].groups:
         tables = [positions_of(axis, name) for axis in axes]

@@ -1,4 +1,4 @@
-"""What the layers of a network are fed: calibration batches, sampled rows, and their moments."""
+"""Calibration batches, the rows that they feed to each layer, and the rows' second moments."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from mtz_core.settings import ZipConfig
 from mtz_core.statistics.moments import Moments
 
 BATCH = 100
-"""Examples that go through a network at once."""
+"""The number of examples that go through a network at once."""
 
 
-def as_batches(data: Tensor | Iterable[Any], task: str) -> list[Tensor]:
-    """Return calibration data as a list of batches.
+def as_batches(data: Tensor | Iterable[Any], task: str) -> list[Shaped[Tensor, "_ ..."]]:
+    """Turn calibration data into a list of batches.
 
     Args:
-        data: Examples in one tensor, or batches: tensors, or pairs of ``(inputs, labels)`` as a ``DataLoader`` of a
-            labelled data set gives them; labels are left aside.
-        task: Whose data they are, for errors.
+        data: One tensor of examples, or batches: tensors, or pairs of ``(inputs, labels)`` as a ``DataLoader`` of a
+            labelled data set gives them; labels are left aside. Floating-point values, or whole numbers for tokens.
+        task: The task's name, for errors.
+
+    Returns:
+        The batches that are not empty. A single tensor is split into batches of `BATCH` examples.
 
     Raises:
-        InvalidCalibration: There are no examples, or their values are of another kind or not finite.
+        InvalidCalibration: If there are no examples, if a batch is no tensor, if dtypes or shapes of examples differ,
+            or if values are not finite.
     """
     if isinstance(data, Tensor) and data.ndim:
         batches = list(torch.split(data, BATCH))
@@ -70,7 +74,17 @@ def _inputs(batch: Any) -> Any:
 def sample_positions(
     node: Node, weight: tuple[int, ...], x: Shaped[Tensor, "batch ..."], config: ZipConfig
 ) -> Int64[Tensor, " p"]:
-    """At most `config.patches` of a layer's positions, the same for every example, ascending; `weight` is its shape."""
+    """Sample the positions at which a layer's rows are taken.
+
+    Args:
+        node: The layer.
+        weight: The shape of the layer's weight.
+        x: The layer's input.
+        config: `ZipConfig.patches` limits the number of positions; `ZipConfig.seed` seeds the sample.
+
+    Returns:
+        The sampled positions, ascending. They are the same for every example.
+    """
     positions = node.layer.positions(x, weight, node.arguments)
     generator = torch.Generator().manual_seed(config.seed)
     return torch.randperm(positions, generator=generator)[: config.patches].sort().values
@@ -78,19 +92,39 @@ def sample_positions(
 
 def layer_rows(
     node: Node, weight: tuple[int, ...], x: Shaped[Tensor, "batch ..."], positions: Int64[Tensor, " p"]
-) -> Float[Tensor, "n groups*in"]:
-    """A layer's input as the rows that meet its matrix, with the trailing 1 if it has a bias; groups side by side."""
+) -> Float[Tensor, "n columns"]:
+    """Return a layer's input as the rows that meet its matrix.
+
+    Args:
+        node: The layer.
+        weight: The shape of the layer's weight.
+        x: The layer's input.
+        positions: The positions at which rows are taken, as from `sample_positions`.
+
+    Returns:
+        One row per example and position. Rows of a layer with a bias end in a 1; the rows of several conv_groups lie
+            side by side, each with a 1 of its own.
+    """
     rows = node.layer.rows(x, weight, node.arguments, positions)
     return with_ones(rows, node.layer.conv_groups(node.arguments), node.bias is not None)
 
 
 @torch.no_grad()
 def stream_rows(
-    network: Network, batches: Iterable[Tensor], config: ZipConfig
-) -> Iterator[Mapping[str, Float[Tensor, "n groups*in"]]]:
-    """The sampled input rows of every layer of an original network, batch by batch.
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+) -> Iterator[Mapping[str, Float[Tensor, "n columns"]]]:
+    """Stream the sampled input rows of every layer of an original network.
 
-    Raises `InvalidCalibration` for activations that are not finite, naming the layer.
+    Args:
+        network: The original network.
+        batches: Its calibration data.
+        config: How rows are sampled, see `sample_positions`.
+
+    Yields:
+        For every batch, the rows of each layer by the layer's name.
+
+    Raises:
+        InvalidCalibration: If a layer's output is not finite. The message names the layer.
     """
     for batch in batches:
         rows: dict[str, Tensor] = {}
@@ -110,8 +144,22 @@ def stream_rows(
         yield rows
 
 
-def original_moments(network: Network, batches: Iterable[Tensor], config: ZipConfig) -> dict[str, Moments]:
-    """Second moments of every layer's input in an original network."""
+def original_moments(
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+) -> dict[str, Moments]:
+    """Accumulate the second moments of every layer's input in an original network.
+
+    Args:
+        network: The original network.
+        batches: Its calibration data.
+        config: How rows are sampled, see `sample_positions`.
+
+    Returns:
+        The moments of each layer by the layer's name.
+
+    Raises:
+        InvalidCalibration: If a layer's output is not finite.
+    """
     moments = {
         node.name: Moments(network.columns(node), node.layer.conv_groups(node.arguments))
         for node in network.graph.layers

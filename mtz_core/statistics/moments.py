@@ -1,8 +1,8 @@
 """Streaming second moments of a layer's input rows.
 
-Rows are folded as they come: sums of outer products once there are at least as many rows as inputs, the rows themselves
-before that (the dual form, see `mtz_core.statistics.linalg`). The result does not depend, but for rounding, on how the
-rows were split into batches, and two accumulators can be merged.
+Rows are folded as they come. As soon as there are at least as many rows as inputs, sums of outer products are kept;
+before that the rows themselves (the dual form, see `mtz_core.statistics.linalg`). Up to rounding, the result does not
+depend on how the rows were split into batches. Two accumulators can be merged.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from mtz_core.statistics.linalg import DenseHessian, Hessian, RowsHessian
 
 
 class Moments:
-    """Second moment ``E[x xᵀ]`` of rows ``x``.
+    """The second moment ``E[x xᵀ]`` of rows ``x``.
 
-    `gram` is ``Σ x xᵀ`` (float64) once folded; until then `rows` are kept as they came. A layer of several
-    `conv_groups` side by side has one moment for each, its rows lie side by side, and they are folded at once.
+    A convolution with several conv_groups has one moment per group. Its rows lie side by side and are folded at once.
+
+    Attributes:
+        inputs: The number of inputs of a row, per conv_group.
+        conv_groups: How many layers lie side by side.
+        count: The number of rows so far.
+        gram: ``Σ x xᵀ`` in float64, one matrix per conv_group if there are several; None while rows are kept as they
+            came.
     """
 
     def __init__(self, inputs: int, conv_groups: int = 1) -> None:
@@ -31,30 +37,32 @@ class Moments:
 
     @classmethod
     def from_rows(cls, rows: Float[Tensor, "count inputs"]) -> Moments:
+        """The moments of these rows."""
         moments = cls(rows.shape[1])
         moments.add(rows)
         return moments
 
     @classmethod
     def from_gram(cls, gram: Float[Tensor, "... inputs inputs"], count: int) -> Moments:
+        """The moments of `count` rows whose ``Σ x xᵀ`` is known."""
         moments = cls(gram.shape[-1], gram.shape[0] if gram.ndim == 3 else 1)
         moments.gram, moments.count = gram.to(torch.float64, copy=True), count
         return moments
 
     @property
     def rows(self) -> Float[Tensor, "count inputs"]:
-        """The rows themselves; only while they are fewer than the inputs."""
+        """The rows themselves. Only while they are fewer than the inputs."""
         return torch.cat(self._rows) if self._rows else torch.zeros(0, self.inputs)
 
-    def add(self, rows: Float[Tensor, "batch groups*inputs"]) -> None:
-        """Fold a batch of rows in."""
+    def add(self, rows: Float[Tensor, "batch {self.conv_groups*self.inputs}"]) -> None:
+        """Fold in a batch of rows."""
         self.count += rows.shape[0]
         self._rows.append(rows)
         if self.gram is not None or self.count >= self.inputs or self.conv_groups > 1:
             self._fold()
 
     def merge(self, other: Moments) -> None:
-        """Fold another accumulator of the same layer in."""
+        """Fold in another accumulator of the same layer."""
         for rows in other._rows:
             self.add(rows)
         if other.gram is not None:
@@ -84,12 +92,32 @@ class Moments:
         return float(self.rows.to(torch.float64).square().sum()) / (self.count * self.inputs)
 
     def damping(self, relative: float) -> float:
-        """``λ``: `relative` to the mean diagonal of ``E[x xᵀ]``. Raises `InvalidCalibration` without rows."""
+        """Compute the absolute damping ``λ``.
+
+        Args:
+            relative: ``λ`` relative to the mean diagonal of ``E[x xᵀ]``.
+
+        Returns:
+            ``λ`` in squared units of the inputs; `relative` itself if all inputs are 0.
+
+        Raises:
+            InvalidCalibration: If there are no rows.
+        """
         scale = self._mean_diagonal
         return relative * (scale if scale > 0 else 1.0)  # a layer whose inputs are all dead: any λ will do
 
     def hessian(self, damping: float) -> Hessian:
-        """``E[x xᵀ] + λ I`` with ``λ = self.damping(damping)``. Raises `InvalidCalibration` without rows."""
+        """Compute the damped Hessian ``E[x xᵀ] + λ I``.
+
+        Args:
+            damping: ``λ`` relative to the mean diagonal of ``E[x xᵀ]``.
+
+        Returns:
+            The Hessian, as rows if these are fewer than the inputs.
+
+        Raises:
+            InvalidCalibration: If there are no rows.
+        """
         absolute = self.damping(damping)
         if self.gram is None:
             return RowsHessian(self.rows.to(torch.float64) / self.count**0.5, absolute)

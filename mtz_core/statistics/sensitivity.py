@@ -1,9 +1,9 @@
-"""The sensitivity of a network's loss to each neuron: the currency in which all damage is counted.
+"""The sensitivity of a network's loss to each neuron: the unit in which all damage is counted.
 
-A small change δy of a layer's outputs costs ``½ E[(g·δy)²]`` of the distillation loss (`mtz_core.retraining`) against
-the network itself, where ``g`` is the gradient of ``log p(c | x)`` and the class ``c`` is drawn from the network's own
-predictions ``p`` at a temperature: no labels are needed. That is the Fisher information; of its matrix the diagonal is
-kept, one number for each row of a layer (Amari 1998; Martens 2020, section 5).
+A small change ``δy`` of a layer's outputs costs ``½ E[(g·δy)²]`` of the distillation loss (`mtz_core.retraining`)
+against the network itself. Here ``g`` is the gradient of ``log p(c | x)``, and the class ``c`` is drawn from the
+network's own predictions ``p`` at a temperature, so no labels are needed. This is the Fisher information. Of its matrix
+only the diagonal is kept, one number per row of a layer (Amari 1998; Martens 2020, section 5).
 """
 
 from __future__ import annotations
@@ -12,28 +12,41 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
 from mtz_core.network.graph import INPUT, Network, free_unused, run_node
 
-Sensitivities = Mapping[str, Float[Tensor, " out"]]
-"""For every layer, the sensitivity of the loss to each of its rows."""
+Sensitivities = Mapping[str, Float[Tensor, " _out"]]
+"""For every layer, the sensitivity of the loss to each of its rows, in nats per squared unit of the layer's output."""
 
 TEMPERATURE = 2.0
-"""Of the predictions: hard ones would make a confident network look as if it could lose everything."""
+"""The temperature of predictions. Without it, a confident network would look as if it could lose everything."""
 
 
 AT_ONCE = 16
-"""Examples that are differentiated at once: all values of their way through the network are held."""
+"""The number of examples that are differentiated at once. All their intermediate values are held."""
 
 
-def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Float[Tensor, " out"]]:
-    """``E[Σ_positions g²]`` of every row of every layer, in nats per squared unit of its output.
+def sensitivities(
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], seed: int = 0
+) -> dict[str, Float[Tensor, " _out"]]:
+    """Estimate ``E[Σ_positions g²]`` for every row of every layer.
 
-    One class is drawn for each example, from a generator seeded with `seed`. A network with one output has no classes:
-    then it is squared units of that output. Raises `InvalidCalibration` without examples.
+    One class is drawn for each example.
+
+    Args:
+        network: The network.
+        batches: Its calibration data.
+        seed: Seeds the generator that draws classes.
+
+    Returns:
+        For every layer, one number per row, in nats per squared unit of the layer's output. A network with a single
+            output has no classes; its sensitivities are in squared units of that output instead of nats.
+
+    Raises:
+        InvalidCalibration: If there are no examples.
     """
     generator = torch.Generator().manual_seed(seed)
     totals = {
@@ -60,7 +73,7 @@ def sensitivities(network: Network, batches: Iterable[Tensor], seed: int = 0) ->
 def _score(
     logits: Float[Tensor, "batch classes ..."], generator: torch.Generator
 ) -> Float[Tensor, "batch classes ..."]:
-    """The gradient of ``log p(c | x)`` by the outputs, times the temperature; of one output alone, its own."""
+    """The gradient of ``log p(c | x)`` by the outputs, times the temperature. For a single output, ones."""
     if logits.ndim < 2 or logits.shape[1] == 1:
         return torch.ones_like(logits)
     soft = torch.softmax(logits.movedim(1, -1) / TEMPERATURE, dim=-1)
@@ -70,7 +83,16 @@ def _score(
 
 
 def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-    """The network's output; the layers' outputs, to which gradients can be taken, are put into `outputs`."""
+    """Run the network and collect what its layers put out.
+
+    Args:
+        network: The network.
+        x: A batch of inputs.
+        outputs: Receives the output of every layer, with gradients enabled.
+
+    Returns:
+        The network's output.
+    """
     values: dict[str, Any] = {INPUT: x}
     with torch.enable_grad():
         for node in network.graph.nodes:

@@ -1,7 +1,7 @@
-"""A zipped network on disk: `manifest.json` and `weights.safetensors`, each shared value once.
+"""A zipped network on disk: `manifest.json` and `weights.safetensors`, each shared value stored once.
 
-Loading never unpickles and never runs code from the files: the manifest names known layers and operators, and is
-checked, with names, shapes, dtypes and digests, before a network is made of it.
+Loading never unpickles and never runs code from the files. The manifest names known layers and operators. Before a
+network is made of it, it is checked together with names, shapes, dtypes and digests.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ WEIGHTS = "weights.safetensors"
 
 
 def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a zipped network into a folder, which is made if needed. Each file appears whole or not at all.
+    """Write a zipped network into a folder.
 
-    The same network gives the same bytes.
+    Each file appears whole or not at all. The same network gives the same bytes.
+
+    Args:
+        structure: The network's structure.
+        tensors: Its blocks and other tensors, by name.
+        folder: The folder, which is made if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
@@ -79,7 +84,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names, then give them their own: an old network stays until all are whole."""
+    """Write all files under temporary names, then rename them: an old network stays until all files are whole."""
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
         for name, content in files.items():
@@ -95,10 +100,17 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
-    """Read a zipped network's structure and blocks.
+    """Read a zipped network's structure and tensors.
 
-    Raises `InvalidZippedFile` for files that are missing, damaged, of an unknown version, or that do not fit each
-    other.
+    Args:
+        folder: A folder as `save` writes it.
+
+    Returns:
+        The structure, and the tensors by name.
+
+    Raises:
+        InvalidZippedFile: If a file is missing, damaged or of an unknown version, or if the files do not fit each
+            other.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -157,7 +169,19 @@ _MALFORMED = (
 
 
 def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedStructure:
-    """The structure that a manifest states. Raises ValueError and the like for nonsense."""
+    """Read the structure that a manifest states.
+
+    Args:
+        manifest: The manifest.
+        tensors: The stored tensors, by name.
+
+    Returns:
+        The structure.
+
+    Raises:
+        ValueError: If parts of the manifest contradict each other. Malformed ones also raise other errors, see
+            `_MALFORMED`.
+    """
     networks = {task: _read_network(task, entry, tensors) for task, entry in manifest["networks"].items()}
     tasks = tuple(networks)
     if not tasks:
@@ -187,7 +211,19 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:
-    """One task's graph, analysed anew: a file cannot state neuron groups that its operators do not have."""
+    """Read one task's structure. The graph is analysed anew: a file cannot state neuron groups that its operators lack.
+
+    Args:
+        task: The task.
+        entry: The task's part of the manifest.
+        tensors: The stored tensors, by name.
+
+    Returns:
+        The task's structure.
+
+    Raises:
+        ValueError: If the nodes are out of order, or if a trainable tensor is missing or not floating point.
+    """
     nodes = tuple(Node(**node) for node in entry["nodes"])
     seen = {INPUT}
     for node in nodes:

@@ -14,7 +14,7 @@ Owners = tuple[str, ...]
 """The tasks that a neuron, a column or a block of weights belongs to, in the order of the zipped network's tasks."""
 
 NOT_A_MEMBER = -1
-Members = Mapping[str, "Int64[np.ndarray, 'neurons tasks']"]
+Members = Mapping[str, Int64[np.ndarray, "_neurons tasks"]]
 """For every hidden group: which neuron of each task is (a part of) each of its neurons, or `NOT_A_MEMBER`."""
 
 
@@ -22,7 +22,9 @@ Members = Mapping[str, "Int64[np.ndarray, 'neurons tasks']"]
 class Segment:
     """Positions of one axis of a layer's matrix that the same tasks own.
 
-    ``places[task]`` are the positions in that task's own matrix; equal indices correspond.
+    Attributes:
+        owners: The tasks that own the positions.
+        places: For every owner, the positions in that task's own matrix. Equal indices correspond.
     """
 
     owners: Owners
@@ -30,26 +32,31 @@ class Segment:
 
     @property
     def size(self) -> int:
+        """The number of positions."""
         return len(self.places[self.owners[0]])
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One axis of a layer's matrix in a zipped network: runs of positions, those of more tasks first."""
+    """One axis of a layer's matrix in a zipped network.
+
+    Attributes:
+        segments: The segments of the axis, those of more tasks first.
+    """
 
     segments: tuple[Segment, ...]
 
     def of(self, task: str) -> tuple[Segment, ...]:
-        """The runs that a task owns a part of."""
+        """The segments that a task owns a part of."""
         return tuple(segment for segment in self.segments if task in segment.owners)
 
     def order(self, task: str) -> Int64[np.ndarray, " n"]:
-        """The task's own positions in the order of its runs."""
+        """The task's own positions in the order of its segments."""
         parts = [segment.places[task] for segment in self.of(task)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def shared(self) -> int:
-        """How many positions belong to more than one task."""
+        """The number of positions that belong to more than one task."""
         return sum(segment.size for segment in self.segments if len(segment.owners) > 1)
 
 
@@ -60,11 +67,19 @@ def arrange(
     separate: Sequence[str] = (),
     all_separate: bool = False,
 ) -> Arrangement:
-    """Which positions of the tasks' axes are one, given which of their neurons are.
+    """Divide the tasks' axes into segments, given which of their neurons are one.
 
-    Groups without an entry in `members`, those whose neurons have different numbers of positions in different tasks
-    (another input size, another head), and those in `separate` correspond nowhere; with `all_separate` nothing does.
-    The input corresponds where it has as many positions in all tasks.
+    Args:
+        tasks: The tasks, in the order of the columns of `members`.
+        axes: For every task, one axis of the same layer's matrix.
+        members: Which neurons are one. A group without an entry corresponds nowhere, with two exceptions: the input,
+            where it has as many positions per neuron in all tasks, and the columns of grouped convolutions.
+        separate: Groups that correspond nowhere on this axis.
+        all_separate: Whether nothing corresponds on this axis.
+
+    Returns:
+        The arrangement. A group also stays separate where its neurons have different numbers of positions in different
+            tasks (another input size, another head).
     """
     found: dict[Owners, dict[str, list[np.ndarray]]] = {}
 
@@ -101,13 +116,13 @@ def arrange(
     return Arrangement(tuple(segments))
 
 
-def one_size(tables: Iterable[np.ndarray]) -> bool:
+def one_size(tables: Iterable[Int64[np.ndarray, "_ _"]]) -> bool:
     """Whether neurons have as many positions in all networks."""
     return len({table.shape[1] for table in tables}) == 1
 
 
 def positions_of(axis: Axis, group: str) -> Int64[np.ndarray, "neurons slots"]:
-    """The positions of every neuron of a group on an axis, in order."""
+    """The positions of every neuron of a group on an axis, in ascending order."""
     if group not in axis.groups:
         return np.zeros((0, 0), dtype=np.int64)
     own = np.flatnonzero(axis.group == axis.groups.index(group))

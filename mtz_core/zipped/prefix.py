@@ -1,4 +1,4 @@
-"""What all tasks of a zipped network compute alike, from the input on."""
+"""The common prefix: what all tasks of a zipped network compute alike, from the input on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.graph import INPUT, Node, run_node
@@ -19,10 +20,15 @@ from mtz_core.zipped.structure import ZippedStructure
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """How a task's channels lie in the first task's value: channel i is ``index[i]`` on `axis`; None: the same."""
+    """How a task's channels lie in the first task's value.
+
+    Attributes:
+        axis: The axis of the channels.
+        index: Channel i of the task is channel ``index[i]`` of the first task's value; None if the order is the same.
+    """
 
     axis: int = 1
-    index: Tensor | None = None
+    index: Int64[Tensor, " channels"] | None = None
 
     def same(self, other: Order) -> bool:
         """Whether two values are ordered alike."""
@@ -30,14 +36,20 @@ class Order:
             return self.index is other.index
         return self.axis == other.axis and torch.equal(self.index, other.index)
 
-    def apply(self, value: Tensor) -> Tensor:
-        """The task's own value."""
+    def apply(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """The task's own value, from the first task's."""
         return value if self.index is None else value.index_select(self.axis, self.index.to(value.device))
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The nodes that need to run only once, the values among them that others read, and every task's orders."""
+    """The common prefix of all tasks.
+
+    Attributes:
+        nodes: The nodes that need to run only once.
+        frontier: The values among theirs, or the input, that other nodes read or that are the output.
+        orders: For every task, the order of its channels in each of these values.
+    """
 
     nodes: frozenset[str]
     frontier: frozenset[str]
@@ -45,7 +57,15 @@ class Prefix:
 
 
 def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.float32) -> Prefix:
-    """Nodes whose value is the same for all tasks, up to the order of its channels, given the same input."""
+    """Find the nodes whose value is the same for all tasks, up to the order of its channels, given the same input.
+
+    Args:
+        structure: The zipped network's structure.
+        precision: The dtype of its weights.
+
+    Returns:
+        The common prefix.
+    """
     first, *others = structure.tasks
     graphs = {task: network.graph for task, network in structure.networks.items()}
     orders: dict[str, dict[str, Order]] = {task: {INPUT: Order()} for task in structure.tasks}
@@ -93,7 +113,18 @@ def _one_run(arrangement: Arrangement, structure: ZippedStructure) -> bool:
 def _order(
     structure: ZippedStructure, node: Node, task: str, orders: Mapping[str, Order], shape: tuple[int, ...]
 ) -> Order | None:
-    """The order of a node's channels in one task, given the shape of what it reads; None if it cannot be told."""
+    """Find the order of a node's channels in one task.
+
+    Args:
+        structure: The zipped network's structure.
+        node: The node.
+        task: The task.
+        orders: The orders of the values that the node reads.
+        shape: The shape of the first of these values, for one example.
+
+    Returns:
+        The order; None if it cannot be derived.
+    """
     given = [orders[source] for source in node.sources]
     if node.is_layer:
         arrangement = structure.rows[node.name]
@@ -117,7 +148,7 @@ def _order(
 
 
 def _groups_agree(structure: ZippedStructure, node: Node, index: np.ndarray, source: Order) -> bool:
-    """Whether a convolution in groups reads, for every row, the same neurons as the first task's row does."""
+    """Whether every row of a grouped convolution reads the same neurons as the first task's row does."""
     conv_groups = node.layer.conv_groups(node.arguments)
     if conv_groups == 1:
         return True
@@ -130,7 +161,7 @@ def _groups_agree(structure: ZippedStructure, node: Node, index: np.ndarray, sou
 
 
 def _moved(node: Node, order: Order, shape: tuple[int, ...]) -> Order | None:
-    """The order behind an operator that lays all values of an example side by side."""
+    """The order behind an operator that flattens all values of an example; None behind any other."""
     first = torch.arange(prod(shape)).reshape(1, *shape)
     own = order.apply(first)
     before, after = (run_node(node, {node.sources[0]: value}, {}, 1) for value in (first, own))

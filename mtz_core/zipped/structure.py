@@ -1,9 +1,9 @@
-"""What a zipped network is made of, beside its values: who owns which neuron, names and shapes of blocks, the report.
+"""What a zipped network consists of beside its values: who owns which neuron, and names and shapes of blocks.
 
-A zipped network is, for each of its tasks, that task's own graph with that task's neurons in their own order. What is
-shared is weights: a layer's matrix is a grid of *blocks*, one for each set of tasks that own its rows and each set that
-own its columns, as far as the two have a task in common. A task's dense matrix is its blocks, put into its own order;
-what several tasks use is one tensor.
+A zipped network holds, for each of its tasks, that task's own graph with that task's neurons in their own order.
+Weights are what is shared. A layer's matrix is a grid of *blocks*: one for each set of tasks that own its rows and each
+set that own its columns, as far as the two sets have a task in common. A task's dense matrix is put together from its
+blocks and brought into its own order; a block that several tasks use is one tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mtz_core.network.graph import LayerGraph, Network, Node
@@ -21,27 +22,46 @@ from mtz_core.zipped.ownership import Arrangement, Members, Owners, arrange, one
 from mtz_core.zipped.report import LayerReport, ZipReport
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
-"""What may name a task: names of blocks are made of it."""
+"""The names that a task can have. Names of blocks are made of them."""
 
 
 def block_name(layer: str, rows: Owners, columns: Owners) -> str:
-    """The name of a block of weights, for files and ``state_dict``. Task names hold neither '+' nor '/'."""
+    """Name a block of weights, for files and ``state_dict``.
+
+    Args:
+        layer: The layer.
+        rows: The tasks that own the block's rows. Task names hold neither '+' nor '/'.
+        columns: The tasks that own its columns.
+
+    Returns:
+        The name.
+    """
     return f"{layer}/weight/{'+'.join(rows)}/{'+'.join(columns)}"
 
 
 def bias_name(layer: str, rows: Owners) -> str:
-    """The name of a block of biases."""
+    """Name a block of biases by its layer and the tasks that own its rows."""
     return f"{layer}/bias/{'+'.join(rows)}"
 
 
 def own_name(tensor: str, task: str) -> str:
-    """The name of a tensor that is no layer's weight: each task has its own normalisation, embeddings of places, …"""
+    """Name a task's own tensor that is no layer's weight or bias, such as a normalisation's or a position embedding."""
     return f"{tensor}/own/{task}"
 
 
 @dataclass(frozen=True, eq=False)
 class TaskStructure:
-    """One task's side of a zipped network: graph, shapes of all tensors, what it reads, its original's size."""
+    """One task's side of a zipped network, without values.
+
+    Attributes:
+        graph: The task's graph.
+        shapes: The shape of every tensor that the task's network needs, by the tensor's name.
+        trainable: The names of the tensors that are parameters.
+        input_shape: The shape of one example.
+        input_dtype: The dtype of the examples.
+        parameters: The number of trainable values in the task's original network.
+        bytes: The size of the task's original network, in bytes.
+    """
 
     graph: LayerGraph
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,7 +73,15 @@ class TaskStructure:
 
     @classmethod
     def of(cls, network: Network, original: Network | None = None) -> TaskStructure:
-        """The structure of a traced network, and the size of the one that it comes from, if that is another."""
+        """Describe a traced network.
+
+        Args:
+            network: The network, some of whose neurons may have been dropped.
+            original: The network that it comes from, if that is another one. Its sizes are taken.
+
+        Returns:
+            The network's structure.
+        """
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state.items()}
         original = original or network
         entry = network.input_shape, network.input_dtype
@@ -61,21 +89,26 @@ class TaskStructure:
 
     @cached_property
     def matrices(self) -> frozenset[str]:
-        """The tensors that are a layer's weight or bias."""
+        """The names of the tensors that are a layer's weight or bias."""
         return frozenset(n for node in self.graph.layers for n in (node.weight, node.bias) if n is not None)
 
     @property
     def own(self) -> tuple[str, ...]:
-        """All other tensors."""
+        """The names of all other tensors."""
         return tuple(name for name in self.shapes if name not in self.matrices)
 
 
 @dataclass(frozen=True, eq=False)
 class ZippedStructure:
-    """Everything about a zipped network but its values. `members` has an entry for every hidden group.
+    """Everything about a zipped network but its values.
 
-    `separate` names, for ``rows/LAYER`` and ``columns/LAYER``, groups that stay separate there because they did not
-    correspond in a network that has been taken out since.
+    Attributes:
+        tasks: The tasks, in the order of the columns of `members`.
+        networks: Every task's structure.
+        members: Which neurons are one, with an entry for every hidden group.
+        report: The report on sharing and sizes.
+        separate: For ``rows/LAYER`` and ``columns/LAYER``, the groups that stay separate there because they did not
+            correspond in a network that has been taken out since.
     """
 
     tasks: tuple[str, ...]
@@ -86,7 +119,7 @@ class ZippedStructure:
 
     @property
     def layers(self) -> tuple[Node, ...]:
-        """The layers, which all tasks have alike."""
+        """The layers, which are alike in all tasks."""
         return self.networks[self.tasks[0]].graph.layers
 
     @cached_property
@@ -117,7 +150,7 @@ class ZippedStructure:
         }
 
     def all_separate(self) -> dict[str, tuple[str, ...]]:
-        """Where groups do not correspond, for whatever reason."""
+        """The groups that do not correspond, for whatever reason, by ``rows/LAYER`` and ``columns/LAYER``."""
         found: dict[str, tuple[str, ...]] = {}
         for node in self.layers:
             for side in ("rows", "columns"):
@@ -130,7 +163,15 @@ class ZippedStructure:
         return found
 
     def reported(self, tensors: Mapping[str, Tensor], layers: Sequence[LayerReport]) -> ZippedStructure:
-        """The same structure with a report on these tensors."""
+        """Return the same structure with a new report.
+
+        Args:
+            tensors: Every tensor that the zipped network stores, by name.
+            layers: The reports of the layers.
+
+        Returns:
+            The structure with a report on these layers and tensors.
+        """
         own = (
             own_name(name, t)
             for t, network in self.networks.items()
@@ -149,7 +190,7 @@ class ZippedStructure:
         return replace(self, report=report)
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every block of weights that a zipped network of this structure stores."""
+        """Name and shape of every block that a zipped network of this structure stores."""
         shapes: dict[str, tuple[int, ...]] = {}
         for node in self.layers:
             for rows in self.rows[node.name].segments:
@@ -161,7 +202,7 @@ class ZippedStructure:
         return shapes
 
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every other tensor that it stores."""
+        """Name and shape of every other tensor that a zipped network of this structure stores."""
         return {
             own_name(name, task): network.shapes[name]
             for task, network in self.networks.items()
@@ -170,9 +211,17 @@ class ZippedStructure:
 
 
 def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
-    """Whether rows of a layer can be common.
+    """Whether rows of a layer can be shared.
 
-    It is kept separate nowhere, its kernels have one size, and what it reads has as many values per neuron.
+    They can if the layer is not kept separate in any network, if its kernels have one size, and if what it reads has as
+    many values per neuron in all networks.
+
+    Args:
+        layer: The layer's name.
+        networks: The networks, traced or as structures.
+
+    Returns:
+        Whether all of this holds.
     """
     networks = list(networks)
     columns = [network.graph.columns[layer] for network in networks]
@@ -182,7 +231,7 @@ def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
 
 
 def same_kernels(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
-    """Whether a layer's kernels have one size in all networks, and its convolution groups, too."""
+    """Whether a layer's kernels, and its conv_groups if there are several, have one size in all networks."""
     shapes = set()
     for network in networks:
         node = _layer(layer, network)
@@ -199,13 +248,26 @@ def _layer(name: str, network: TaskStructure | Network) -> Node:
 def to_blocks(
     layer: str,
     task: str,
-    matrix: Tensor,
+    matrix: Float[Tensor, "out columns"],
     rows: Arrangement,
     columns: Arrangement,
     bias: bool,
     known: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """One task's dense matrix (bias as last column) as the blocks that a zipped network stores, but for `known`."""
+    """Cut one task's dense matrix into the blocks that a zipped network stores.
+
+    Args:
+        layer: The layer's name.
+        task: The task.
+        matrix: The dense matrix, a bias as its last column.
+        rows: Who owns the layer's rows.
+        columns: Who owns the layer's columns, the bias aside.
+        bias: Whether the layer has a bias.
+        known: Blocks of the layer that other tasks have given already.
+
+    Returns:
+        The task's blocks by name, without those that are known.
+    """
     blocks: dict[str, Tensor] = {}
     for segment in rows.of(task):
         parts = {block_name(layer, segment.owners, part.owners): part.places[task] for part in columns.of(task)}

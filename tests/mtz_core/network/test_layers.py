@@ -187,6 +187,12 @@ def test_a_matrix_of_fewer_neurons_becomes_a_weight_of_fewer_neurons(kind: str) 
     assert torch.equal(layer.matrix(dropper), matrix[:, : matrix.shape[1] // 2])
 
 
+def test_tokens_of_every_type_that_torch_reads_have_the_same_rows() -> None:
+    layer, tokens = LAYERS["embedding"], torch.randint(0, 9, (3, 5))
+    rows = layer.rows(tokens, (9, 4), {}, torch.arange(5))
+    assert torch.equal(layer.rows(tokens.int(), (9, 4), {}, torch.arange(5)), rows)
+
+
 def test_settings_as_one_number_are_those_of_every_axis() -> None:
     layer, x = LAYERS["conv2d"], torch.randn(2, 2, 9, 9)
     given: dict[str, Any] = {"stride": 2, "padding": [1], "dilation": 2}
