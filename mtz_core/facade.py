@@ -18,16 +18,14 @@ from mtz_core.evaluation import METRICS, agreement, check_labels, measure, outpu
 from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task
-from mtz_core.network.graph import Network
 from mtz_core.network.tracing import evaluation_mode
 from mtz_core.planning.search import HELD_OUT, BudgetSearch, FloorSearch, Validation
 from mtz_core.retraining import Retraining, RetrainStep, Targets
 from mtz_core.settings import RetrainConfig, ZipConfig
-from mtz_core.statistics.calibration import as_batches, original_moments
-from mtz_core.statistics.moments import Moments
-from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
-from mtz_core.zipped.report import ZipReport
+from mtz_core.zipped.report import LayerReport, ZipReport
 
 Labelled = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 """Examples with labels: a pair of tensors, or batches of pairs, as a ``DataLoader`` gives them."""
@@ -129,21 +127,20 @@ def zip_networks(
         )
     batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
     checked = None if validation is None else {task: _validation(data, task) for task, data in validation.items()}
-    traced = {
+    graphs = {
         task: trace_task(task, networks[task], data[0], config)
         for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
     }
-    check_compatible(traced)
-    shared_counts(traced, config)
-    moments: dict[str, Mapping[str, Moments]] = {}
-    sensitivity: dict[str, Sensitivities] = {}
-    for task, network in steps.count("measure", traced.items(), len(traced), lambda item: item[0]):
-        moments[task] = original_moments(network, batches[task], config)
-        sensitivity[task] = sensitivities(network, batches[task], config.seed)
+    check_compatible(graphs)
+    shared_counts(graphs, config)
+    traced = {
+        task: Traced.measured(network, batches[task], config)
+        for task, network in steps.count("measure", graphs.items(), len(graphs), lambda item: item[0])
+    }
     if budget is None:
-        zipped = _share(traced, moments, sensitivity, batches, config, steps)
+        zipped = _share(traced, config, steps)
     else:
-        search = BudgetSearch(traced, moments, sensitivity, batches, config, budget)
+        search = BudgetSearch(traced, config, budget)
         if floor:
             assert checked is not None
             training = {task: torch.cat(own) for task, own in batches.items()}
@@ -263,12 +260,12 @@ class _Steps:
             if self._on_progress is not None:
                 self._on_progress(step)
 
-    def merged(self, layers: Iterator[Any], networks: Mapping[str, Network]) -> ZippedNetwork:
+    def merged(self, layers: Iterator[LayerReport | ZippedNetwork], traced: Mapping[str, Traced]) -> ZippedNetwork:
         """Merge to the end, layer by layer."""
-        total = len(next(iter(networks.values())).graph.layers)
-        last: Any = None
+        total = len(next(iter(traced.values())).network.graph.layers)
+        last: LayerReport | ZippedNetwork | None = None
 
-        def reports() -> Iterator[Any]:
+        def reports() -> Iterator[LayerReport]:
             nonlocal last
             for last in layers:
                 if not isinstance(last, ZippedNetwork):
@@ -280,19 +277,11 @@ class _Steps:
         return last
 
 
-def _share(
-    networks: Mapping[str, Network],
-    moments: Mapping[str, Mapping[str, Moments]],
-    sensitivity: Mapping[str, Sensitivities],
-    batches: Mapping[str, list[Tensor]],
-    config: ZipConfig,
-    steps: _Steps,
-) -> ZippedNetwork:
+def _share(traced: Mapping[str, Traced], config: ZipConfig, steps: _Steps) -> ZippedNetwork:
     """Match and merge; no budget has to be kept."""
-    matches = list(steps.count("match", match(networks, moments, config, sensitivity), None, lambda found: found.group))
+    matches = list(steps.count("match", match(traced, config), None, lambda found: found.group))
     pairings = {found.group: found.pairing for found in matches}
-    layers = merge(networks, pairings, batches, config, descent(matches), sensitivity=sensitivity)
-    return steps.merged(layers, networks)
+    return steps.merged(merge(traced, pairings, config, descent(matches)), traced)
 
 
 def _retrain_on_calibration(

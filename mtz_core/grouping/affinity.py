@@ -33,6 +33,7 @@ from mtz_core.settings import DEFAULT_DAMPING, ZipConfig
 from mtz_core.statistics.linalg import DenseHessian, Hessian, RowsHessian, SingularHessian
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.ownership import arrange, positions_of
 
 _LEAST_BALANCE = 1e-3
@@ -253,7 +254,7 @@ def _outline(first: Network, second: Network) -> _Outline:
     if why:
         return _Outline({}, {}, {}, 0, why)
     networks = dict(zip(_TASKS, (first, second), strict=True))
-    matcher = Matcher(networks, {}, ZipConfig())
+    matcher = Matcher({task: Traced(network) for task, network in networks.items()}, ZipConfig())
     if not any(matcher.counts.values()):
         return _Outline({}, {}, {}, 0, "no layer can be shared")
     sizes = Sizes(networks)

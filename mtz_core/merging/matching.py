@@ -25,11 +25,10 @@ from torch import Tensor
 from mtz_core.merging.compatibility import check_compatible, shared_counts, why_separate, writers_of
 from mtz_core.merging.difference import functional_difference, weigh_by_sensitivity
 from mtz_core.merging.pairing import GroupMatch, Pairing, assign, assign_greedily
-from mtz_core.network.graph import Network, Node
+from mtz_core.network.graph import Node
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.linalg import DenseHessian, Hessian, chunks, weighted_sum
-from mtz_core.statistics.moments import Moments
-from mtz_core.statistics.sensitivity import Sensitivities
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.ownership import NOT_A_MEMBER, arrange, positions_of
 
 
@@ -56,10 +55,9 @@ class Matcher:
     """Finds the best pairing of one neuron group given the others', and predicts what pairings cost.
 
     Attributes:
-        networks: The traced networks by task.
-        moments: For every task, the second moments of each layer's input.
+        traced: The networks by task, with what was measured of them.
+        networks: The same networks alone.
         config: How to zip.
-        sensitivity: For every task, the sensitivity of the loss to each layer's rows; None if tasks weigh alike.
         graph: The graph of the first network.
         tasks: The tasks.
         counts: How many neurons all networks are to share in every group.
@@ -70,12 +68,11 @@ class Matcher:
 
     def __init__(
         self,
-        networks: Mapping[str, Network],
-        moments: Mapping[str, Mapping[str, Moments]],
+        traced: Mapping[str, Traced],
         config: ZipConfig,
-        sensitivity: Mapping[str, Sensitivities] | None = None,
     ) -> None:
-        self.networks, self.moments, self.config, self.sensitivity = networks, moments, config, sensitivity
+        self.traced, self.config = traced, config
+        self.networks = networks = {task: own.network for task, own in traced.items()}
         self.graph = check_compatible(networks)
         self.tasks = tuple(networks)
         self.counts = shared_counts(networks, config)
@@ -85,6 +82,11 @@ class Matcher:
             for name, group in self.groups.items()
         }
         self.refit = config.method == "refit"
+
+    def _sensitivity(self, node: Node) -> list[Float[Tensor, " rows"]] | None:
+        """The sensitivities of all tasks to a layer's rows; None if tasks weigh alike."""
+        known = [own.sensitivity for own in self.traced.values()]
+        return None if None in known else [own[node.name] for own in known if own is not None]
 
     def reads(self, node: Node) -> set[str]:
         """The hidden groups that a layer reads."""
@@ -170,11 +172,9 @@ class Matcher:
         damage = np.zeros(len(tuples))
         for node in self.writers[name]:
             sensitivity = None
-            if self.sensitivity is not None:
+            if (known := self._sensitivity(node)) is not None:
                 rows = [torch.from_numpy(positions_of(n.graph.rows[node.name], name)) for n in self.networks.values()]
-                sensitivity = [
-                    self.sensitivity[task][node.name][own] for task, own in zip(self.tasks, rows, strict=True)
-                ]
+                sensitivity = [whole[own] for whole, own in zip(known, rows, strict=True)]
             damage += _tuple_costs([self._sides(node, name, pairings)], tuples, sensitivity)
         return damage
 
@@ -183,11 +183,13 @@ class Matcher:
         columns = arrange(self.tasks, {t: n.graph.columns[node.name] for t, n in self.networks.items()}, members)
         common = [run for run in columns.segments if run.owners == self.tasks]
         hessians = {
-            task: _average(self.moments[task][node.name].hessian(self.config.fixed_damping)) for task in self.tasks
+            task: _average(own.moments[node.name].hessian(self.config.fixed_damping))
+            for task, own in self.traced.items()
         }
         balance = self.config.balance_of(self.tasks)
-        if self.refit and self.sensitivity is not None:
-            balance = weigh_by_sensitivity(balance, [self.sensitivity[task][node.name] for task in self.tasks])
+        known = self._sensitivity(node)
+        if self.refit and known is not None:
+            balance = weigh_by_sensitivity(balance, known)
         sides = []
         for (task, network), alpha in zip(self.networks.items(), balance, strict=True):
             hessian = hessians[task]
@@ -396,12 +398,7 @@ def descent(matches: Iterable[GroupMatch]) -> tuple[float, ...]:
     return tuple(match.total for match in matches if not math.isnan(match.total))
 
 
-def match(
-    networks: Mapping[str, Network],
-    moments: Mapping[str, Mapping[str, Moments]],
-    config: ZipConfig,
-    sensitivity: Mapping[str, Sensitivities] | None = None,
-) -> Iterator[GroupMatch]:
+def match(traced: Mapping[str, Traced], config: ZipConfig) -> Iterator[GroupMatch]:
     """Pair the neurons of every hidden group, using the originals' weights and Hessians.
 
     Groups are paired in topological order. Where a group's pairing depends on later ones (a residual sum is written by
@@ -409,11 +406,8 @@ def match(
     is taken only if the predicted cost of all groups falls.
 
     Args:
-        networks: The traced networks by task.
-        moments: For every task, the second moments of each layer's input in the original network.
+        traced: The networks by task, with their moments.
         config: How to zip.
-        sensitivity: For every task, the sensitivity of the loss to each layer's rows; tasks weigh alike if it is not
-            given.
 
     Yields:
         Pairings of groups. The last one of a group counts.
@@ -423,7 +417,7 @@ def match(
         InvalidConfig: If settings do not fit the networks.
         SingularHessian: If a Hessian cannot be factorised.
     """
-    matcher = Matcher(dict(sorted(networks.items())), moments, config, sensitivity)
+    matcher = Matcher(dict(sorted(traced.items())), config)
     pairings: dict[str, Pairing] = {}
     coupled = False
     for name in matcher.groups:

@@ -30,6 +30,7 @@ from mtz_core.network.narrowing import Dropper, Keep, Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport, ZipReport
 from mtz_core.zipped.structure import TASK_NAME, TaskStructure, ZippedStructure, own_name, to_blocks
@@ -145,13 +146,11 @@ class ActivationStream:
 
 @torch.no_grad()
 def merge(
-    networks: Mapping[str, Network],
+    traced: Mapping[str, Traced],
     pairings: Mapping[str, Pairing],
-    batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]],
     config: ZipConfig,
     costs: Sequence[float] = (),
     keep: Mapping[str, Keep] | None = None,
-    sensitivity: Mapping[str, Sensitivities] | None = None,
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks layer by layer.
 
@@ -159,14 +158,11 @@ def merge(
     moments of the current layer.
 
     Args:
-        networks: The traced networks by task.
+        traced: The networks by task, with their calibration data. Sensitivities are computed where they are left out.
         pairings: The pairing of every hidden group.
-        batches: The calibration data of every task.
         config: How to zip.
         costs: The predicted costs of coordinate descent, for the report.
         keep: For every task, the neurons that are left of groups that lose some; `pairings` then number those.
-        sensitivity: For every task, the sensitivity of the loss to each layer's rows; computed from the calibration
-            data if it is not given.
 
     Yields:
         A report when a layer is done, for every layer, and at last the zipped network.
@@ -176,10 +172,13 @@ def merge(
         InvalidConfig: If settings do not fit the networks.
         SingularHessian: If a Hessian cannot be factorised.
     """
-    networks = dict(sorted(networks.items()))
+    traced = dict(sorted(traced.items()))
+    networks = {task: own.network for task, own in traced.items()}
     check_compatible(networks)
-    if sensitivity is None:
-        sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in networks.items()}
+    sensitivity = {
+        task: own.sensitivity or sensitivities(own.network, list(own.batches), config.seed)
+        for task, own in traced.items()
+    }
     reduced = {task: Dropper(network).narrow((keep or {}).get(task, {})) for task, network in networks.items()}
     structure = ZippedStructure(
         tasks=tuple(networks),
@@ -187,7 +186,7 @@ def merge(
         members={name: pairing.members for name, pairing in pairings.items()},
         report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
     )
-    streams = {task: ActivationStream(narrow, batches[task]) for task, narrow in reduced.items()}
+    streams = {task: ActivationStream(narrow, list(traced[task].batches)) for task, narrow in reduced.items()}
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     for steps in zip(*(narrow.network.graph.nodes for narrow in reduced.values()), strict=True):

@@ -8,25 +8,22 @@ bisected until the bytes fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, log
 
 import numpy as np
-from jaxtyping import Int64, Shaped
-from torch import Tensor
+from jaxtyping import Int64
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging.matching import Matcher, match
 from mtz_core.merging.pairing import Pairing
-from mtz_core.network.graph import Network
 from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
 from mtz_core.planning.options import Options, options
 from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import Move, ZipConfig
-from mtz_core.statistics.moments import Moments
-from mtz_core.statistics.sensitivity import Sensitivities
+from mtz_core.statistics.traced import Traced
 
 _BISECTIONS = 28
 _ANY_PRICE = 1e30
@@ -74,6 +71,9 @@ Prices = tuple[float, float]
 NEVER = 1e12
 """A factor at which no move is worth its damage."""
 
+TRIED_ON = 4
+"""The number of examples on which it is tried whether a group can lose neurons."""
+
 
 class Planner:
     """Makes plans for networks of one topology, from their weights, Hessians and sensitivities alone.
@@ -87,48 +87,36 @@ class Planner:
 
     def __init__(
         self,
-        networks: Mapping[str, Network],
-        moments: Mapping[str, Mapping[str, Moments]],
-        sensitivity: Mapping[str, Sensitivities],
-        examples: Mapping[str, Shaped[Tensor, "_ ..."]],
+        traced: Mapping[str, Traced],
         config: ZipConfig,
         moves: Sequence[Move],
     ) -> None:
         """Match the networks and list the states of every group.
 
         Args:
-            networks: The traced networks by task.
-            moments: For every task, the second moments of each layer's input.
-            sensitivity: For every task, the sensitivity of the loss to each layer's rows.
-            examples: Some inputs of every task, to find out which groups can lose neurons.
+            traced: The networks by task, with moments, sensitivities and calibration data.
             config: How to zip.
             moves: The moves that are allowed.
 
         Raises:
             MtzError: If the networks cannot be zipped together, or if a Hessian cannot be factorised.
         """
-        self.networks = dict(sorted(networks.items()))
-        self.tasks = tuple(self.networks)
+        traced = dict(sorted(traced.items()))
+        self.networks = {task: own.network for task, own in traced.items()}
+        self.tasks = tuple(traced)
         self.sizes = Sizes(self.networks)
-        sensitivity = {task: sensitivity[task] for task in self.tasks}
-        matcher = Matcher(self.networks, moments, config, sensitivity)
-        pairings = (
-            {m.group: m.pairing for m in match(self.networks, moments, config, sensitivity)} if "share" in moves else {}
-        )
-        droppable = self._droppable(examples) if "drop" in moves else set()
+        matcher = Matcher(traced, config)
+        pairings = {m.group: m.pairing for m in match(traced, config)} if "share" in moves else {}
+        droppable = _droppable(traced.values()) if "drop" in moves else set()
         self.options: dict[str, Options] = {}
         for name in matcher.groups:
             reading: list[list[Reader]] = [[] for _ in self.tasks]
             if name in droppable:
                 reading = [
-                    readers(n, name, moments[t], sensitivity[t], config.fixed_damping) for t, n in self.networks.items()
+                    readers(own.network, name, own.moments, own.sensitivity or {}, config.fixed_damping)
+                    for own in traced.values()
                 ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
-
-    def _droppable(self, examples: Mapping[str, Shaped[Tensor, "_ ..."]]) -> set[str]:
-        """The groups that can lose neurons in all networks."""
-        found = [set(Dropper(network).droppable(examples[task])) for task, network in self.networks.items()]
-        return set.intersection(*found)
 
     @property
     def original_bytes(self) -> int:
@@ -316,3 +304,8 @@ class Planner:
             {name: float(table.sharing[i]) for name, (table, i) in chosen.items()},
             {name: float(table.dropping[i]) for name, (table, i) in chosen.items()},
         )
+
+
+def _droppable(traced: Iterable[Traced]) -> set[str]:
+    """The groups that can lose neurons in all networks, found by trying on a few examples of each."""
+    return set.intersection(*(set(Dropper(own.network).droppable(own.batches[0][:TRIED_ON])) for own in traced))

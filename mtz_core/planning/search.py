@@ -9,8 +9,8 @@ The best is taken: a mixture is chosen only where it does better than either mov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from math import exp, log
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.evaluation import check_labels, measure, outputs_of
 from mtz_core.merging.walk import finish, merge
-from mtz_core.network.graph import Network, run
+from mtz_core.network.graph import run
 from mtz_core.planning.planner import NEVER, Plan, Planner
 from mtz_core.retraining import Targets, distillation_loss, retrain_steps
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
-from mtz_core.statistics.moments import Moments
-from mtz_core.statistics.sensitivity import TEMPERATURE, Sensitivities
+from mtz_core.statistics.sensitivity import TEMPERATURE
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport
 
@@ -67,10 +67,7 @@ class BudgetSearch:
     """Makes and verifies plans for one group of networks. Statistics are computed once for all sizes.
 
     Attributes:
-        networks: The traced networks by task.
-        moments: For every task, the second moments of each layer's input.
-        sensitivity: For every task, the sensitivity of the loss to each layer's rows.
-        batches: The calibration data of every task.
+        traced: The networks by task, with moments, sensitivities and calibration data.
         config: How to zip.
         budget: The budget.
         fitting: The part of the calibration data on which plans are merged.
@@ -81,20 +78,14 @@ class BudgetSearch:
 
     def __init__(
         self,
-        networks: Mapping[str, Network],
-        moments: Mapping[str, Mapping[str, Moments]],
-        sensitivity: Mapping[str, Sensitivities],
-        batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]],
+        traced: Mapping[str, Traced],
         config: ZipConfig,
         budget: Budget,
     ) -> None:
         """Split the calibration data and match the networks.
 
         Args:
-            networks: The traced networks by task.
-            moments: For every task, the second moments of each layer's input.
-            sensitivity: For every task, the sensitivity of the loss to each layer's rows.
-            batches: The calibration data of every task.
+            traced: The networks by task, with moments, sensitivities and calibration data.
             config: How to zip.
             budget: The budget.
 
@@ -104,37 +95,40 @@ class BudgetSearch:
             IncompatibleNetworks: If the networks differ in topology or in dtype.
             SingularHessian: If a Hessian cannot be factorised.
         """
-        self.networks, self.moments, self.sensitivity = networks, moments, sensitivity
-        self.batches, self.config, self.budget = batches, config, budget
-        self.fitting, self.held_out = {}, {}
-        for task, own in batches.items():
-            examples = torch.cat(own)
+        self.traced, self.config, self.budget = traced, config, budget
+        self.fitting: dict[str, Traced] = {}
+        self.held_out: dict[str, Sequence[Tensor]] = {}
+        for task, own in traced.items():
+            examples = torch.cat(list(own.batches))
             held = len(examples) // HELD_OUT
             if not held:
                 raise InvalidCalibration(
                     f"{task!r} has {len(examples)} calibration examples; a budget holds one in {HELD_OUT} out to "
                     f"measure plans. Give at least {HELD_OUT}."
                 )
-            self.fitting[task] = list(torch.split(examples[:-held], len(own[0])))
-            self.held_out[task] = list(torch.split(examples[-held:], len(own[0])))
-        for task, network in networks.items():
-            if run(network.graph, network.state, batches[task][0][:1]).numel() == 1:
+            size = len(own.batches[0])
+            self.fitting[task] = replace(own, batches=torch.split(examples[:-held], size))
+            self.held_out[task] = torch.split(examples[-held:], size)
+        for task, own in traced.items():
+            if run(own.network.graph, own.network.state, own.batches[0][:1]).numel() == 1:
                 raise InvalidConfig(
                     f"share: a budget counts damage in the loss of a classifier, but the network of {task!r} has one "
                     "output. Give a fraction or counts."
                 )
-        self._targets = {t: outputs_of(partial(run, n.graph, n.state), self.held_out[t]) for t, n in networks.items()}
-        self.reweigh(dict.fromkeys(networks, 1.0))
+        self._targets = {
+            task: outputs_of(partial(run, own.network.graph, own.network.state), self.held_out[task])
+            for task, own in traced.items()
+        }
+        self.reweigh(dict.fromkeys(traced, 1.0))
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Count the losses of the tasks with these weights from now on."""
         self.weights = dict(weights)
-        sensitivity = {
-            t: {layer: weights[t] * rows for layer, rows in own.items()} for t, own in self.sensitivity.items()
+        weighed = {
+            task: replace(own, sensitivity={n: weights[task] * rows for n, rows in (own.sensitivity or {}).items()})
+            for task, own in self.traced.items()
         }
-        examples = {task: own[0][:4] for task, own in self.batches.items()}
-        moves = self.budget.moves
-        self.planner = Planner(self.networks, self.moments, sensitivity, examples, self.config, moves)
+        self.planner = Planner(weighed, self.config, self.budget.moves)
 
     def candidates(self, size: float) -> Iterator[Candidate]:
         """Make, merge and measure plans for a size.
@@ -196,16 +190,11 @@ class BudgetSearch:
 
     def merging(self, plan: Plan) -> Iterator[LayerReport | ZippedNetwork]:
         """Return the steps of merging by a plan, on all calibration data; see `mtz_core.merging.walk.merge`."""
-        return self._merging(plan, self.batches)
-
-    def _merging(
-        self, plan: Plan, batches: Mapping[str, list[Shaped[Tensor, "_ ..."]]]
-    ) -> Iterator[LayerReport | ZippedNetwork]:
-        return merge(self.networks, plan.pairings, batches, self.config, (), plan.keep, self.sensitivity)
+        return merge(self.traced, plan.pairings, self.config, (), plan.keep)
 
     @torch.no_grad()
     def _held_out_loss(self, plan: Plan) -> dict[str, float]:
-        zipped = finish(self._merging(plan, self.fitting))
+        zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep))
         return {
             task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
             for task, x in self.held_out.items()
@@ -283,7 +272,7 @@ class FloorSearch:
             InvalidConfig: If validation data, floors or metrics do not fit the tasks.
             InvalidCalibration: If labels do not fit the examples or the classes.
         """
-        tasks = tuple(budget_search.networks)
+        tasks = tuple(budget_search.traced)
         if set(validation) != set(tasks):
             raise InvalidConfig(
                 f"budget.floor: validation data are given for {sorted(validation)}, but the tasks are {sorted(tasks)}."
@@ -294,15 +283,13 @@ class FloorSearch:
         self._originals, self._training = originals, training
         self._before, examples = {}, {task: own.examples for task, own in validation.items()}
         outputs = {}
-        for task, network in budget_search.networks.items():
+        networks = {task: own.network for task, own in budget_search.traced.items()}
+        for task, network in networks.items():
             outputs[task] = outputs_of(partial(run, network.graph, network.state), torch.split(examples[task], 500))
             check_labels(validation[task].labels, len(examples[task]), outputs[task].shape[1], task)
             self._before[task] = measure(validation[task].metric, outputs[task], validation[task].labels, task)
         self._targets = Targets(
-            {
-                t: outputs_of(partial(run, n.graph, n.state), torch.split(training[t], 500))
-                for t, n in budget_search.networks.items()
-            },
+            {t: outputs_of(partial(run, n.graph, n.state), torch.split(training[t], 500)) for t, n in networks.items()},
             outputs,
         )
 

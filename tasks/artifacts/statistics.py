@@ -12,8 +12,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtz_core.network.graph import Network
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
+from mtz_core.statistics.traced import Traced
+from tasks.artifacts.paths import Workspace
 from tasks.artifacts.tensors import read_tensors
 from tasks.files import InvalidArtifact, whole_file
 
@@ -188,3 +191,21 @@ def read_moments(path: Path) -> dict[str, Moments]:
             count = int(tensors[f"{layer}/count"])
             moments[layer] = Moments.from_gram(tensor.to(torch.float64) * count, count)
     return moments
+
+
+def read_traced(workspace: Workspace, model: str, network: Network) -> Traced:
+    """Join a traced network and the statistics that `write_moments` wrote for it.
+
+    Args:
+        workspace: The workspace of the statistics.
+        model: The name of the model.
+        network: Its traced network.
+
+    Returns:
+        The network with its statistics, without calibration data.
+
+    Raises:
+        InvalidArtifact: The file of statistics is missing or damaged.
+    """
+    file = workspace.hessians(model)
+    return Traced(network, read_moments(file), read_sensitivities(file))

@@ -12,15 +12,13 @@ from torch import nn
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging import matching
 from mtz_core.merging.compatibility import check_compatible
-from mtz_core.network.graph import Network
 from mtz_core.planning.planner import Plan
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.statistics.calibration import as_batches
-from mtz_core.statistics.moments import Moments
-from mtz_core.statistics.sensitivity import Sensitivities
+from mtz_core.statistics.traced import Traced
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.plans import CandidateRecord, Matched, Search, write_matched
-from tasks.artifacts.statistics import read_moments, read_sensitivities
+from tasks.artifacts.statistics import read_traced
 from tasks.data.examples import read_images
 from tasks.models.load import calibration, load_network, trace_on_own_image
 from tasks.params import InvalidParams, Params
@@ -45,14 +43,16 @@ def run(params: Params, workspace: Workspace) -> None:
     networks = {m: trace_on_own_image(params, workspace, m, original) for m, original in originals.items()}
     check_compatible(networks)
     validation = check_budget(params, workspace, networks)
-    moments = {model: read_moments(workspace.hessians(model)) for model in networks}
-    sensitivity = {model: read_sensitivities(workspace.hessians(model)) for model in networks}
+    traced = {model: read_traced(workspace, model, network) for model, network in networks.items()}
     budget = params.zip_config().budget
     if budget is None:
-        found = _match(params, networks, moments, sensitivity)
+        found = _match(params, traced)
     else:
-        batches = {model: as_batches(calibration(params, workspace, model), model) for model in networks}
-        budget_search = BudgetSearch(networks, moments, sensitivity, batches, params.zip_config(), budget)
+        traced = {
+            model: replace(own, batches=as_batches(calibration(params, workspace, model), model))
+            for model, own in traced.items()
+        }
+        budget_search = BudgetSearch(traced, params.zip_config(), budget)
         if budget.size is not None:
             found = _spend(budget_search, budget.size)
         else:
@@ -60,16 +60,11 @@ def run(params: Params, workspace: Workspace) -> None:
     write_matched(workspace, list(networks), found)
 
 
-def _match(
-    params: Params,
-    networks: Mapping[str, Network],
-    moments: Mapping[str, Mapping[str, Moments]],
-    sensitivity: Mapping[str, Sensitivities],
-) -> Matched:
+def _match(params: Params, traced: Mapping[str, Traced]) -> Matched:
     """Share as many neurons as the settings ask for."""
     matches = []
-    for match in matching.match(networks, moments, params.zip_config(), sensitivity):
-        widths = " and ".join(str(network.graph.widths[match.group]) for network in networks.values())
+    for match in matching.match(traced, params.zip_config()):
+        widths = " and ".join(str(own.network.graph.widths[match.group]) for own in traced.values())
         again = "" if math.isnan(match.total) else f"; all groups {match.total:.4g} (round {match.sweep})"
         show_progress(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
         matches.append(match)

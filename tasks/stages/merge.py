@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from mtz_core.merging import walk
 from mtz_core.network.graph import Network
 from mtz_core.statistics.calibration import as_batches
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport
 from tasks.artifacts.paths import Workspace
@@ -29,10 +30,13 @@ def run(params: Params, workspace: Workspace) -> None:
         MtzError: A network, its calibration images or the pairings cannot be used.
     """
     networks = {model: load_traced(params, workspace, model) for model in params.models}
-    batches = {model: as_batches(calibration(params, workspace, model), model) for model in params.models}
+    traced = {
+        model: Traced(network, batches=as_batches(calibration(params, workspace, model), model))
+        for model, network in networks.items()
+    }
     started = time.perf_counter()
     pairings, descent, keep = read_pairings(workspace)
-    for step in walk.merge(networks, pairings, batches, params.zip_config(), descent, keep):
+    for step in walk.merge(traced, pairings, params.zip_config(), descent, keep):
         if isinstance(step, ZippedNetwork):
             zipped = step
             break

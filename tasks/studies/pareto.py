@@ -29,7 +29,7 @@ from mtz_core.settings import Budget, Method, Move
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.module import ZippedNetwork
 from tasks.artifacts.paths import Workspace
-from tasks.artifacts.statistics import read_moments, read_sensitivities
+from tasks.artifacts.statistics import read_traced
 from tasks.data.examples import read_examples
 from tasks.files import InvalidArtifact, sha256, whole_file, write_table
 from tasks.home import find_home
@@ -260,16 +260,20 @@ class _Group:
             model: self._error(model, partial(run_network, network.graph, network.state))
             for model, network in self.networks.items()
         }
-        self._moments = {model: read_moments(workspace.hessians(model)) for model in self.networks}
-        self._sensitivity = {model: read_sensitivities(workspace.hessians(model)) for model in self.networks}
-        self._batches = {model: as_batches(calibration(params, workspace, model), model) for model in self.networks}
+        self._traced = {
+            model: replace(
+                read_traced(workspace, model, network),
+                batches=as_batches(calibration(params, workspace, model), model),
+            )
+            for model, network in self.networks.items()
+        }
 
     def budget_search(self, method: str) -> BudgetSearch:
         """Return the search that makes plans by a method."""
         kind, moves = METHODS[method]
         budget = Budget(size=1.0, moves=moves)
         config = replace(self._params.zip_config(), method=kind, share=None, budget=budget)
-        return BudgetSearch(self.networks, self._moments, self._sensitivity, self._batches, config, budget)
+        return BudgetSearch(self._traced, config, budget)
 
     def rows(
         self, method: str, least: float, candidate: Candidate, zipped: ZippedNetwork, retrained: bool

@@ -25,6 +25,7 @@ from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.fleets import fleet_networks, member_split
 from tests.benchmarks.full_data import Split, read_split, test_error
 from tests.benchmarks.records import Records, Setting
+from tests.support.networks import joined
 
 FLEETS = ("labellings", "images")
 COUNTS = (8, 4, 2)
@@ -43,7 +44,7 @@ def budget_search(
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
     sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
     assert config.budget is not None
-    return BudgetSearch(traced, moments, sensitivity, batches, config, config.budget)
+    return BudgetSearch(joined(traced, moments, sensitivity, batches), config, config.budget)
 
 
 def plans(

@@ -25,6 +25,7 @@ from mtz_core.network.tracing import trace
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.zipped.module import ZippedNetwork
+from tests.support.networks import joined
 
 MOST_MEMORY = 12 * 2**30
 MOST_SECONDS = 3600
@@ -121,11 +122,11 @@ def run(size: float, count: int, config: ZipConfig, steps: Steps) -> ZippedNetwo
         moments[task] = original_moments(network, batches[task], config)
         steps.done(f"collect {task}")
     pairings = {}
-    for found in match(networks, moments, config):
+    for found in match(joined(networks, moments), config):
         pairings[found.group] = found.pairing
         steps.done(f"match {found.group}", f"{found.pairing.shared} shared, cost {found.cost:.4g}")
     del moments
-    for step in merge(networks, pairings, batches, config):
+    for step in merge(joined(networks, batches=batches), pairings, config):
         if isinstance(step, ZippedNetwork):
             steps.done("zipped network")
             return step

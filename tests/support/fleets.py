@@ -16,7 +16,8 @@ from mtz_core.settings import Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
-from tests.support.networks import Residual, lenet5, mlp, sensitivities_of_traced
+from mtz_core.statistics.traced import Traced
+from tests.support.networks import Residual, joined, lenet5, mlp, sensitivities_of_traced
 
 BOTH: tuple[Move, ...] = ("share", "drop")
 
@@ -161,6 +162,12 @@ def statistics(name: str) -> tuple[dict[str, dict[str, Moments]], dict[str, Sens
 
 
 @cache
+def measured_fleet(name: str) -> Mapping[str, Traced]:
+    """The networks of a fleet, with all statistics."""
+    batches = {task: as_batches(examples, task) for task, examples in FLEETS[name].examples(EXAMPLES).items()}
+    return joined(traced_fleet(name), *statistics(name), batches)
+
+
+@cache
 def planner(name: str, moves: tuple[Move, ...] = BOTH) -> Planner:
-    moments, sensitivity = statistics(name)
-    return Planner(traced_fleet(name), moments, sensitivity, FLEETS[name].examples(4), CONFIG, moves)
+    return Planner(measured_fleet(name), CONFIG, moves)

@@ -16,8 +16,10 @@ from mtz_core.merging.pairing import GroupMatch
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
-from mtz_core.statistics.calibration import as_batches, original_moments
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
+from mtz_core.statistics.traced import Traced
 
 TASKS = ("digits", "fashion")
 
@@ -61,6 +63,24 @@ def traced_pair(case: Case) -> Mapping[str, Network]:
     return {task: trace(network, case.examples(2)) for task, network in case.pair().items()}
 
 
+def joined(
+    networks: Mapping[str, Network],
+    moments: Mapping[str, Mapping[str, Moments]] | None = None,
+    sensitivity: Mapping[str, Sensitivities] | None = None,
+    batches: Mapping[str, Sequence[Tensor]] | None = None,
+) -> dict[str, Traced]:
+    """Networks and what is known of them, task by task."""
+    return {
+        task: Traced(
+            network,
+            moments[task] if moments else {},
+            sensitivity[task] if sensitivity else None,
+            batches[task] if batches else (),
+        )
+        for task, network in networks.items()
+    }
+
+
 def sensitivities_of_traced(
     networks: Mapping[str, Network], calibration: Mapping[str, Tensor], seed: int = 0
 ) -> dict[str, Sensitivities]:
@@ -68,21 +88,25 @@ def sensitivities_of_traced(
     return {task: sensitivities(n, as_batches(calibration[task], task), seed) for task, n in networks.items()}
 
 
+def measured(
+    networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig
+) -> dict[str, Traced]:
+    """Networks that are traced already, with all statistics."""
+    return {t: Traced.measured(network, as_batches(calibration[t], t), config) for t, network in networks.items()}
+
+
 def match_traced(
     networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig
 ) -> list[GroupMatch]:
     """All steps of the matching of networks that are traced already."""
-    moments = {task: original_moments(n, as_batches(calibration[task], task), config) for task, n in networks.items()}
-    return list(match(networks, moments, config, sensitivities_of_traced(networks, calibration, config.seed)))
+    return list(match(measured(networks, calibration, config), config))
 
 
 def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig) -> ZippedNetwork:
     """What `zip_networks` makes of networks that are traced already."""
     matches = match_traced(networks, calibration, config)
     pairings = {found.group: found.pairing for found in matches}
-    batches = {task: as_batches(x, task) for task, x in calibration.items()}
-    sensitivity = sensitivities_of_traced(networks, calibration, config.seed)
-    return finish(merge(networks, pairings, batches, config, descent(matches), sensitivity=sensitivity))
+    return finish(merge(measured(networks, calibration, config), pairings, config, descent(matches)))
 
 
 def mlp(

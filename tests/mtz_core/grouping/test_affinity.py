@@ -18,7 +18,7 @@ from mtz_core.planning.sizes import Sizes
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
 from tests.support.fleets import statistics, traced_fleet
-from tests.support.networks import CASES, Case, Residual, hidden_layers, lenet5, mlp, permuted
+from tests.support.networks import CASES, Case, Residual, hidden_layers, joined, lenet5, mlp, permuted
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +126,7 @@ def test_the_cost_of_all_that_is_shared_is_the_matching_s_own() -> None:
     sensitivity = {
         t: {node.name: torch.ones(9 if node.name == "0" else 3) for node in n.graph.layers} for t, n in networks.items()
     }
-    (exact,) = match(networks, moments, ZipConfig(), sensitivity)
+    (exact,) = match(joined(networks, moments, sensitivity), ZipConfig())
     a, b = (Profile.of(networks[t], moments[t], sensitivity[t]) for t in "ab")
     found = compare(a, b)
     # Same inputs, so P = H/4; energies without means are those of the stakes: ½ Σ Var.

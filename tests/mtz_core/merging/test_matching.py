@@ -22,6 +22,7 @@ from tests.support.networks import (
     Case,
     Residual,
     hidden_layers,
+    joined,
     lenet5,
     match_traced,
     mlp,
@@ -231,7 +232,7 @@ def test_the_cost_of_a_pairing_is_summed_over_all_layers_that_write_it(method: M
     config = ZipConfig(method=method, damping=0.02, patches=10_000)
     moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
     sensitivity = sensitivities_of_traced(networks, data)
-    matcher = Matcher(networks, moments, config, sensitivity)
+    matcher = Matcher(joined(networks, moments, sensitivity), config)
     assert {name: [node.name for node in matcher.writers[name]] for name in GROUPS} == GROUPS
     for share in (1.0, 0.5):
         pairings = random_pairings(networks, share, seed=2)
@@ -248,7 +249,7 @@ def test_the_descent_ends_where_no_single_pairing_can_be_improved(count: int) ->
     costs = descent(matches)
     assert list(costs) == sorted(costs, reverse=True)
     moments = {task: original_moments(n, as_batches(data[task], task), config) for task, n in networks.items()}
-    matcher = Matcher(networks, moments, config, sensitivities_of_traced(networks, data))
+    matcher = Matcher(joined(networks, moments, sensitivities_of_traced(networks, data)), config)
     pairings = {found.group: found.pairing for found in matches}
     total_cost = sum(matcher.cost(name, pairings) for name in pairings)
     assert total_cost == pytest.approx(costs[-1])

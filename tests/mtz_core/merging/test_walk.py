@@ -32,6 +32,7 @@ from tests.support.networks import (
     Case,
     Residual,
     hidden_layers,
+    joined,
     lenet5,
     mlp,
     permuted,
@@ -423,7 +424,7 @@ def merged(
     calibration = {task: case.examples(count + i, seed=10 + i) for i, task in enumerate(TASKS)}
     batches = {task: as_batches(data, task) for task, data in calibration.items()}
     pairings = random_pairings(traced, share, seed=3)
-    zipped = finish(merge(traced, pairings, batches, config))
+    zipped = finish(merge(joined(traced, batches=batches), pairings, config))
     sensitivity = sensitivities_of_traced(traced, calibration, config.seed)
     layers = []
     for report in zipped.report.layers:

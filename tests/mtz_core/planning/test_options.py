@@ -16,6 +16,7 @@ from mtz_core.planning.options import STARTS, DropPath, Options
 from mtz_core.settings import Move
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from tests.support.fleets import BOTH, CONFIG, FLEETS, droppable, planner, statistics, traced_fleet
+from tests.support.networks import joined
 
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
 
@@ -85,8 +86,8 @@ def test_damage_adds_up_along_a_path_and_never_falls_by_dropping(name: str) -> N
 @on_all_fleets
 def test_the_damage_of_sharing_is_that_of_the_tuples_that_are_left(name: str) -> None:
     networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
-    matcher = Matcher(networks, moments, CONFIG, sensitivity)
-    pairings = {found.group: found.pairing for found in match(networks, moments, CONFIG, sensitivity)}
+    matcher = Matcher(joined(networks, moments, sensitivity), CONFIG)
+    pairings = {found.group: found.pairing for found in match(joined(networks, moments, sensitivity), CONFIG)}
     for group, table in planner(name).options.items():
         for state in list(states(table))[:: max(1, len(states(table)) // 15)]:
             members = table.members(state)
@@ -120,7 +121,7 @@ def test_the_damage_of_dropping_is_that_of_all_the_neurons_that_are_gone(name: s
 @on_all_fleets
 def test_everything_can_be_shared_and_every_start_drops_as_much_as_it_may(name: str) -> None:
     networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
-    counts = Matcher(networks, moments, CONFIG, sensitivity).counts
+    counts = Matcher(joined(networks, moments, sensitivity), CONFIG).counts
     for group, table in planner(name).options.items():
         most = counts[group]
         untouched = set(table.shared[table.gone == 0].tolist())

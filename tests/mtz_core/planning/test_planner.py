@@ -17,7 +17,18 @@ from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.planner import NEVER, Plan, Planner
 from mtz_core.settings import Move
 from mtz_core.statistics.calibration import as_batches
-from tests.support.fleets import BOTH, CONFIG, EXAMPLES, FLEETS, droppable, planner, statistics, traced_fleet
+from tests.support.fleets import (
+    BOTH,
+    CONFIG,
+    EXAMPLES,
+    FLEETS,
+    droppable,
+    measured_fleet,
+    planner,
+    statistics,
+    traced_fleet,
+)
+from tests.support.networks import joined
 
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
 on_some_fleets = pytest.mark.parametrize("name", ["two mlps", "other widths and classes", "lenet-5", "residual"])
@@ -44,7 +55,12 @@ def planned(name: str, size: float = 0.5) -> Plan:
 def merged(name: str) -> ZippedNetwork:
     plan = planned(name)
     batches = {task: as_batches(x, task) for task, x in FLEETS[name].examples(EXAMPLES).items()}
-    steps = merge(traced_fleet(name), plan.pairings, batches, CONFIG, keep=plan.keep, sensitivity=statistics(name)[1])
+    steps = merge(
+        joined(traced_fleet(name), sensitivity=statistics(name)[1], batches=batches),
+        plan.pairings,
+        CONFIG,
+        keep=plan.keep,
+    )
     return finish(steps)
 
 
@@ -258,16 +274,8 @@ def test_taking_a_task_out_changes_no_other(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["two mlps", "other widths and classes"])
 def test_the_order_of_the_tasks_makes_no_difference(name: str) -> None:
-    networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
-    reversed_tasks = sorted(networks, reverse=True)
-    other = Planner(
-        {task: networks[task] for task in reversed_tasks},
-        {task: moments[task] for task in reversed_tasks},
-        {task: sensitivity[task] for task in reversed_tasks},
-        FLEETS[name].examples(4),
-        CONFIG,
-        BOTH,
-    )
+    traced = measured_fleet(name)
+    other = Planner({task: traced[task] for task in sorted(traced, reverse=True)}, CONFIG, BOTH)
     plan, expected = other.plan(0.5), planned(name, 0.5)
     assert plan.same(expected)
     assert (plan.bytes, plan.sharing, plan.dropping) == (expected.bytes, expected.sharing, expected.dropping)

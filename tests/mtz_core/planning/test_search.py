@@ -16,7 +16,7 @@ from mtz_core.planning.search import BudgetSearch, FloorCandidate, FloorSearch
 from mtz_core.settings import Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
-from tests.support.networks import mlp
+from tests.support.networks import joined, mlp
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def budget_search(found: Mapping[str, nn.Module], calibration: Mapping[str, Tens
     moments = {task: original_moments(network, batches[task], config) for task, network in traced.items()}
     sensitivity = {task: sensitivities(network, batches[task], config.seed) for task, network in traced.items()}
     assert config.budget is not None
-    return BudgetSearch(traced, moments, sensitivity, batches, config, config.budget)
+    return BudgetSearch(joined(traced, moments, sensitivity, batches), config, config.budget)
 
 
 def stored(zipped: ZippedNetwork) -> float:

@@ -13,6 +13,7 @@ from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.sizes import Sizes
 from mtz_core.statistics.calibration import as_batches
 from tests.support.fleets import FLEETS, droppable, statistics, traced_fleet
+from tests.support.networks import joined
 
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
 
@@ -54,7 +55,9 @@ def test_the_bytes_are_those_of_the_zipped_network(name: str, seed: int) -> None
     keep, pairings = drawn(name, seed)
     batches = {task: as_batches(x, task) for task, x in examples.items()}
     config = ZipConfig(patches=2, refit_rounds=0, damping=0.1)
-    zipped = finish(merge(networks, pairings, batches, config, keep=keep, sensitivity=statistics(name)[1]))
+    zipped = finish(
+        merge(joined(networks, sensitivity=statistics(name)[1], batches=batches), pairings, config, keep=keep)
+    )
     sizes = Sizes(networks)
     assert sizes.stored(*counts(keep, pairings)) == zipped.report.stored_bytes
     assert zipped.report.stored_bytes == sum(t.numel() * t.element_size() for t in zipped.tensors().values())

@@ -24,7 +24,7 @@ from mtz_core.network.tracing import trace
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
-from tests.support.networks import zip_traced
+from tests.support.networks import joined, zip_traced
 from tests.support.zoo.table import ZooCase
 
 EXAMPLES, PATCHES = 12, 8
@@ -62,7 +62,7 @@ def sensitivity(case: ZooCase) -> dict[str, Sensitivities]:
 
 @cache
 def matches(case: ZooCase, share: float) -> list[GroupMatch]:
-    return list(match(pair(case), moments(case), ZipConfig(share=share, patches=PATCHES), sensitivity(case)))
+    return list(match(joined(pair(case), moments(case), sensitivity(case)), ZipConfig(share=share, patches=PATCHES)))
 
 
 @cache
@@ -72,7 +72,7 @@ def zipped_pair(case: ZooCase, share: float) -> ZippedNetwork:
     data = {task: batches(case, task) for task in TASKS}
     config = ZipConfig(share=share, patches=PATCHES)
     costs = descent(matches(case, share))
-    return finish(merge(pair(case), pairings, data, config, costs, sensitivity=sensitivity(case)))
+    return finish(merge(joined(pair(case), sensitivity=sensitivity(case), batches=data), pairings, config, costs))
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def matching_never_accepts_an_increase(case: ZooCase) -> None:
     if not costs:
         return  # no pairing depends on a later one
     assert all(after < before for before, after in itertools.pairwise(costs))
-    matcher = Matcher(pair(case), moments(case), ZipConfig(share=0.6, patches=PATCHES), sensitivity(case))
+    matcher = Matcher(joined(pair(case), moments(case), sensitivity(case)), ZipConfig(share=0.6, patches=PATCHES))
     pairings = {one.group: one.pairing for one in found}
     recounted = sum(matcher.cost(name, pairings) for name in pairings)
     assert abs(recounted - costs[-1]) <= 1e-6 * recounted

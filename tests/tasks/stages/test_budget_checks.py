@@ -31,6 +31,7 @@ from tasks.faults import EXIT_REFUSED
 from tasks.models.load import calibration, load_network, load_traced
 from tasks.params import load_params
 from tasks.stages.budget_checks import check_budget
+from tests.support.networks import joined
 from tests.support.stages import change, outputs, perceptron, refused, write_images
 
 STAGES = ["collect a", "collect b", "hessians a", "hessians b", "match", "merge", "retrain", "evaluate"]
@@ -147,7 +148,7 @@ def test_merging_makes_the_network_that_was_judged(project: Path) -> None:
     moments = {name: read_moments(workspace.hessians(name)) for name in "ab"}
     sensitivity = {name: read_sensitivities(workspace.hessians(name)) for name in "ab"}
     batches = {name: as_batches(calibration(params, workspace, name), name) for name in "ab"}
-    budget_search = BudgetSearch(networks, moments, sensitivity, batches, params.zip_config(), Budget(size=0.3))
+    budget_search = BudgetSearch(joined(networks, moments, sensitivity, batches), params.zip_config(), Budget(size=0.3))
     held_out, merged = budget_search.zip(budget_search.best(0.3)), mtz_core.load("merged")
     assert held_out.state_dict().keys() == merged.state_dict().keys()
     assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in held_out.state_dict().items())

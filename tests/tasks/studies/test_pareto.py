@@ -22,7 +22,7 @@ from mtz_core.settings import Budget
 from mtz_core.statistics.calibration import as_batches
 from tasks.__main__ import main
 from tasks.artifacts.paths import Workspace
-from tasks.artifacts.statistics import read_moments, read_sensitivities
+from tasks.artifacts.statistics import read_traced
 from tasks.data.examples import read_examples, read_images
 from tasks.models.load import calibration, load_network, load_traced
 from tasks.params import load_params
@@ -86,16 +86,18 @@ def measured(sizes: str, methods: str, retraining: bool = False) -> list[Row]:
     return measure_rows(load_params(Path("params.yaml")), Workspace(Path()), asked)
 
 
-def spender_by_hand(**config: Any) -> BudgetSearch:
+def search_by_hand(**config: Any) -> BudgetSearch:
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    return BudgetSearch(
-        {name: load_traced(params, workspace, name) for name in "ab"},
-        {name: read_moments(workspace.hessians(name)) for name in "ab"},
-        {name: read_sensitivities(workspace.hessians(name)) for name in "ab"},
-        {name: as_batches(calibration(params, workspace, name), name) for name in "ab"},
-        dataclasses.replace(params.zip_config(), **config),
-        config["share"],
-    )
+    traced = {
+        name: dataclasses.replace(
+            read_traced(workspace, name, load_traced(params, workspace, name)),
+            batches=as_batches(calibration(params, workspace, name), name),
+        )
+        for name in "ab"
+    }
+    settings = dataclasses.replace(params.zip_config(), share=None, **config)
+    assert settings.budget is not None
+    return BudgetSearch(traced, settings, settings.budget)
 
 
 def wrong(network: Any, name: str) -> float:
@@ -118,7 +120,7 @@ def wrong(network: Any, name: str) -> float:
 )
 def test_the_table_says_what_evaluating_by_hand_says(project: Path, method: str, config: dict[str, Any]) -> None:
     rows = measured("0.7,0.85", method)
-    budget_search = spender_by_hand(**config)
+    budget_search = search_by_hand(**config)
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
     assert [row.task for row in rows] == ["a", "b", "a", "b"]
     assert rows[0].stored_fraction <= 0.7 < rows[2].stored_fraction <= 0.85
@@ -134,7 +136,7 @@ def test_the_table_says_what_evaluating_by_hand_says(project: Path, method: str,
         assert method != "drop" or row.shared_neurons == 0
         assert method != "paper" or row.shared_neurons > 0 == row.original_neurons - row.kept_neurons
         assert row.stored_fraction == row.stored_bytes / row.original_bytes
-        assert row.original_bytes == sum(network.bytes for network in budget_search.networks.values())
+        assert row.original_bytes == sum(own.network.bytes for own in budget_search.traced.values())
 
 
 def test_retrained_rows_are_those_of_the_retrained_network(project: Path) -> None:
@@ -142,7 +144,7 @@ def test_retrained_rows_are_those_of_the_retrained_network(project: Path) -> Non
     assert retrained[:2] == plain
     assert [row.retrained for row in retrained] == [False, False, True, True]
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    budget_search = spender_by_hand(budget=Budget(size=1.0, moves=("drop",)))
+    budget_search = search_by_hand(budget=Budget(size=1.0, moves=("drop",)))
     zipped = budget_search.zip(budget_search.best(0.5))
     originals = {name: load_network(params, workspace, name) for name in "ab"}
     data = [{name: read_images(Path("data") / name, split) for name in "ab"} for split in ("train", "validation")]
@@ -156,7 +158,7 @@ def test_the_models_own_metric_counts(project: Path) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(content))
     first, second = measured("0.9", "share")
     assert (first.metric, second.metric) == ("error", "balanced_error")
-    zipped = (budget_search := spender_by_hand(budget=Budget(size=1.0, moves=("share",)))).zip(budget_search.best(0.9))
+    zipped = (budget_search := search_by_hand(budget=Budget(size=1.0, moves=("share",)))).zip(budget_search.best(0.9))
     images, labels = read_examples(Path("data/b"), "test")
     with torch.no_grad():
         correct = zipped(images, "b").argmax(dim=1) == labels
