@@ -309,7 +309,7 @@ def run_node(
 
 def run(
     graph: LayerGraph, state: Mapping[str, Tensor], x: Shaped[Tensor, "batch ..."], training: bool = False
-) -> Float[Tensor, "batch ..."]:
+) -> Float[Tensor, "..."]:
     """Compute the output of a network. Values are freed after their last use.
 
     Args:
@@ -319,7 +319,7 @@ def run(
         training: Whether dropout is active and normalisations use (and update) the statistics of the batch.
 
     Returns:
-        The output.
+        The output. A network that squeezes its values drops a batch of one.
     """
     values: dict[str, Any] = {INPUT: x}
     for node in graph.nodes:

@@ -30,7 +30,7 @@ MODULES = [importlib.import_module(found.name) for found in pkgutil.walk_package
 AXIS = Axis(("g",), np.zeros(2, dtype=np.int64), np.arange(2))
 
 GIVEN = {"calibration", "data"}
-"""Parameters for what users give in many forms: the function itself says what is wrong with it."""
+"""Parameters for what users give in many forms, as in the façade. These functions refuse what is wrong themselves."""
 
 REFUSED: Mapping[str, Callable[[], object]] = {
     "a function's argument": lambda: invert(torch.eye(2)[:1]),
@@ -68,7 +68,7 @@ def test_every_public_tensor_has_a_shape():
         f"{name}: {parameter}"
         for name, function in public_functions()
         for parameter, hint in hints_of(function).items()
-        if has_bare_tensor(hint) and parameter not in GIVEN
+        if has_bare_tensor(hint) and parameter not in GIVEN and not name.startswith("mtz_core.facade.")
     ]
     assert bare == []
 

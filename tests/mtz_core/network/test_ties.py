@@ -145,7 +145,7 @@ def test_what_is_fixed_does_not_keep_labels_from_being_compressed(labels: Any, s
 
 
 def test_axes_along_which_labels_change() -> None:
-    assert varying(torch.zeros(1, 3, 1, 2)) == {-3, -1}
-    assert varying(torch.zeros(1, 1)) == set()
-    empty: Tensor = torch.zeros(())
+    assert varying(torch.zeros(1, 3, 1, 2).long()) == {-3, -1}
+    assert varying(torch.zeros(1, 1).long()) == set()
+    empty: Tensor = torch.zeros(()).long()
     assert varying(empty) == set()
