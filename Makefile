@@ -89,10 +89,10 @@ format: setup ## format the code and mend what can be mended
 	@$(BIN)/ruff check --fix .
 
 docs: setup ## build the documentation site into site/, with every link checked
-	@$(WITH_ENV) python -m mkdocs build --strict
+	@$(WITH_ENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 docs-serve: setup ## show the documentation site on this machine while you write, until Ctrl-C
-	@$(WITH_ENV) python -m mkdocs serve
+	@$(WITH_ENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs serve
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml, keeping versions that still fit
 	@$(UV) pip compile pyproject.toml --all-extras --group dev --constraint requirements-torch.txt \

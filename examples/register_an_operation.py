@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import mtz_core as mtz
-from mtz_core.network.operations import Operation, pointwise
 
 
 class Perceptron(nn.Module):
@@ -56,12 +55,12 @@ def main() -> None:
     try_to_trace(networks["one"], examples)
 
     print("It acts on every element alone, as a ReLU does. So its rule is `pointwise`.")
-    mtz.register_operation("asinh", Operation(pointwise))
+    mtz.register_operation("asinh", mtz.Operation(mtz.pointwise))
     zipped = mtz.zip_networks(networks, calibration=dict.fromkeys(networks, examples))
     print(zipped.report)
 
     print("\nA running sum does not act on every element alone. A rule that says so is wrong.")
-    mtz.register_operation("cumsum", Operation(pointwise))
+    mtz.register_operation("cumsum", mtz.Operation(mtz.pointwise))
     try_to_trace(Perceptron(running_sum), examples)
 
 

@@ -52,12 +52,6 @@ def train(network: nn.Module, pictures: Tensor, labels: Tensor, epochs: int) -> 
             optimizer.step()
 
 
-@torch.no_grad()
-def error(outputs: Tensor, labels: Tensor) -> float:
-    """Return the part of wrong answers, in percent."""
-    return 100 * float((outputs.argmax(dim=1) != labels).double().mean())
-
-
 def main() -> None:
     """Train, zip, compare, save, load, take one task out."""
     torch.manual_seed(0)
@@ -74,15 +68,15 @@ def main() -> None:
         networks,
         calibration=dict.fromkeys(networks, pictures[:2000]),
         config=mtz.ZipConfig(budget=mtz.Budget(size=0.4)),
+        on_progress=print,
     )
-    print(zipped.report)
+    print(f"\n{zipped.report}")
 
     unseen, truth = draw(4000, seed=1)
     print("\nErrors on new pictures, in percent:")
-    for task, network in networks.items():
-        before = error(network(unseen), truth[task])
-        after = error(zipped(unseen, task=task), truth[task])
-        print(f"  {task:<6} its own network {before:.2f}, the zipped network {after:.2f}")
+    test = {task: (unseen, labels) for task, labels in truth.items()}
+    for task, found in mtz.evaluate(zipped, test, originals=networks).items():
+        print(f"  {task:<6} its own network {found.original_error:.2f}, the zipped network {found.error:.2f}")
 
     with tempfile.TemporaryDirectory() as folder:
         zipped.save(folder)

@@ -72,9 +72,12 @@ def names() -> dict[str, Any]:
     """What snippets speak of without saying where it comes from."""
     torch.manual_seed(0)
     x = torch.randn(200, 1, 4, 4)
-    given: dict[str, Any] = dict.fromkeys(("x", "images_a", "images_b", "x_a", "x_b", "x_c", "x_d", "inputs"), x)
+    given: dict[str, Any] = dict.fromkeys(
+        ("x", "images_a", "images_b", "x_a", "x_b", "x_c", "x_d", "inputs", "test_a"), x
+    )
     given |= {name: perceptron(3).eval() for name in ("net_a", "net_b", "a", "b", "c", "d", "module", "network")}
-    return {**given, "example": x[:2], "labels": torch.zeros(200, dtype=torch.int64)}
+    labels = torch.zeros(200, dtype=torch.int64)
+    return {**given, "example": x[:2], "labels": labels, "labels_a": labels}
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if b.page != TUTORIAL], ids=str)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
+import mtz_core
 from docs.generated import filled, inside_links, meaning_of, schema_of, settings_page
 from flows.cli import app
 
@@ -84,3 +85,9 @@ def test_every_page_that_asks_for_something_can_be_filled() -> None:
         text = page.read_text()
         if "<!-- " in text and page.name not in ("contributing.md", "changelog.md"):
             assert "<!-- settings" not in filled(text) and "<!-- commands" not in filled(text)
+
+
+def test_every_public_name_of_the_core_is_documented() -> None:
+    pages = "\n".join(page.read_text() for page in Path("docs/reference").glob("*.md"))
+    for name in mtz_core.__all__:
+        assert f"\n::: mtz_core.{name}\n" in pages, name
