@@ -15,14 +15,12 @@ from flows.commands import check
 from flows.commands.check import NotReady, check_all, check_project
 from flows.spec.fleet_file import Fleet, GroupPlan
 from flows.spec.overrides import InvalidFleet
+from flows.spec.request import Request
 from mtz_core.errors import MtzError
 from tasks.models.example_networks import lenet_300_100
 from tasks.params import InvalidParams, StorageParams
 from tasks.registry import mlflow_client
 from tests.support.stages import make_lenets
-
-PARAMS, FLEET = Path("params.yaml"), Path("fleet.yaml")
-
 
 FILE = """
     version: 2
@@ -53,7 +51,7 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def checked(
     project: Path, groups: Sequence[str] = (), settings: Sequence[str] = ()
 ) -> tuple[Fleet, tuple[GroupPlan, ...]]:
-    return check_project(project, PARAMS, FLEET, groups, settings)
+    return check_project(Request(project, groups=tuple(groups), settings=tuple(settings)))
 
 
 def declare(project: Path, auto: bool, **changes: object) -> None:
@@ -125,7 +123,7 @@ def registries(monkeypatch: pytest.MonkeyPatch, home: Path, place: StorageParams
 
 def everything(project: Path, groups: Sequence[str], *settings: str) -> list[str]:
     told: list[str] = []
-    check_all(project, PARAMS, FLEET, groups, settings, told.append)
+    check_all(Request(project, groups=tuple(groups), settings=settings), told.append)
     return told
 
 

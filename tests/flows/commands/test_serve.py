@@ -1,6 +1,6 @@
 """`mtz ui` and `mtz s3`: what is started, what is told, and when."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,13 +62,13 @@ def test_the_variables_are_shell_commands(project: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("command", [serve_storage, export_storage])
-def test_a_storage_that_is_not_ours_is_not_served(project: Path, command: serve.OnProgress) -> None:
+def test_a_storage_that_is_not_ours_is_not_served(project: Path, command: Callable[..., None]) -> None:
     write(project, storage={"endpoint": "https://s3.example.org"})
     told: list[str] = []
     with pytest.raises(
         NotEmbedded, match=r"storage\.endpoint in params\.yaml is https://s3\.example\.org, not embedded"
     ):
-        command(project, PARAMS, told.append)  # type: ignore[call-arg]
+        command(project, PARAMS, told.append)
     assert told == []
 
 
