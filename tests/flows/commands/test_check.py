@@ -57,8 +57,10 @@ def checked(
 def declare(project: Path, auto: bool, **changes: object) -> None:
     """Let fleet.yaml declare the two networks, with changes to model b, in a group or for the planner."""
     network = {"network": "tasks.models.example_networks:lenet_300_100"}
-    models = {n: {**network, "source": f"networks/{n}.safetensors", "data": f"data/{n}"} for n in "ab"}
-    models["b"] |= changes
+    models: dict[str, dict[str, object]] = {
+        n: {**network, "source": f"networks/{n}.safetensors", "data": f"data/{n}"} for n in "ab"
+    }
+    models["b"].update(changes)
     groups = {"groups": "auto"} if auto else {"groups": {"pair": {"models": ["a", "b"]}}}
     (project / "fleet.yaml").write_text(yaml.safe_dump({"version": 2, "models": models, **groups}))
 

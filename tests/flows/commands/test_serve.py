@@ -10,6 +10,7 @@ import yaml
 
 from flows.commands import serve
 from flows.commands.serve import NotEmbedded, export_storage, serve_pages, serve_storage
+from flows.processes import servers
 from tasks.params import StorageParams
 from tasks.registry import mlflow_client
 
@@ -83,8 +84,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield SimpleNamespace(name=name, url=f"http://{name}", wait=lambda: found.append(f"{name} answers"))
         found.append(f"{name} ends")
 
-    monkeypatch.setattr(serve.servers, "prefect_server", lambda *_: server("Prefect"))
-    monkeypatch.setattr(serve.servers, "mlflow_server", lambda *_: server("MLflow"))
+    monkeypatch.setattr(servers, "prefect_server", lambda *_: server("Prefect"))
+    monkeypatch.setattr(servers, "mlflow_server", lambda *_: server("MLflow"))
     monkeypatch.setattr(mlflow_client, "prepare", lambda *_: found.append("registry is ready"))
     return found
 

@@ -35,7 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Measur
     root = tmp_path_factory.mktemp("fleet")
     contents = Contents(root / ".mtz" / "contents")
     access = Access(root, root / ".mtz", contents, Storage(None, "none", "", "", None), TrackingParams())
-    fleet, found = declared(root), {}
+    fleet, found = declared(root), dict[str, Measured]()
     for name, seed in SEEDS.items():
         torch.manual_seed(seed)
         network = perceptron().eval()

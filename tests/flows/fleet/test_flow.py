@@ -16,6 +16,9 @@ import yaml
 
 from flows.fleet import choose, flow
 from flows.fleet.flow import FleetBusy, FleetRun, zip_fleet
+from flows.jobs.executor import Done
+from flows.processes import servers
+from flows.results import webhook
 from flows.results.fleet_result import FleetFailed, last_run
 from flows.results.group_report import GroupReport
 from flows.spec.fleet_file import read_fleet
@@ -60,7 +63,7 @@ class Jobs:
     stored: set[str] = field(default_factory=set)
     check: Callable[[Job], None] = lambda job: None
 
-    def run(self, jobs: Sequence[Job], done: Callable[[Job, Mapping[str, Any]], None]) -> None:
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
         self.jobs.extend(jobs)
         for job in reversed(jobs):
             self.check(job)
@@ -281,7 +284,7 @@ def test_a_failed_group_fails_the_run_which_is_kept_all_the_same(
         "first": {"status": "refused", "reason": "small"},
     }
     monkeypatch.setattr(flow, "deployment", SimpleNamespace(id="by the clock"))
-    monkeypatch.setattr(flow.webhook, "notify", lambda values: f"warning: {values['counts']['failed']} unheard")
+    monkeypatch.setattr(webhook, "notify", lambda values: f"warning: {values['counts']['failed']} unheard")
     with pytest.raises(FleetFailed, match=r"^group 'third': no memory$") as failure:
         zip_fleet.fn(str(root))
     assert failure.value.result.warning == "warning: 1 unheard"
@@ -314,7 +317,7 @@ def test_workers_elsewhere_are_told_addresses_that_they_can_reach(
         served.append("starts")
         yield SimpleNamespace(url="http://127.0.0.1:5", wait=lambda: served.append("answers"))
 
-    monkeypatch.setattr(flow.servers, "mlflow_server", server)
+    monkeypatch.setattr(servers, "mlflow_server", server)
 
     def places(*settings: str) -> dict[str, Any]:
         common: Params = read_fleet(root / "params.yaml", root / "fleet.yaml", settings).common()

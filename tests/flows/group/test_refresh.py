@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flows.group import refresh
 from flows.group.dvc import Pipeline, Stage
 from flows.group.refresh import PipelineRun, lock_key
+from flows.group.stage import reproduce_stage
 from flows.results.stage_result import StageResult, StageStatus
 from flows.spec.job import Job
 from tasks.params import validate
@@ -209,6 +210,6 @@ def test_a_stage_is_given_what_the_parameters_say(dvc: Dvc, monkeypatch: pytest.
         calls.append((options["retries"], options["retry_jitter_factor"] > 0))
         return task
 
-    monkeypatch.setattr(refresh.reproduce_stage, "with_options", with_options)
+    monkeypatch.setattr(reproduce_stage, "with_options", with_options)
     assert prepared(dvc, kind=PipelineRun).run_stage("match", force=True) == StageResult("match", "executed")
     assert calls == [(3, True), ("g", "match", cast(Pipeline, dvc), Path("home"), True, 5)]

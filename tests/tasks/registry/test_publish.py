@@ -121,7 +121,7 @@ def test_the_model_is_stored_without_pickle_and_bytecode(
     publish.register_release(registry, home, store, release)
     files = store.names("mlflow/models")
     suffixes = {Path(file).suffix for file in files}
-    assert suffixes <= {"", ".json", ".yaml", ".txt", ".py", ".safetensors"}
+    assert suffixes <= {"", ".json", ".yaml", ".txt", ".py", ".typed", ".safetensors"}
     assert not any("__pycache__" in file for file in files)
     (requirements,) = [file for file in files if file.endswith("requirements.txt")]
     lines = store.client.get_object(Bucket=store.bucket, Key=store.key("mlflow/models", requirements))["Body"].read()
