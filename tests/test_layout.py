@@ -36,6 +36,22 @@ def test_a_test_file_mirrors_a_module(test: Path) -> None:
     assert mirrors != (str(test.relative_to(ROOT / "tests")) in SEVERAL)
 
 
+ELSEWHERE = {
+    "flows/__main__.py": "test_installation.py",
+    "flows/processes/warm_server.py": "flows/processes/test_warm.py",
+}
+"""Modules of flows whose tests are those of others."""
+
+
+def test_every_module_of_flows_has_a_test_file() -> None:
+    modules = [path.relative_to(ROOT) for path in (ROOT / "flows").rglob("*.py") if path.name != "__init__.py"]
+    untested = {
+        str(module) for module in modules if not (ROOT / "tests" / module.parent / f"test_{module.name}").is_file()
+    }
+    assert untested == ELSEWHERE.keys()
+    assert all((ROOT / "tests" / test).is_file() for test in ELSEWHERE.values())
+
+
 def imported(file: Path) -> set[str]:
     """The modules that a file imports anywhere in it, and the names that it imports from packages of tests."""
     found: set[str] = set()

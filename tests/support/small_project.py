@@ -2,12 +2,15 @@
 
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from flows.group.dvc import Pipeline, Stage
 from flows.group.workspace import Remote, cache_of, folder_of, held, prepare
+from flows.spec.job import Job
 from flows.spec.snapshot import Project
+from tasks.params import StorageParams
 from tasks.storage.contents import Contents
 from tests.support.waiting import PATIENCE_SECONDS
 
@@ -71,6 +74,18 @@ PARAMS = """
     evaluate: {value: 1}
 """
 
+GROUP_PARAMS = """
+    group: small
+    models:
+      digits: {network: "tasks.models.example_networks:lenet5", weights: networks/any, data: data/digits.txt}
+      fashion: {network: "tasks.models.example_networks:lenet5", weights: networks/any, data: data/fashion}
+    collect: {images: 1}
+    match: {share: 1.0}
+    evaluate: {batch_size: 1}
+    register: {name: small}
+"""
+"""What params.yaml says where it is validated; the stages read none of it."""
+
 STAGES = ("collect@digits", "collect@fashion", "match", "evaluate")
 
 
@@ -83,6 +98,20 @@ def make_project(root: Path) -> None:
     (root / "params.yaml").write_text(textwrap.dedent(PARAMS))
     (root / "data" / "digits.txt").write_text("0123456789\n")
     (root / "data" / "fashion").write_text("coat\n")
+
+
+def job_of(
+    root: Path, contents: Contents, place: StorageParams, group: str, kind: Literal["group", "model"] = "group"
+) -> Job:
+    """A job of the project as it is now, whose snapshot the storage has."""
+    params = {**yaml.safe_load(textwrap.dedent(GROUP_PARAMS)), "group": group, "storage": place.model_dump()}
+    if kind == "model":
+        params["models"] = {group: params["models"][group]}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    taken = Project(root, contents).take(params)
+    fingerprint = taken.keep(contents)
+    contents.upload({fingerprint, *taken.files.values()})
+    return Job(fleet="fleet", kind=kind, group=group, fingerprint=fingerprint, settings=params, run="run")
 
 
 def params_of(root: Path, **blocks: dict[str, object]) -> dict[str, object]:

@@ -11,7 +11,14 @@ from prefect import flow
 
 from flows.jobs import pool
 from tasks.home import find_home
+from tasks.storage.s3 import Storage
 from tests.support.waiting import until
+
+WORK = "tests.support.tiny_jobs:work"
+"""The function that runs a tiny job."""
+
+STORE = Storage(endpoint=None, bucket="never-used", prefix="", region="", client=None)
+"""A storage for executors that have no use for it."""
 
 
 def job(group: str, trail: Path, **settings: Any) -> dict[str, Any]:
@@ -23,6 +30,11 @@ def job(group: str, trail: Path, **settings: Any) -> dict[str, Any]:
         "settings": {"runtime": {"threads": 1}, "trail": str(trail), **settings},
         "run": "run",
     }
+
+
+def begun(trail: Path, group: str) -> list[int]:
+    """The processes in which a group's job has begun."""
+    return [int(file.suffix[1:]) for file in trail.glob(f"{group}.*")]
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

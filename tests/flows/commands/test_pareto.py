@@ -10,16 +10,7 @@ from flows.cli import app
 from flows.commands.pareto import needed_by
 from flows.group.dvc import Stage
 from tasks.studies.pareto import Row, write
-
-PARAMS = """
-    group: small
-    models:
-      digits: {network: "tasks.models.example_networks:lenet5", weights: networks/any, data: data/digits.txt}
-      fashion: {network: "tasks.models.example_networks:lenet5", weights: networks/any, data: data/fashion}
-    collect: {images: 1}
-    match: {share: 1.0}
-    register: {name: small}
-"""
+from tests.support.small_project import GROUP_PARAMS
 
 MEASURES = """
     import pathlib, shutil, sys
@@ -55,7 +46,7 @@ def row(method: str, task: str, stored: int, error: float, least: float = 0.1) -
 @pytest.fixture
 def measured(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small project, with a `tasks` of its own; the workspace is brought that one."""
-    (project / "params.yaml").write_text(textwrap.dedent(PARAMS))
+    (project / "params.yaml").write_text(textwrap.dedent(GROUP_PARAMS))
     (project / "fleet.yaml").write_text("groups: {small: {}, other: {collect: {images: 2}, register: {name: other}}}")
     (project / "networks").mkdir()
     (project / "networks" / "any").touch()

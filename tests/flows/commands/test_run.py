@@ -1,29 +1,29 @@
 """`mtz run` on the small project: real Prefect, DVC and S3 servers, groups that succeed and fail."""
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from flows.commands import run, schedule
+from flows.commands.run import deploy_fleet, retry_failed, run_fleet
+from flows.processes.servers import ServiceFailed
+from flows.results.fleet_result import FleetResult, last_run
+from flows.results.group_report import GroupReport, Status
+from flows.spec.request import Request, Timetable
+from tasks.files import write_json
 from tests.support import prefect_server
 from tests.support.command_line import ROOT, mtz, start
-from tests.support.small_project import is_alive, make_project
+from tests.support.small_project import GROUP_PARAMS, is_alive, make_project
 from tests.support.waiting import PATIENCE_SECONDS, until
 
-PARAMS = """
-    group: small
-    models:
-      digits: {network: "tasks.models.example_networks:lenet5", weights: networks/any, data: data/digits.txt}
-      fashion: {network: "tasks.models.example_networks:lenet5", weights: networks/any, data: data/fashion}
-    collect: {images: 1}
-    match: {share: 1.0}
-    evaluate: {batch_size: 1}
-    register: {name: small}
-    flow: {workers: 2, retries: 1, retry_delay_seconds: 0}
-"""
+PARAMS = f"{GROUP_PARAMS}    flow: {{workers: 2, retries: 1, retry_delay_seconds: 0}}\n"
 
 FLEET = """
     version: 2
@@ -130,3 +130,69 @@ def test_a_group_runs_and_dvc_by_hand_reaches_its_data(project: Path, prefect_ur
     status, out, err = mtz(project, "dvc", "--group", "good", "--", "status", "--cloud")
     assert status == 0, err
     assert "are in sync" in out + err
+
+
+def ended(project: Path, **groups: Status) -> None:
+    """Write down a last run whose groups ended so."""
+    reports = [GroupReport(group, status) for group, status in groups.items()]
+    values = FleetResult("nightly", "run", "now", reports, 1.0, 1).as_values()
+    write_json(last_run(project / ".mtz", "nightly"), values)
+
+
+def test_only_what_failed_is_retried(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MTZ_HOME", raising=False)
+    runs: list[tuple[str, ...]] = []
+    monkeypatch.setattr(run, "run_fleet", lambda request, debug: runs.append(request.groups))
+    ended(project, good="merged", slow="failed")
+    retry_failed(Request(project))
+    ended(project, good="merged", slow="refused")
+    retry_failed(Request(project))
+    assert runs == [("slow",)]
+    assert capsys.readouterr().out == "Nothing to retry: no group failed in the last run.\n"
+
+
+def test_a_server_that_does_not_answer_is_told_and_nothing_runs(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"})
+    with pytest.raises(ServiceFailed, match=r"no Prefect server answers at PREFECT_API_URL"):
+        run_fleet(Request(project))
+    assert capsys.readouterr().out == "Fleet 'nightly': groups good, slow\n"
+
+
+def test_a_large_fleet_is_named_by_some_of_its_groups(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = {f"g{number}": {"register": {"name": f"g{number}"}} for number in range(10)}
+    (project / "old.yaml").write_text(yaml.safe_dump({"groups": groups}))
+    monkeypatch.setattr(os, "environ", {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"})
+    with pytest.raises(ServiceFailed):
+        run_fleet(Request(project, fleet=Path("old.yaml")))
+    told = capsys.readouterr().out
+    assert "groups g0, g1, g2, g3, g4, g5, g6, g7 and 2 more\n" in told
+    assert "old.yaml is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it.\n" in told
+
+
+@pytest.mark.parametrize(("executor", "pool"), [("local", None), ("pool", "jobs")])
+def test_a_fleet_is_deployed_under_its_name_with_the_pool_of_its_groups(
+    project: Path, executor: str, pool: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def deploy(*given: Any) -> str:
+        calls.append(given)
+        return f"zip-fleet/{given[1]}"
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(schedule, "deploy", deploy)
+    monkeypatch.setattr(schedule, "status", lambda *given: calls.append(given))
+    told: list[str] = []
+    request = Request(project, settings=(f"flow.executor={executor}", "flow.pool=jobs"))
+    deploy_fleet(request, None, Timetable("0 2 * * *"), "fleets", told.append)
+    deploy_fleet(request, "other", Timetable("0 2 * * *"), "fleets", told.append)
+    assert [call[1] for call in calls[::2]] == ["nightly", "other"]
+    assert calls[0][2:] == (Timetable("0 2 * * *"), "fleets", pool)
+    assert told[0] == "deployed: zip-fleet/nightly, 0 2 * * * (UTC)"
+    assert calls[1][0] == "zip-fleet/nightly"
