@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
@@ -320,7 +320,7 @@ def _validation(data: Validation | Labelled, task: str) -> Validation:
     return data if isinstance(data, Validation) else Validation(*_labelled(data, task))
 
 
-def _labelled(data: Labelled, task: str) -> tuple[Shaped[Tensor, "n ..."], Int64[Tensor, " n"]]:
+def _labelled(data: Labelled, task: str) -> tuple[Shaped[Tensor, "_ ..."], Shaped[Tensor, "_ ..."]]:
     """Return all examples and labels of a task."""
     whole = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
     pairs: list[Any] = [data] if whole else list(data)

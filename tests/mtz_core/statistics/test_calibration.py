@@ -57,13 +57,13 @@ def test_data_that_cannot_calibrate_are_refused(data: Tensor | list[Tensor], mes
 @pytest.mark.parametrize(
     "data",
     [
-        [(torch.zeros(4, 3), torch.zeros(4))],
+        [(torch.zeros(4, 3), torch.zeros(4), torch.zeros(4))],
         [torch.zeros(4, 3).numpy()],
         torch.zeros(4, 3).numpy(),
         torch.tensor(1.0),
         5,
     ],
-    ids=["images and labels", "batches of numpy", "numpy", "scalar", "number"],
+    ids=["triples", "batches of numpy", "numpy", "scalar", "number"],
 )
 def test_data_that_are_not_tensors_are_refused(data: list[Tensor]) -> None:
     with pytest.raises(InvalidCalibration, match="'digits'"):
