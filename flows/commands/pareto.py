@@ -82,7 +82,7 @@ def draw_pareto(
 def _bring_up_to_date(pipeline: Pipeline, stages: Sequence[Stage], on_progress: Callable[[str], None]) -> None:
     """Restore or run those stages that `match` needs and that DVC reports as changed."""
     needed = needed_by(stages, MATCH)
-    if not pipeline.changed() & needed:
+    if not pipeline.changes().keys() & needed:
         return
     on_progress("looking for earlier results")
     pipeline.restore()

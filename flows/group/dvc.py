@@ -80,9 +80,19 @@ class Pipeline:
             for stage in found
         )
 
-    def changed(self) -> frozenset[str]:
-        """Return the stages whose command, dependencies or outputs differ from the recorded ones."""
-        return frozenset(self._json(("dvc", "--wait-for-lock", "status", "--json")))
+    def changes(self) -> dict[str, frozenset[str]]:
+        """Return the stages whose command, dependencies or outputs differ from the recorded ones.
+
+        Returns:
+            For each such stage, the paths of the dependencies that differ.
+        """
+        found = self._json(("dvc", "--wait-for-lock", "status", "--json"))
+        return {
+            stage: frozenset(
+                path for reason in reasons if isinstance(reason, dict) for path in reason.get("changed deps", ())
+            )
+            for stage, reasons in found.items()
+        }
 
     def reproduce(
         self, stage: str, *, force: bool = False, on_progress: Callable[[str], None] = lambda line: None

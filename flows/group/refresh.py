@@ -17,7 +17,7 @@ from flows.group.stage import reproduce_stage
 from flows.results import progress
 from flows.results.stage_result import StageResult, StageStatus
 from flows.spec.job import Job
-from flows.spec.snapshot import Snapshot
+from flows.spec.snapshot import CODE, Snapshot
 from tasks.files import whole_file
 from tasks.params import Params, StorageParams, validate
 from tasks.storage import s3
@@ -57,9 +57,13 @@ class PipelineRun:
         missing = frozenset[str]()
         if not (self.pipeline.folder / _LOCK).exists():
             missing = self._fetch_locks()
-        changed = self.pipeline.changed() if (self.pipeline.folder / _LOCK).exists() else self._all()
+        recorded = (self.pipeline.folder / _LOCK).exists()
+        changes = self.pipeline.changes() if recorded else dict.fromkeys(self._all(), frozenset[str]())
+        if of_code := [stage for stage, paths in changes.items() if any(Path(path).parts[0] in CODE for path in paths)]:
+            count = f"{len(of_code)} of {len(self.stages)} stages"
+            progress.current.get().note(self.name, f"code has changed since the last run: {count} depend on it")
         restored = frozenset[str]()
-        if missing & changed:
+        if missing & changes.keys():
             progress.current.get().busy(self.name, "fetching earlier results")
             restored = self.pipeline.restore()
         results: dict[str, StageResult] = {}
@@ -67,7 +71,7 @@ class PipelineRun:
             touched = any(results[name].outcome != "unchanged" for name in stage.needs)
             if stage.name in restored:
                 results[stage.name] = self._done(stage, "restored")
-            elif touched or stage.name in changed:
+            elif touched or stage.name in changes:
                 results[stage.name] = self.run_stage(stage.name)
             else:
                 results[stage.name] = self._done(stage, "unchanged")

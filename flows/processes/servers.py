@@ -24,7 +24,7 @@ class ServiceFailed(MtzError):
 
 
 @dataclass(frozen=True)
-class Server:
+class StartedServer:
     """A server that was started and may not answer yet.
 
     Attributes:
@@ -103,7 +103,7 @@ def check_own_prefect_server() -> None:
 
 
 @contextmanager
-def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
+def prefect_server(home: Path, port: int | None = None) -> Iterator[StartedServer]:
     """Start Prefect's server with its database in the home; yield at once, and stop it at the end of the block."""
     port = port or free_port()
     options = ("--host", _HOST, "--port", str(port), "--analytics-off", "--log-level", "WARNING")
@@ -122,7 +122,9 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[Server]:
 
 
 @contextmanager
-def mlflow_server(home: Path, store: str, environment: Mapping[str, str], port: int | None = None) -> Iterator[Server]:
+def mlflow_server(
+    home: Path, store: str, environment: Mapping[str, str], port: int | None = None
+) -> Iterator[StartedServer]:
     """Start MLflow's server on the tracking store; stop it at the end of the block.
 
     Args:
@@ -145,14 +147,14 @@ def mlflow_server(home: Path, store: str, environment: Mapping[str, str], port: 
 @contextmanager
 def _serving(
     name: str, command: Sequence[str], port: int, health: str, home: Path, environment: Mapping[str, str]
-) -> Iterator[Server]:
+) -> Iterator[StartedServer]:
     log = home / "logs" / f"{name.lower()}-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         output = stack.enter_context(log.open("wb"))
         child = Child(command, home, python_environment(**environment), output, server=True)
         stack.callback(child.stop)
-        yield Server(name, f"http://{_HOST}:{port}", health, log, child)
+        yield StartedServer(name, f"http://{_HOST}:{port}", health, log, child)
 
 
 def free_port(preferred: int = 0) -> int:

@@ -19,7 +19,7 @@ from flows.results.group_report import Status
 from flows.results.stage_result import StageResult
 
 
-class Progress(Protocol):
+class ProgressReceiver(Protocol):
     """A receiver of what happens in the groups, called from several threads."""
 
     def planned(self, group: str, stages: int) -> None:
@@ -30,6 +30,9 @@ class Progress(Protocol):
 
     def show_line(self, group: str, line: str) -> None:
         """Receive a line of output of what a group is doing."""
+
+    def note(self, group: str, text: str) -> None:
+        """Receive what people should know of a group, beside its stages."""
 
     def finished(self, group: str, result: StageResult) -> None:
         """Receive the result of a stage that is up to date."""
@@ -50,6 +53,9 @@ class Silent:
     def show_line(self, group: str, line: str) -> None:
         """Do nothing."""
 
+    def note(self, group: str, text: str) -> None:
+        """Do nothing."""
+
     def finished(self, group: str, result: StageResult) -> None:
         """Do nothing."""
 
@@ -57,7 +63,7 @@ class Silent:
         """Do nothing."""
 
 
-current: ContextVar[Progress] = ContextVar("current", default=Silent())  # noqa: B039 - it has no state
+current: ContextVar[ProgressReceiver] = ContextVar("current", default=Silent())  # noqa: B039 - it has no state
 """The receiver for the flows of this context."""
 
 
@@ -67,18 +73,19 @@ class Lines(Silent):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def _print(self, group: str, text: str) -> None:
+    def note(self, group: str, text: str) -> None:
+        """Print it."""
         self._console.print(Text(f"[{group}] {text}"), soft_wrap=True)
 
     def finished(self, group: str, result: StageResult) -> None:
         """Print the outcome of a stage, unless it was unchanged."""
         if result.outcome != "unchanged":
             seconds = f" ({result.seconds:.1f} s)" if result.seconds else ""
-            self._print(group, f"{result.stage}: {result.outcome}{seconds}")
+            self.note(group, f"{result.stage}: {result.outcome}{seconds}")
 
     def ended(self, group: str, status: Status, reason: str = "") -> None:
         """Print how the group ended."""
-        self._print(group, f"{status}: {reason}" if reason else status)
+        self.note(group, f"{status}: {reason}" if reason else status)
 
 
 _ALL_SHOWN = 20
@@ -107,7 +114,8 @@ class _Row:
 class Display(Silent):
     """A live table: group, stages done, current step, its last line, elapsed time."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._rows: dict[str, _Row] = {}
         self._guard = threading.Lock()
 
@@ -124,6 +132,10 @@ class Display(Silent):
         """Set the last line of a group, unless it is blank."""
         if line.strip():
             self._row(group).line = line.strip()
+
+    def note(self, group: str, text: str) -> None:
+        """Print it above the table, where it stays."""
+        self._console.print(Text(f"[{group}] {text}"))
 
     def finished(self, group: str, result: StageResult) -> None:
         """Count a stage of a group as done."""
@@ -170,7 +182,7 @@ def shown(console: Console, quiet: bool = False) -> Iterator[None]:
         Nothing.
     """
     live = console.is_terminal and not quiet
-    progress = Display() if live else Lines(console)
+    progress = Display(console) if live else Lines(console)
     token = current.set(progress)
     try:
         if isinstance(progress, Display):

@@ -50,8 +50,8 @@ class NotUnderstood(Exception):
     """An operator treats neurons in a way that no rule covers. The message says which."""
 
 
-Arguments = Mapping[str, Any]
-Rule = Callable[[Ties, Node, Arguments, Any], Int64[Tensor, "..."] | Sequence[Int64[Tensor, "..."]]]
+RuleArguments = Mapping[str, Any]
+Rule = Callable[[Ties, Node, RuleArguments, Any], Int64[Tensor, "..."] | Sequence[Int64[Tensor, "..."]]]
 """Ties the labels of an operator's operands as far as required, and returns the labels of its output (or outputs)."""
 
 
@@ -94,7 +94,7 @@ def operands(arguments: Any) -> Iterable[Value]:
             yield from operands(part)
 
 
-def pointwise(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def pointwise(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of what acts on every element alone: elements that meet are tied."""
     values = list(operands(arguments))
     met = [value for value in values if not value.constant] or values
@@ -154,7 +154,7 @@ def _distinct(values: Tensor) -> Tensor:
     return compress(values.unique(return_inverse=True)[1]) if values.numel() > 1 else torch.zeros_like(values).long()
 
 
-def movement(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
+def movement(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
     """The rule of what moves elements: the operator is run on the labels. What it fills in belongs to no neuron."""
     moved = {name: _movable(argument) for name, argument in arguments.items()}
     if node.kind == "pad" and arguments.get("mode", "constant") != "constant":
@@ -174,14 +174,14 @@ def _movable(argument: Any) -> Any:
     return argument
 
 
-def _axes(arguments: Arguments, ndim: int) -> list[int]:
+def _axes(arguments: RuleArguments, ndim: int) -> list[int]:
     given = arguments.get("dim")
     if given is None or given == []:
         return list(range(ndim))
     return [axis % ndim for axis in ([given] if isinstance(given, int) else given)]
 
 
-def reduction(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
+def reduction(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
     """The rule of sums and the like over the axes `dim`, or over all."""
     value: Value = arguments["self"]
     axes = _axes(arguments, value.labels.ndim)
@@ -192,14 +192,14 @@ def reduction(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
     return [labels] * len(parts) if isinstance(out, (list, tuple)) else labels
 
 
-def along(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def along(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of soft-max and the like: every element meets all others along an axis, but stays itself."""
     value: Value = arguments["self"]
     ties.symmetric(value.labels, _axes(arguments, value.labels.ndim))
     return ties.resolve(value.labels)
 
 
-def gated(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def gated(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of a gated linear unit: the second half of an axis gates the first."""
     first, second = arguments["self"].everywhere.chunk(2, dim=arguments.get("dim", -1))
     return compress(ties.resolve(_meet(ties, first, second)))
@@ -215,7 +215,7 @@ def window(axes: int) -> Rule:
         The rule. It raises `NotUnderstood` if the window runs over neurons.
     """
 
-    def rule(ties: Ties, node: Node, arguments: Arguments, out: Any) -> Any:
+    def rule(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
         (value,) = (v for v in operands(arguments) if v.meta.is_floating_point())
         labels = compress(ties.resolve(value.labels))
         if any(size > 1 for size in labels.shape[-axes:]):
@@ -250,7 +250,7 @@ def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Itera
     return ties.resolve(labels)
 
 
-def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def batch_norm(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of batch normalisation: every channel (axis 1) has constants of its own.
 
     Args:
@@ -271,13 +271,13 @@ def batch_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor,
     return _normalise(ties, arguments["input"].labels, (1,), constants)
 
 
-def instance_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def instance_norm(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of instance normalisation: every channel of every example is normalised by itself."""
     constants = (arguments.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
     return _normalise(ties, arguments["input"].labels, (1,), constants)
 
 
-def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def layer_norm(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of layer and root-mean-square normalisation over the last axes."""
     value: Value = arguments["input"]
     ndim = value.labels.ndim
@@ -288,7 +288,7 @@ def layer_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor,
     return ties.resolve(labels)
 
 
-def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def group_norm(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of group normalisation: channels stay in their group."""
     labels = _normalise(ties, arguments["input"].labels, (1,), (arguments.get(name) for name in ("weight", "bias")))
     groups = int(arguments["num_groups"])
@@ -297,7 +297,7 @@ def group_norm(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor,
     return labels
 
 
-def matmul(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def matmul(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of a product of two values, as in attention.
 
     Args:
@@ -359,7 +359,7 @@ def _but(labels: Tensor, axis: int) -> list[int]:
     return [a for a in range(labels.ndim) if a != axis % labels.ndim]
 
 
-def attention(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def attention(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of scaled dot-product attention: query and key are tied within a head, the head to its values."""
     query, key, value = (arguments[name].labels for name in ("query", "key", "value"))
     if arguments.get("enable_gqa"):
@@ -381,7 +381,7 @@ def attention(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, 
     return _contract(ties, weights, shape, value, value_shape)
 
 
-def nothing(ties: Ties, node: Node, arguments: Arguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def nothing(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """The rule of what makes new values that come from no neuron."""
     return torch.full([1] * out.ndim, FIXED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from flows.group import refresh
 from flows.group.dvc import Pipeline, Stage
 from flows.group.refresh import PipelineRun, lock_key
 from flows.group.stage import reproduce_stage
+from flows.results import progress
 from flows.results.stage_result import StageResult, StageStatus
 from flows.spec.job import Job
 from tasks.params import validate
@@ -50,13 +53,14 @@ class Dvc:
 
     folder: Path
     altered: set[str] = field(default_factory=set)
+    paths: frozenset[str] = frozenset()
     restorable: set[str] = field(default_factory=set)
     results: dict[str, StageStatus] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
-    def changed(self) -> frozenset[str]:
+    def changes(self) -> dict[str, frozenset[str]]:
         self.asked.append("changed")
-        return frozenset(self.altered)
+        return dict.fromkeys(self.altered, self.paths)
 
     def restore(self) -> frozenset[str]:
         self.asked.append("restore")
@@ -129,6 +133,24 @@ def test_what_reads_a_stage_that_ran_runs_and_nothing_else(dvc: Dvc) -> None:
         **dict.fromkeys(("match", "merge", "evaluate"), "unchanged"),
     }
     assert dvc.asked == ["changed", "collect@b", "match"], "the same output stops the wave"
+
+
+@pytest.mark.parametrize(
+    ("paths", "note"),
+    [
+        ({"mtz_core/network", "data/a"}, ["[g] code has changed since the last run: 2 of 5 stages depend on it"]),
+        ({"tasks/files.py"}, ["[g] code has changed since the last run: 2 of 5 stages depend on it"]),
+        ({"data/a", "networks/tasks"}, []),
+    ],
+)
+def test_a_change_of_code_is_said_once(dvc: Dvc, paths: set[str], note: list[str]) -> None:
+    (dvc.folder / "dvc.lock").write_bytes(lock(*NEEDS))
+    dvc.altered, dvc.paths = {"match", "evaluate"}, frozenset(paths)
+    console = Console(file=io.StringIO(), record=True)
+    token = progress.current.set(progress.Lines(console))
+    prepared(dvc).bring_up_to_date()
+    progress.current.reset(token)
+    assert [line for line in console.export_text().splitlines() if "code" in line] == note
 
 
 @settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))

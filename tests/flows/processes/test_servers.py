@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from flows.processes import servers
-from flows.processes.servers import Server, ServiceFailed, check_own_prefect_server, free_port, prefect_environment
+from flows.processes.servers import (
+    ServiceFailed,
+    StartedServer,
+    check_own_prefect_server,
+    free_port,
+    prefect_environment,
+)
 
 
 @pytest.fixture
@@ -71,7 +77,7 @@ def test_the_users_server_is_asked_for_its_health(
         check_own_prefect_server()
 
 
-def serving(home: Path, *command: str, health: str = "/") -> AbstractContextManager[Server]:
+def serving(home: Path, *command: str, health: str = "/") -> AbstractContextManager[StartedServer]:
     port = free_port()
     given = [word.replace("PORT", str(port)) for word in command]
     return servers._serving("Toy", given, port, health, home, {"MARK": "1"})

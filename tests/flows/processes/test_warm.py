@@ -312,7 +312,7 @@ def test_dvc_and_its_stages(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         return _start_cold(arguments, *rest)
 
     monkeypatch.setattr("flows.processes.child._start_cold", counted)
-    assert pipeline.changed() == {"good", "killed", "orphan"}
+    assert pipeline.changes().keys() == {"good", "killed", "orphan"}
     assert len(cold_starts) == 1
     with warm.serving(tmp_path / ".mtz"):
         lines: list[str] = []
@@ -323,7 +323,7 @@ def test_dvc_and_its_stages(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(StageFailed, match=r"was killed \(signal 9\)") as failure:
                 pipeline.reproduce(stage)
             assert failure.value.can_be_retried
-        assert pipeline.changed() == {"killed", "orphan"}
+        assert pipeline.changes().keys() == {"killed", "orphan"}
     assert len(cold_starts) == 1, "DVC did not start anew"
 
 

@@ -41,7 +41,7 @@ def test_lines_tell_of_work_and_of_ends_alone() -> None:
 
 
 def test_the_table_says_where_each_group_is() -> None:
-    display = Display()
+    display = Display(Console())
     display.planned("g", 4)
     assert rows(display)[0][1:4] == ["g", "0/4", "waiting"]
     display.finished("g", StageResult("collect@a", "unchanged"))
@@ -58,7 +58,7 @@ def test_the_table_says_where_each_group_is() -> None:
 def test_the_clock_of_an_ended_group_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("flows.results.progress.time.monotonic", lambda: now[0])
-    display = Display()
+    display = Display(Console())
     display._rows["g"] = progress._Row(start=100.0)
     now[0] = 107.0
     display.ended("g", "merged")
@@ -68,7 +68,7 @@ def test_the_clock_of_an_ended_group_stands_still(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("count", [20, 21])
 def test_of_a_large_fleet_only_what_is_worth_a_look_is_shown(count: int) -> None:
-    display = Display()
+    display = Display(Console())
     for number in range(count - 2):
         display.ended(f"same-{number}", "unchanged")
     display.ended("bad", "failed", "why")
@@ -96,3 +96,9 @@ def test_flows_report_to_what_fits_the_console_and_to_nothing_afterwards(
     with pytest.raises(KeyError), shown(own):
         raise KeyError
     assert type(progress.current.get()) is Silent
+
+
+def test_a_note_stays_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    for receiver in (Lines(Console()), Display(Console())):
+        receiver.note("g", "code has changed")
+    assert capsys.readouterr().out == "[g] code has changed\n" * 2
