@@ -1,13 +1,22 @@
-"""For all tests: shape annotations of mtz_core are checked, and the longest tests come first.
+"""For all tests: shape annotations of mtz_core are checked, the longest tests come first, one S3 server serves all.
 
-So no worker is left with a long test when all others are done. ``MTZ_SHAPES=unchecked`` switches the checks off.
+With the longest first, no worker is left with a long test when all others are done. ``MTZ_SHAPES=unchecked`` switches
+the checks off.
 """
 
 import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import shapes
+
+if TYPE_CHECKING:
+    from tasks.storage.s3 import Storage, StorageSettings
+    from tests.support.services import Place
 
 if os.environ.get("MTZ_SHAPES") != "unchecked":
     shapes.install()  # before anything imports mtz_core
@@ -15,3 +24,36 @@ if os.environ.get("MTZ_SHAPES") != "unchecked":
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `.mtz` folder of the session's services."""
+    return tmp_path_factory.mktemp("project") / ".mtz"
+
+
+@pytest.fixture(scope="session")
+def session_store(home: Path) -> Iterator["Storage"]:
+    """Keeps the session's S3 server up."""
+    from tasks.storage import s3
+    from tests.support.services import Place
+
+    with s3.connect(Place(), home) as store:
+        yield store
+
+
+@pytest.fixture
+def own_place(session_store: "Storage", request: pytest.FixtureRequest) -> "Place":
+    """A storage of this test's own: a prefix on the session's server."""
+    from tests.support.services import Place
+
+    return Place(prefix="tests/" + re.sub(r"\W", "-", request.node.name))
+
+
+@pytest.fixture
+def store(place: "StorageSettings", home: Path) -> Iterator["Storage"]:
+    """The storage of the folder's fixture `place`, open."""
+    from tasks.storage import s3
+
+    with s3.connect(place, home) as opened:
+        yield opened

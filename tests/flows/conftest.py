@@ -1,5 +1,5 @@
+import dataclasses
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +7,8 @@ import pytest
 
 from flows.processes import warm
 from tasks.params import StorageParams
-from tasks.storage import s3
-from tasks.storage.s3 import Storage
 from tasks.warm_client import VARIABLE
+from tests.support.services import Place
 from tests.support.small_project import Group, make_project
 
 
@@ -41,27 +40,7 @@ def group(project: Path) -> Group:
     return Group(project)
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An `.mtz` folder whose S3 server stays up for the session."""
-    return tmp_path_factory.mktemp("home") / ".mtz"
-
-
-@pytest.fixture(scope="session")
-def session_store(home: Path) -> Iterator[Storage]:
-    """Keeps that server up."""
-    with s3.connect(StorageParams(), home) as store:
-        yield store
-
-
 @pytest.fixture
-def place(session_store: Storage, request: pytest.FixtureRequest) -> StorageParams:
-    """A storage of this test's own: a prefix on the session's server."""
-    return StorageParams(prefix="tests/" + re.sub(r"\W", "-", request.node.name))
-
-
-@pytest.fixture
-def store(place: StorageParams, home: Path) -> Iterator[Storage]:
-    """That storage, open."""
-    with s3.connect(place, home) as opened:
-        yield opened
+def place(own_place: Place) -> StorageParams:
+    """A storage of this test's own, as settings."""
+    return StorageParams(**dataclasses.asdict(own_place))

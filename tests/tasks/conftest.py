@@ -1,8 +1,6 @@
-"""Real services for the tests of the stages: one embedded S3 server for the whole session."""
+"""Networks, a registry and a project for the tests of the stages."""
 
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,6 @@ from torch import nn
 
 import mtz_core
 from tasks.registry import mlflow_client
-from tasks.storage import s3
-from tasks.storage.s3 import Storage
 from tests.support.services import Place, Registry
 
 
@@ -26,30 +22,10 @@ def no_foreign_aws_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `.mtz` folder of the session's services."""
-    return tmp_path_factory.mktemp("project") / ".mtz"
-
-
-@pytest.fixture(scope="session")
-def session_store(home: Path) -> Iterator[Storage]:
-    """Keeps the session's S3 server up."""
-    with s3.connect(Place(), home) as store:
-        yield store
-
-
 @pytest.fixture
-def place(session_store: Storage, request: pytest.FixtureRequest) -> Place:
-    """A storage of this test's own: a prefix on the session's server."""
-    return Place(prefix="tests/" + re.sub(r"\W", "-", request.node.name))
-
-
-@pytest.fixture
-def store(place: Place, home: Path) -> Iterator[Storage]:
-    """That storage, open."""
-    with s3.connect(place, home) as opened:
-        yield opened
+def place(own_place: Place) -> Place:
+    """A storage of this test's own."""
+    return own_place
 
 
 @pytest.fixture(scope="session")
