@@ -70,8 +70,12 @@ def measure(metric: str, outputs: Float[Tensor, "n classes"], labels: Int64[Tens
     return value
 
 
-def check_labels(labels: Int64[Tensor, " n"], examples: int, classes: int, task: str) -> None:
+def check_labels(labels: Shaped[Tensor, "..."], examples: int, classes: int, task: str) -> None:
     """Raises `InvalidCalibration` unless every example has a label that is one of the classes."""
+    if labels.ndim != 1:
+        raise InvalidCalibration(
+            f"the labels of {task!r} have shape {list(labels.shape)}. Give each example one number, its class."
+        )
     if len(labels) != examples:
         raise InvalidCalibration(f"{task!r} has {len(labels)} labels for {examples} examples. Give one for each.")
     if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
-from mtz_core.evaluation import METRICS, agreement, check_labels, measure, outputs_of
+from mtz_core.evaluation import METRICS, Classifier, agreement, check_labels, measure, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task
@@ -78,7 +78,7 @@ def zip_networks(
     calibration: Mapping[str, Tensor | Iterable[Any]],
     config: ZipConfig | None = None,
     *,
-    validation: Mapping[str, Validation | Labelled] | None = None,
+    validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None = None,
     retraining: RetrainConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> ZippedNetwork:
@@ -91,7 +91,8 @@ def zip_networks(
         calibration: Examples of each task's inputs, ``[batch, *input shape]``: one tensor, or batches, such as a
             ``DataLoader``. Labels beside them are left aside.
         config: What to share, or the budget, and how; by default everything that can be shared.
-        validation: Examples with labels of each task, on which a floor is kept, or light retraining is validated.
+        validation: Examples of each task: with labels, on which a floor is kept, or, with or without them, by which
+            light retraining is validated.
         retraining: Light retraining after zipping, by distillation on the calibration data. The search for a floor
             retrains in any case.
         on_progress: Called after each step.
@@ -126,7 +127,8 @@ def zip_networks(
             "retraining.labels: zipping retrains by distillation. Set it to 0, or use `retrain` with labels afterwards."
         )
     batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
-    checked = None if validation is None else {task: _validation(data, task) for task, data in validation.items()}
+    labelled = {task: _validation(data, task) for task, data in (validation or {}).items()} if floor else {}
+    split = _split(batches, validation, retraining) if retraining is not None and not floor else None
     graphs = {
         task: trace_task(task, networks[task], data[0], config)
         for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
@@ -142,9 +144,8 @@ def zip_networks(
     else:
         search = BudgetSearch(traced, config, budget)
         if floor:
-            assert checked is not None
             training = {task: torch.cat(own) for task, own in batches.items()}
-            found = FloorSearch(search, networks, training, checked, retraining or RetrainConfig())
+            found = FloorSearch(search, networks, training, labelled, retraining or RetrainConfig())
             tried = list(steps.count("plan", found.steps(), None, lambda step: step.what))
             zipped = min((step for step in tried if step.kept), key=lambda step: step.size).zipped
         else:
@@ -152,9 +153,10 @@ def zip_networks(
             plans = list(steps.count("plan", search.candidates(budget.size), None, lambda candidate: candidate.name))
             best = min(plans, key=lambda candidate: search.weighted(candidate.loss))
             zipped = steps.merged(search.merging(best.plan), traced)
-    if retraining is not None and not floor:
-        _retrain_on_calibration(zipped, networks, batches, checked, retraining, steps)
-    _warn(zipped.report, wanted=config.share is None or bool(config.share))
+    if retraining is not None and split is not None:
+        for _ in steps.count("retrain", Retraining(zipped, networks, *split, retraining).steps(), None, _iteration):
+            pass
+    _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
     return zipped
 
 
@@ -227,14 +229,14 @@ def evaluate(
         for task, data in test.items():
             inputs, labels = _labelled(data, task)
             batches = torch.split(inputs, _BATCH)
-            outputs = outputs_of(partial(zipped, task=task), batches)
+            outputs = _outputs(partial(zipped, task=task), batches, task)
             check_labels(labels, len(inputs), outputs.shape[1], task)
             error = measure(metric, outputs, labels, task)
             if originals is None:
                 found[task] = Evaluation(error)
                 continue
             with evaluation_mode(originals[task]):
-                before = outputs_of(originals[task], batches)
+                before = _outputs(originals[task], batches, task)
             same = agreement(outputs.argmax(dim=1), before.argmax(dim=1))
             found[task] = Evaluation(error, measure(metric, before, labels, task), same)
     return found
@@ -284,19 +286,15 @@ def _share(traced: Mapping[str, Traced], config: ZipConfig, steps: _Steps) -> Zi
     return steps.merged(merge(traced, pairings, config, descent(matches)), traced)
 
 
-def _retrain_on_calibration(
-    zipped: ZippedNetwork,
-    originals: Mapping[str, nn.Module],
+def _split(
     batches: Mapping[str, list[Tensor]],
-    validation: Mapping[str, Validation] | None,
+    validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None,
     config: RetrainConfig,
-    steps: _Steps,
-) -> None:
-    """Retrain on calibration data; without validation data one example in `HELD_OUT` is held out to validate."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return training and validation examples; without the latter, one calibration example in `HELD_OUT`."""
+    config.balance_of(tuple(batches))
     training = {task: torch.cat(own) for task, own in batches.items()}
-    if validation is not None:
-        held_out = {task: own.examples for task, own in validation.items()}
-    else:
+    if validation is None:
         counts = {task: len(own) // HELD_OUT for task, own in training.items()}
         for task, count in counts.items():
             if not count:
@@ -305,10 +303,26 @@ def _retrain_on_calibration(
                     f"{HELD_OUT} out to validate. Give at least {HELD_OUT}, or validation data."
                 )
         held_out = {task: own[-counts[task] :] for task, own in training.items()}
-        training = {task: own[: -counts[task]] for task, own in training.items()}
-    run = Retraining(zipped, originals, training, held_out, config)
-    for _ in steps.count("retrain", run.steps(), None, _iteration):
-        pass
+        return {task: own[: -counts[task]] for task, own in training.items()}, held_out
+    if set(validation) != set(batches):
+        raise InvalidConfig(f"validation data is given for {sorted(validation)}, but the tasks are {sorted(batches)}.")
+    held_out = {task: _examples(data, task) for task, data in validation.items()}
+    for task, own in held_out.items():
+        if own.shape[1:] != training[task].shape[1:]:
+            raise InvalidCalibration(
+                f"validation examples of {task!r} have shape {list(own.shape[1:])}, calibration examples "
+                f"{list(training[task].shape[1:])}. Bring them to one."
+            )
+    return training, held_out
+
+
+def _examples(data: Validation | Tensor | Iterable[Any], task: str) -> Tensor:
+    """Return examples, whatever labels they come with."""
+    if isinstance(data, Validation):
+        return data.examples
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        data = data[0]
+    return torch.cat(as_batches(data, task))
 
 
 def _iteration(step: RetrainStep) -> str:
@@ -316,18 +330,38 @@ def _iteration(step: RetrainStep) -> str:
     return f"iteration {step.iteration}, validation loss {losses}"
 
 
-def _validation(data: Validation | Labelled, task: str) -> Validation:
+def _outputs(network: Classifier, batches: Sequence[Tensor], task: str) -> Tensor:
+    """Return outputs for test data, which may not be what the network is meant for."""
+    try:
+        outputs = outputs_of(network, batches)
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InvalidCalibration(
+            f"the network of {task!r} cannot run on the test data: {reason}. Give the inputs that it was trained for."
+        ) from error
+    if not bool(torch.isfinite(outputs).all()):
+        raise InvalidCalibration(
+            f"the network of {task!r} has outputs that are not finite. Check its inputs and weights."
+        )
+    return outputs
+
+
+def _validation(data: Any, task: str) -> Validation:
     return data if isinstance(data, Validation) else Validation(*_labelled(data, task))
 
 
-def _labelled(data: Labelled, task: str) -> tuple[Shaped[Tensor, "_ ..."], Shaped[Tensor, "_ ..."]]:
+def _labelled(data: Any, task: str) -> tuple[Shaped[Tensor, "_ ..."], Shaped[Tensor, "_ ..."]]:
     """Return all examples and labels of a task."""
     whole = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-    pairs: list[Any] = [data] if whole else list(data)
+    pairs: list[Any] = [data] if whole else list(data) if isinstance(data, Iterable) else [data]
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise InvalidCalibration(
                 f"the data of {task!r} are not examples with labels. Give a pair of tensors, or batches of pairs."
+            )
+        if len(pair[0]) != len(pair[1]):
+            raise InvalidCalibration(
+                f"{task!r} has {len(pair[1])} labels for {len(pair[0])} examples. Give one for each."
             )
     if not pairs:
         raise InvalidCalibration(f"there are no examples with labels for {task!r}. Give at least one.")
@@ -339,10 +373,17 @@ def _warn(report: ZipReport, wanted: bool) -> None:
     """Warn of what the report notes, once for each kind: it has the details. Sharing may not have been `wanted`."""
     notes = {layer.layer: layer.note for layer in report.layers if wanted and layer.note not in ("", KEPT_SEPARATE)}
     for what, noted in (
-        ("stay separate", notes),
-        ("are fitted to few rows", {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows}),
+        (("stays separate", "stay separate"), notes),
+        (
+            ("is fitted to few rows", "are fitted to few rows"),
+            {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows},
+        ),
     ):
         if noted:
             first = next(iter(noted))
             more = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
-            warnings.warn(f"{first!r}{more} {what}: {noted[first]} (report.layers has all).", ZipWarning, stacklevel=3)
+            warnings.warn(
+                f"{first!r}{more} {what[len(noted) > 1]}: {noted[first]} (report.layers has all).",
+                ZipWarning,
+                stacklevel=3,
+            )

@@ -255,6 +255,7 @@ class Retraining:
         self._optimiser.load_state_dict(self._optimiser.state_dict() | {"state": moments})
         self._curve = list(state.curve)
 
+    @torch.enable_grad()
     def _train(self) -> tuple[int, dict[str, float]]:
         """Train until the next validation is due; return the iteration and the mean loss of every task."""
         config, data = self._config, self._data["training"]

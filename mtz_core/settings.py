@@ -25,6 +25,11 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _check_seed(seed: object) -> None:
+    if not _is_whole(seed) or not 0 <= int(str(seed)) < 2**63:
+        raise InvalidConfig(f"seed: {seed!r} is impossible. Allowed: 0 or more, whole.")
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a zipped network may cost: a size or an accuracy floor, one of them.
@@ -52,7 +57,12 @@ class Budget:
             for value in self.floor.values() if isinstance(self.floor, Mapping) else (self.floor,):
                 if not _is_number(value) or not 0 <= value <= 100:
                     raise InvalidConfig(f"budget.floor: {value!r} is impossible. Allowed: 0 to 100 points.")
-        if not self.moves or not set(self.moves) <= {"share", "drop"} or isinstance(self.moves, str):
+        if (
+            isinstance(self.moves, str)
+            or not isinstance(self.moves, Sequence)
+            or not self.moves
+            or not all(move in ("share", "drop") for move in self.moves)
+        ):
             raise InvalidConfig(f"budget.moves: {self.moves!r} is impossible. Allowed: share, drop, or both.")
 
     def floors(self, tasks: Sequence[str]) -> dict[str, float]:
@@ -76,8 +86,8 @@ class ZipConfig:
         method: ``refit``: own inputs compensate, pairs are assigned at least total cost, and each layer is fitted to
             the originals' outputs on what the zipped network feeds it. ``paper``: MTZ as published, without any of it.
         share: Neurons to share in each hidden layer: a fraction of the narrowest network's width (range: 0 to 1), or
-            ``{layer: count}``, where layers that are not named share nothing. 1.0 unless a budget is given.
-        budget: What the zipped network may cost, in place of `share`.
+            ``{layer: count}``, where layers that are not named share nothing. If neither this nor a budget is given,
+            all that can be shared.
         damping: λ of every Hessian, relative to the mean of its diagonal. Range: above 0. ``auto`` chooses it on
             held-out calibration data for every layer that is fitted; matching then uses `DEFAULT_DAMPING`.
         balance: Weight of each task in the shared neurons, ``{task: weight}``. Range: above 0. None weighs all alike.
@@ -87,7 +97,8 @@ class ZipConfig:
         matching_rounds: How often ``refit`` matches again the neuron groups whose pairings depend on each other, and
             the tuples of more than two networks. Range: 0 or more.
         keep_separate: Paths of submodules that stay task-specific. Their operators need not be understood.
-        seed: Seed of everything that is sampled.
+        seed: Seed of everything that is sampled. Range: 0 or more.
+        budget: What the zipped network may cost, in place of `share`.
 
     Raises:
         InvalidConfig: A value is out of range, or both `share` and `budget` are given.
@@ -95,7 +106,6 @@ class ZipConfig:
 
     method: Method = "refit"
     share: float | Mapping[str, int] | None = None
-    budget: Budget | None = None
     damping: float | Literal["auto"] = DEFAULT_DAMPING
     balance: Mapping[str, float] | None = None
     patches: int = 64
@@ -103,6 +113,7 @@ class ZipConfig:
     matching_rounds: int = 3
     keep_separate: Sequence[str] = ()
     seed: int = 0
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         if self.method not in ("refit", "paper"):
@@ -115,6 +126,8 @@ class ZipConfig:
                 FutureWarning,
                 stacklevel=3,
             )
+            if self.budget is not None:
+                raise InvalidConfig("share: two budgets are given. Leave out share.")
             object.__setattr__(self, "budget", former)
             object.__setattr__(self, "share", None)
         if self.budget is not None:
@@ -126,13 +139,11 @@ class ZipConfig:
                 raise InvalidConfig("share: a budget decides what is shared. Give either share or budget.")
             if self.method == "paper" and "drop" in self.budget.moves:
                 raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
-        elif self.share is None:
-            object.__setattr__(self, "share", 1.0)
         elif isinstance(self.share, Mapping):
             for layer, count in self.share.items():
                 if not _is_whole(count) or count < 0:
                     raise InvalidConfig(f"share.{layer}: {count!r} is not a count. Allowed: 0 or more, whole.")
-        elif not _is_number(self.share) or not 0 <= self.share <= 1:
+        elif self.share is not None and (not _is_number(self.share) or not 0 <= self.share <= 1):
             raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
         if self.damping != "auto" and (not _is_number(self.damping) or not 0 < self.damping < float("inf")):
             raise InvalidConfig(
@@ -144,13 +155,25 @@ class ZipConfig:
             raise InvalidConfig(f"refit_rounds: {self.refit_rounds!r} is impossible. Allowed: 0 or more, whole.")
         if not _is_whole(self.matching_rounds) or self.matching_rounds < 0:
             raise InvalidConfig(f"matching_rounds: {self.matching_rounds!r} is impossible. Allowed: 0 or more, whole.")
-        if isinstance(self.keep_separate, str) or not all(isinstance(path, str) for path in self.keep_separate):
+        _check_seed(self.seed)
+        if (
+            isinstance(self.keep_separate, str)
+            or not isinstance(self.keep_separate, Sequence)
+            or not all(isinstance(path, str) for path in self.keep_separate)
+        ):
             raise InvalidConfig(f"keep_separate: {self.keep_separate!r} is no list. Allowed: [path of a submodule, …].")
         if self.balance is not None and not (
             isinstance(self.balance, Mapping)
             and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())
         ):
             raise InvalidConfig(f"balance: {self.balance!r} is impossible. Allowed: {{task: positive number}}.")
+
+    @property
+    def shared_fraction(self) -> float | None:
+        """The fraction of every hidden layer's neurons to share; None with counts or a budget."""
+        if self.share is None:
+            return None if self.budget is not None else 1.0
+        return None if isinstance(self.share, Mapping) else float(self.share)
 
     @property
     def fixed_damping(self) -> float:
@@ -167,10 +190,11 @@ class ZipConfig:
             InvalidConfig: `share` names a layer that does not exist, or too many of its neurons.
         """
         narrowest = {group: min(values) for group, values in widths.items()}
-        if self.share is None:
+        if self.budget is not None:
             return narrowest
         if not isinstance(self.share, Mapping):
-            return {group: round(self.share * width) for group, width in narrowest.items()}
+            fraction = self.shared_fraction or 0.0
+            return {group: round(fraction * width) for group, width in narrowest.items()}
         for layer, count in self.share.items():
             if layer not in narrowest:
                 known = ", ".join(narrowest) or "none"
@@ -240,6 +264,7 @@ class RetrainConfig:
             )
         if self.statistics not in ("updated", "kept"):
             raise InvalidConfig(f"statistics: {self.statistics!r} is unknown. Allowed: 'updated', 'kept'.")
+        _check_seed(self.seed)
         ZipConfig(balance=self.balance)  # its rules hold here, too
 
     def balance_of(self, tasks: Sequence[str]) -> list[float]:

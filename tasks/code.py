@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -57,15 +58,20 @@ def _imported(module: str, file: Path) -> Iterator[str]:
     parent = module.rpartition(".")[0]
     yield parent
     package = module if file.name == "__init__.py" else parent
-    for node in _executed(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):  # nobody can import it, so that it imports nothing
+        return
+    for node in _executed(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _whole(alias.name)
         elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), package)
-            for alias in node.names:
-                inner = f"{source}.{alias.name}"
-                yield from [inner] if _file(inner) else _whole(source)
+            with suppress(ImportError):  # a relative import where there is no package, which fails when it runs, too
+                source = resolve_name("." * node.level + (node.module or ""), package)
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}"
+                    yield from [inner] if _file(inner) else _whole(source)
 
 
 def _whole(module: str) -> Iterator[str]:

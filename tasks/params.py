@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -209,7 +208,7 @@ class MatchParams(_Block):
     data. Allowed: above 0, or auto."""
     balance: dict[str, float] | None = None
     """Weight of each task in shared neurons, `{task: weight}`. Without it all tasks count equally."""
-    matching_rounds: int = Field(default=3, validation_alias=AliasChoices("matching_rounds", "descents"))
+    matching_rounds: int = 3
     """Rounds in which neuron groups that depend on each other are matched again. Allowed: 0 or more."""
 
     @model_validator(mode="before")
@@ -255,7 +254,7 @@ class MergeParams(_Block):
 
     patches: int = Field(default=64, ge=1)
     """Positions that one calibration example gives to the refit of a convolution."""
-    refit_rounds: int = Field(default=4, ge=0, validation_alias=AliasChoices("refit_rounds", "sweeps"))
+    refit_rounds: int = Field(default=4, ge=0)
     """Refits after the first, with targets relaxed to what the activation can tell apart."""
 
 
@@ -446,10 +445,38 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_FORMER_KEYS = {"match": {"descents": "matching_rounds"}, "merge": {"sweeps": "refit_rounds"}}
+"""Settings as they were called before version 0.2, by block."""
+
+
+def with_present_names(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Give settings with former names their present ones.
+
+    Args:
+        content: Blocks of settings, all or some.
+        name: Where they come from, for errors.
+
+    Returns:
+        The same settings.
+
+    Raises:
+        InvalidParams: One setting is given by both of its names.
+    """
+    renamed = dict(content)
+    for block, keys in _FORMER_KEYS.items():
+        if not isinstance(settings := content.get(block), Mapping):
+            continue
+        for former, present in keys.items():
+            if former in settings and present in settings:
+                raise InvalidParams(f"{name}: {block}.{former} is the former name of {block}.{present}. Leave it out.")
+        renamed[block] = {keys.get(key, key): value for key, value in settings.items()}
+    return renamed
+
+
 def validate(content: Mapping[str, Any], name: str) -> Params:
     """Settings from a mapping; `name` says in errors where it came from. Raises `InvalidParams`."""
     try:
-        return _PARAMS.validate_python(content)
+        return _PARAMS.validate_python(with_present_names(content, name))
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
         raise InvalidParams(f"{name}: {problems}") from error

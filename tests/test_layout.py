@@ -15,6 +15,7 @@ SEVERAL = {
     "mtz_core/merging/test_many_networks.py": "matching and walk, of three networks and more",
     "mtz_core/merging/test_unlike_networks.py": "matching and walk, of networks that share only a part",
     "mtz_core/network/test_writing.py": "one network, however it is written down",
+    "mtz_core/test_shapes.py": "shape annotations everywhere",
     "mtz_core/test_zoo.py": "laws that hold for every network",
     "mtz_core/test_zoo_foreign.py": "laws that hold for every network",
     "mtz_core/test_zoo_foreign_text.py": "laws that hold for every network",

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from flows.spec.overrides import InvalidFleet, merge, parse_setting, suggest
 from tasks.files import whole_file
-from tasks.params import InvalidParams, Name, Params, importable_name, read_yaml, validate
+from tasks.params import InvalidParams, Name, Params, importable_name, read_yaml, validate, with_present_names
 
 FLEET_WIDE = ("storage", "tracking", "flow")
 """Blocks that say where and how, the same for all groups of a run."""
@@ -233,7 +233,7 @@ class Fleet:
         return GroupPlan(name, content, validate(content, f"{self.origin}, model '{name}'"), chosen)
 
     def _content(self, name: str, models: Mapping[str, Model], own: Mapping[str, Any]) -> dict[str, Any]:
-        content = dict(self.base)
+        content = with_present_names(self.base, self.origin)
         if models:
             content |= {"models": {n: _as_params(n, m) for n, m in models.items()}, "pretrain": {}}
             content["register"] = {"name": name}
@@ -241,7 +241,7 @@ class Fleet:
             if floors:
                 content["register"]["floors"] = floors
         for change in (self.file.defaults, own, *self.changes):
-            content = merge(content, change)
+            content = merge(content, with_present_names(change, f"group '{name}'"))
         missing: dict[str, Any] = {block: {} for block in _VERSIONED if block not in content}
         return {**content, **missing, "group": name}
 

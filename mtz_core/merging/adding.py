@@ -60,6 +60,11 @@ def add_network(
         MtzError: In its other kinds, as `zip_networks`.
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
+    for name, value in (("budget", config.budget), ("balance", config.balance)):
+        if value is not None:
+            raise InvalidConfig(
+                f"{name}: a network is added by `share` alone, and the others stay as they are. Leave it out."
+            )
     check_task_name(task)
     if task in zipped.tasks:
         raise InvalidConfig(
@@ -88,6 +93,7 @@ def add_network(
             config=config,
         )
         cost = _fit(zipped, structure, task, part, config)
+        few = part.few_rows
         changed = part.tensors()
         blocks: dict[str, Tensor] = {}
         for other in structure.tasks:
@@ -103,6 +109,7 @@ def add_network(
                 neurons={**report.neurons, task: len(rows.order(task))},
                 shared=rows.shared(),
                 cost=report.cost + cost,
+                few_rows="; ".join(filter(None, (report.few_rows, f"{task} has {few}" if few else ""))),
                 error={**report.error, task: stream.output_error(node)},
                 parameters=sum(block.numel() for block in blocks.values()),
                 original_parameters={

@@ -300,9 +300,9 @@ def _match_tuples(layers: _Layers, widths: Sequence[int], count: int, config: Zi
     """
     found, curve = _match_all(layers, widths, count, config)
     wider = [t for t, width in enumerate(widths) if width > min(widths)]
-    if len(widths) > 2 and len(wider) > 1 and isinstance(config.share, (int, float)) and layers:
+    if len(widths) > 2 and len(wider) > 1 and config.shared_fraction is not None and layers:
         rest = [np.setdiff1d(np.arange(widths[t]), found[:, t]) for t in wider]
-        more = min(round(config.share * min(widths[t] for t in wider)) - count, *map(len, rest))
+        more = min(round(config.shared_fraction * min(widths[t] for t in wider)) - count, *map(len, rest))
         extra, _ = _match_tuples(_restrict(layers, wider, rest), [len(r) for r in rest], max(more, 0), config)
         wide = np.full((len(extra), len(widths)), NOT_A_MEMBER, dtype=np.int64)
         for i, t in enumerate(wider):

@@ -40,6 +40,7 @@ class ZippedNetwork(nn.Module):
                 self.register_parameter(_attribute(name), nn.Parameter(tensor))
             else:
                 self.register_buffer(_attribute(name), tensor)
+        self.register_load_state_dict_pre_hook(_read_former_names)  # type: ignore[no-untyped-call]
         self._prefix: Prefix | None = None
         self._orders: dict[tuple[str, str], tuple[Tensor | None, Tensor | None]] = {}
 
@@ -76,7 +77,7 @@ class ZippedNetwork(nn.Module):
         Raises:
             InvalidConfig: A task is not in here, or the outputs of a mixed batch differ in shape.
         """
-        if not isinstance(task, str):
+        if not isinstance(task, str) and isinstance(task, Iterable):
             return self._mixed(x, list(task))
         self._check_task(task)
         return run(self.structure.networks[task].graph, self.state_of(task), x, self.training)
@@ -253,7 +254,7 @@ class ZippedNetwork(nn.Module):
         return found
 
     def _check_task(self, task: str) -> None:
-        if task not in self.tasks:
+        if not isinstance(task, str) or task not in self.tasks:
             raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(self.tasks)}.")
 
 
@@ -305,6 +306,13 @@ def load(folder: str | Path) -> ZippedNetwork:
             f"{Path(folder) / format.MANIFEST} is malformed: the network cannot run: {str(error).splitlines()[0]}"
         ) from error
     return ZippedNetwork(structure, tensors).eval()
+
+
+def _read_former_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give parameters the names that they have since version 0.2."""
+    former = f"{prefix}_parameters_by_name."
+    for name in [name for name in state if name.startswith(former)]:
+        state[prefix + name.removeprefix(former)] = state.pop(name)
 
 
 def _attribute(name: str) -> str:

@@ -85,8 +85,12 @@ def test_errors_for_bad_values_are_value_errors(kind: type[Exception]) -> None:
 
 def test_share_and_budget_are_two_fields() -> None:
     budget = mtz.Budget(size=0.5)
-    assert (mtz.ZipConfig().share, mtz.ZipConfig().budget) == (1.0, None)
+    assert mtz.ZipConfig().counts({"a": (3, 4)}) == {"a": 3}, "without either, everything"
     assert (mtz.ZipConfig(budget=budget).share, mtz.ZipConfig(budget=budget).budget) == (None, budget)
+    assert replace(mtz.ZipConfig(), budget=budget) == mtz.ZipConfig(budget=budget)
+    assert mtz.ZipConfig("refit", 0.5, 0.1).damping == 0.1, "the order of the fields before it has not changed"
+    with pytest.raises(mtz.InvalidConfig, match="two budgets are given"), pytest.warns(FutureWarning):
+        mtz.ZipConfig(share=budget, budget=budget)  # type: ignore[arg-type]
     with pytest.raises(mtz.InvalidConfig, match="share: a budget decides what is shared"):
         mtz.ZipConfig(share=0.5, budget=budget)
     with pytest.raises(mtz.InvalidConfig, match=r"budget: 0\.5 is not a Budget"):
@@ -106,6 +110,28 @@ def test_the_warning_points_to_whoever_writes_it() -> None:
     program = "import mtz_core as mtz\nmtz.ZipConfig(share=mtz.Budget(size=0.5))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.startswith("<string>:2: FutureWarning: ZipConfig(share=Budget")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"seed": "x"}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"keep_separate": None}, "keep_separate"),
+        ({"keep_separate": 5}, "keep_separate"),
+    ],
+)
+def test_values_of_no_use_are_refused_at_once(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(mtz.InvalidConfig, match=name):
+        mtz.ZipConfig(**settings)
+    if name == "seed":
+        with pytest.raises(mtz.InvalidConfig, match=name):
+            mtz.RetrainConfig(**settings)
+    for moves in (5, [["share"]], [], "share"):
+        with pytest.raises(mtz.InvalidConfig, match="moves"):
+            mtz.Budget(size=0.5, moves=moves)  # type: ignore[arg-type]
 
 
 # Data
@@ -285,6 +311,22 @@ def test_with_task_is_the_other_side_of_without(zipped: mtz.ZippedNetwork, calib
     assert torch.allclose(apart(x, task="c"), third(x), atol=1e-6)
     with pytest.raises(mtz.InvalidConfig, match="'a' is in this zipped network already"):
         zipped.with_task("a", third, loader)
+    for config in (mtz.ZipConfig(budget=mtz.Budget(size=0.5)), mtz.ZipConfig(balance={"c": 2.0})):
+        with pytest.raises(mtz.InvalidConfig, match="a network is added by `share` alone"):
+            zipped.with_task("c", third, loader, config)
+    assert "c has 3 rows for" in zipped.with_task("c", third, calibration["a"][:3]).report.layers[0].few_rows
+
+
+def test_a_former_state_dict_is_read(zipped: mtz.ZippedNetwork) -> None:
+    former = {f"_parameters_by_name.{name}": torch.ones_like(value) for name, value in zipped.state_dict().items()}
+    nn.ModuleDict({"inner": zipped}).load_state_dict({f"inner.{name}": value for name, value in former.items()})
+    assert all(bool((value == 1).all()) for value in zipped.state_dict().values())
+
+
+def test_a_task_that_is_none_is_refused(zipped: mtz.ZippedNetwork) -> None:
+    for task in (3, None, "c"):
+        with pytest.raises(mtz.InvalidConfig, match="is not in this zipped network"):
+            zipped(torch.ones(1, 6), task=task)
 
 
 # Retraining
@@ -305,8 +347,12 @@ def test_retraining_without_a_floor_retrains(calibration: dict[str, Tensor]) -> 
     assert errors[1] < errors[0]
 
 
-def test_retraining_validates_on_what_it_is_given(calibration: dict[str, Tensor]) -> None:
-    validation: dict[str, Labelled] = {task: (torch.rand(9, 6), torch.zeros(9, dtype=torch.long)) for task in TASKS}
+@pytest.mark.parametrize("form", ["pair", "tensor", "loader", "validation"])
+def test_retraining_validates_on_what_it_is_given(calibration: dict[str, Tensor], form: str) -> None:
+    x, y = torch.rand(9, 6), torch.zeros(9, dtype=torch.long)
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    forms: dict[str, Any] = {"pair": (x, y), "tensor": x, "validation": mtz.Validation(x, y), "loader": loader}
+    validation = dict.fromkeys(TASKS, forms[form])
     few = {task: x[:4] for task, x in calibration.items()}
     config = mtz.RetrainConfig(iterations=1)
     with warnings.catch_warnings():
@@ -321,12 +367,20 @@ def test_retraining_validates_on_what_it_is_given(calibration: dict[str, Tensor]
     [
         ({"retraining": mtz.RetrainConfig(labels=0.5)}, r"retraining\.labels: zipping retrains by distillation"),
         ({"validation": {}}, "validation data is read for a floor or for light retraining"),
+        ({"validation": {"a": torch.rand(9, 6)}, "retraining": mtz.RetrainConfig()}, "validation data is given for"),
+        (
+            {"validation": dict.fromkeys(TASKS, torch.rand(9, 5)), "retraining": mtz.RetrainConfig()},
+            r"validation examples of 'a' have shape \[5\], calibration examples \[6\]",
+        ),
+        ({"retraining": mtz.RetrainConfig(balance={"a": 1.0})}, "balance: names"),
         ({"config": mtz.ZipConfig(budget=mtz.Budget(floor=1.0))}, "a floor needs validation data"),
     ],
 )
 def test_contradictions_are_refused_before_work(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(mtz.InvalidConfig, match=message):
-        mtz.zip_networks(networks(), dict.fromkeys(TASKS, torch.rand(9, 6)), **arguments)
+    steps: list[mtz.Progress] = []
+    with pytest.raises(ValueError, match=message):
+        mtz.zip_networks(networks(), dict.fromkeys(TASKS, torch.rand(9, 6)), on_progress=steps.append, **arguments)
+    assert steps == []
 
 
 def test_retrain_returns_the_learning_curve(zipped: mtz.ZippedNetwork, calibration: dict[str, Tensor]) -> None:
@@ -334,7 +388,8 @@ def test_retrain_returns_the_learning_curve(zipped: mtz.ZippedNetwork, calibrati
     loaders = {task: DataLoader(TensorDataset(x, x[:, 0]), batch_size=20) for task, x in calibration.items()}
     held_out = {task: torch.rand(30, 6) for task in TASKS}
     config = mtz.RetrainConfig(iterations=6, validate_every=3)
-    curve = mtz.retrain(zipped, networks(), loaders, held_out, config, on_progress=steps.append)
+    with torch.no_grad():
+        curve = mtz.retrain(zipped, networks(), loaders, held_out, config, on_progress=steps.append)
     assert [step.iteration for step in curve] == [0, 3, 6]
     assert [step.done for step in steps] == [1, 2, 3]
 
@@ -366,6 +421,12 @@ def test_evaluate_compares_with_the_originals(zipped: mtz.ZippedNetwork) -> None
         ({"a": (torch.rand(2, 6), torch.zeros(3, dtype=torch.long))}, "'a' has 3 labels for 2 examples"),
         ({"a": (torch.rand(2, 6), torch.tensor([0, 3]))}, "labels of 'a' go from 0 to 3"),
         ({"a": []}, "no examples with labels for 'a'"),
+        ({"a": None}, "data of 'a' are not examples with labels"),
+        ({"a": (torch.rand(2, 6), torch.zeros(2, 1, dtype=torch.long))}, r"labels of 'a' have shape \[2, 1\]"),
+        ({"a": (torch.rand(2, 6), torch.eye(2, 3).long())}, r"labels of 'a' have shape \[2, 3\]"),
+        ({"a": [(torch.rand(2, 6), torch.zeros(3)), (torch.rand(2, 6), torch.zeros(1))]}, "'a' has 3 labels for 2"),
+        ({"a": (torch.rand(2, 5), torch.zeros(2, dtype=torch.long))}, "network of 'a' cannot run on the test data"),
+        ({"a": (torch.full((2, 6), float("nan")), torch.zeros(2).long())}, "network of 'a' has outputs that are not"),
         ({"a": [torch.rand(2, 6)]}, "data of 'a' are not examples with labels"),
     ],
 )

@@ -124,13 +124,13 @@ def test_training_stops_when_nothing_improves() -> None:
     assert [step.iteration for step in retrain_steps(zipped, networks, training, validation, config)] == [0, 3, 6]
 
 
-def test_the_last_iteration_is_judged() -> None:
+def test_the_last_iteration_is_validated() -> None:
     steps = list(retrain_steps(*setting(), replace(CONFIG, iterations=13)))
     assert [step.iteration for step in steps] == [0, 10, 13]
     assert [step.iteration for step in retrain_steps(*setting(), replace(CONFIG, iterations=0))] == [0]
 
 
-def test_training_losses_are_means_since_the_last_judgement() -> None:
+def test_training_losses_are_means_since_the_last_validation() -> None:
     zipped, networks, training, validation = setting()
     config = replace(CONFIG, learning_rate=1e-12, batch_size=200, iterations=4, validate_every=2)
     _, *steps = retrain_steps(zipped, networks, training, validation, config)
@@ -274,7 +274,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
         RetrainConfig(**settings)
 
 
-def test_the_average_of_the_weights_is_judged() -> None:
+def test_the_average_of_the_weights_is_validated() -> None:
     zipped, networks, training, validation = setting()
     config = replace(CONFIG, iterations=15, validate_every=1)
     run = Retraining(zipped, networks, training, validation, config)

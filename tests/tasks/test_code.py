@@ -60,3 +60,20 @@ def test_a_change_anywhere_below_changes_the_digest(project: Path, name: str) ->
 
 def test_modules_of_libraries_do_not_count(project: Path) -> None:
     assert sources_of("torch", "json", "nowhere.at_all") == {}
+
+
+@pytest.mark.parametrize(
+    "content", [b"def broken(", b"\0", b"\xff\xfe", b"from . import parts\n", b"x = " + b"1+" * 20000 + b"1"]
+)
+def test_code_that_nobody_can_import_counts_all_the_same(project: Path, content: bytes) -> None:
+    (project / "alone.py").write_bytes(content)
+    assert sources_of("alone") == {"alone": project / "alone.py"}
+    before = code_digest("alone")
+    (project / "alone.py").write_bytes(content + b"\n")
+    assert code_digest("alone") != before
+
+
+def test_a_module_that_may_be_in_a_package_or_not_is_followed(project: Path) -> None:
+    program = "try:\n    from .deep import value\nexcept ImportError:\n    from mine.deep import value\n"
+    (project / "alone.py").write_text(program)
+    assert "mine.deep" in sources_of("alone")

@@ -46,7 +46,7 @@ def test_shipped_values_are_the_defaults(content: dict[str, Any]) -> None:
 
 def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
     params = validate(content, "shipped")
-    assert params.zip_config() == ZipConfig()
+    assert params.zip_config() == ZipConfig(share=1.0)
     assert params.retrain.config() == RetrainConfig()
 
 
@@ -203,5 +203,5 @@ def test_former_names_of_settings_are_read(content: dict[str, Any]) -> None:
         former[block].pop(key, None)
     config = validate(former, "former").zip_config()
     assert (config.matching_rounds, config.refit_rounds) == (2, 1)
-    with pytest.raises(InvalidParams, match=r"match\.descents"):
+    with pytest.raises(InvalidParams, match=r"both: match\.descents is the former name of match\.matching_rounds"):
         validate(changed(former, "match.matching_rounds", 3), "both")

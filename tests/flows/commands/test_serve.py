@@ -44,7 +44,7 @@ def test_other_programs_are_told_how_to_reach_the_storage(project: Path, home: P
     serve_storage(project, PARAMS, told.append)
     assert [line.split()[0] for line in told[:4]] == ["endpoint", "bucket", "DVC", "credentials"]
     assert told[0].split()[1].startswith("http://127.0.0.1:")
-    assert told[2].split()[2].startswith("s3://mtz/tests/") and told[2].endswith("/dvc")
+    assert told[2].split()[2].startswith("s3://mtz-tests/tests/") and told[2].endswith("/dvc")
     assert Path(told[3].split()[1]) == home / "s3" / "credentials.json"
     assert told[4].startswith('In another terminal: eval "$(mtz s3 --export)"')
     assert told[5:] == ["Ctrl-C stops.", "\nstopping …"]

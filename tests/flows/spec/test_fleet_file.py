@@ -187,3 +187,17 @@ def test_unknown_groups_are_told(files: tuple[Path, Path]) -> None:
     with pytest.raises(InvalidFleet, match="there is no group 'frist'; did you mean 'first'"):
         select(plans, ["frist"])
     assert select(plans, []) == plans
+
+
+@pytest.mark.parametrize("base", ["descents", "matching_rounds"])
+@pytest.mark.parametrize("change", ["descents", "matching_rounds"])
+@pytest.mark.parametrize("setting", ["descents", "matching_rounds", None])
+def test_former_names_of_settings_mix_with_present_ones(
+    files: tuple[Path, Path], base: str, change: str, setting: str | None
+) -> None:
+    params, fleet = files
+    params.write_text(f"{PARAMS}match: {{{base}: 1}}\n")
+    fleet.write_text(f"version: 2\ngroups: {{a: {{params: {{match: {{{change}: 2}}}}}}}}\n")
+    (group,) = read_fleet(params, fleet, () if setting is None else (f"match.{setting}=3",)).explicit_groups()
+    assert group.params.zip_config().matching_rounds == (2 if setting is None else 3)
+    assert group.content["match"] == {"matching_rounds": 2 if setting is None else 3}

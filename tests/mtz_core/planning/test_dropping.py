@@ -102,7 +102,7 @@ def test_a_block_of_neurons_costs_what_all_of_them_do_together(name: str, data: 
 
 
 @on_all_groups
-def test_costs_count_as_much_as_the_rows_are_felt(name: str) -> None:
+def test_costs_count_by_the_sensitivity_of_rows(name: str) -> None:
     case, group = GROUPS[name]
     network, moments, sensitivity = given_network(case)
     tenfold = {layer: 10 * rows for layer, rows in sensitivity.items()}
@@ -142,7 +142,7 @@ def test_a_copy_can_lose_neurons_without_its_original(name: str) -> None:
 
 
 @on_all_groups
-def test_neurons_of_wide_layers_are_judged_alone_and_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neurons_of_wide_layers_are_measured_alone_and_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = [reader.damages(index(0, 1, 3)) for reader in reading(name)]
     monkeypatch.setattr(dropping, "WIDEST", 0)
     found = reading(name)

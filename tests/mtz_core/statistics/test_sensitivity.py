@@ -134,7 +134,7 @@ def rescaled(network: nn.Module, factor: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 8.0])
-def test_doubling_what_the_next_layer_reads_with_quadruples_what_is_felt(factor: float) -> None:
+def test_doubling_what_the_next_layer_reads_with_quadruples_sensitivity(factor: float) -> None:
     network, traced = given_network("mlp")
     x = SHAPES["mlp"].examples(20)
     before = sensitivities(traced, [x])
@@ -144,7 +144,7 @@ def test_doubling_what_the_next_layer_reads_with_quadruples_what_is_felt(factor:
         torch.testing.assert_close(after[layer], before[layer])
 
 
-def test_a_neuron_that_nobody_reads_is_not_felt() -> None:
+def test_a_neuron_that_nobody_reads_has_none() -> None:
     network, traced = given_network("mlp")
     changed = mlp((5, 4), 3).double()
     changed.load_state_dict(network.state_dict())
@@ -170,7 +170,7 @@ def test_every_row_of_every_layer_has_a_number_that_is_not_negative(case: Case) 
 
 
 @pytest.mark.parametrize("name", ["u-net", "vit", "language model", "mobilenet-v2"])
-def test_families_of_networks_feel_all_their_layers(name: str) -> None:
+def test_families_of_networks_are_sensitive_to_all_their_layers(name: str) -> None:
     (case,) = (case for case in OWN if case.name == name)
     found = sensitivities(traced_zoo(case, "narrow"), [case.examples(8)])
     assert all(float(rows.sum()) > 0 for rows in found.values())

@@ -140,7 +140,7 @@ def test_the_stages_make_what_the_facade_makes(project: Path) -> None:
         torch.testing.assert_close(staged(images[task], task), direct(images[task], task), atol=1e-4, rtol=1e-4)
 
 
-def test_merging_makes_the_network_that_was_judged(project: Path) -> None:
+def test_merging_makes_the_network_that_was_measured(project: Path) -> None:
     spend(project, size=0.3)
     run("match", "merge")
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
@@ -247,7 +247,7 @@ def test_a_size_that_no_network_has(
 ) -> None:
     spend(project, size=0.01)
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.stages.match.read_moments", None)
+        patch.setattr("tasks.stages.match.read_traced", None)
         message = refused(capsys, "match", status=EXIT_REFUSED)
     assert "match.budget.size: 0.01 is impossible with moves share and drop" in message
     assert "cannot be stored in less than 0.0" in message
@@ -258,7 +258,7 @@ def test_a_size_that_no_network_has(
 def test_a_size_that_no_plan_has(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """What only the planner knows is refused before anything is merged, with the least size."""
     monkeypatch.setattr("tasks.stages.budget_checks._check_size", lambda *_: None)
-    monkeypatch.setattr(BudgetSearch, "_judge", None)
+    monkeypatch.setattr(BudgetSearch, "_held_out_loss", None)
     spend(project, size=0.01)
     message = refused(capsys, "match", status=EXIT_REFUSED)
     assert "match.budget.size: 0.01 is impossible: the least that these networks can be stored in is 0.0" in message

@@ -216,7 +216,7 @@ def test_another_registry_does_not_know_the_version(
 KILLED = """
 import os, signal
 from pathlib import Path
-from tasks import register
+from tasks.stages import register
 from tasks.artifacts.paths import Workspace
 from tasks.params import load_params
 from tasks.storage.s3 import Storage

@@ -100,13 +100,13 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def kill_after(judgements: int) -> None:
-    """Run the stage until it trains on after so many judgements, then end it abruptly."""
+def kill_after(validations: int) -> None:
+    """Run the stage until it trains on after so many validations, then end it abruptly."""
     train = Retraining._train
 
     def killed(self: Retraining) -> tuple[int, dict[str, float]]:
         found = train(self)
-        if len(self.curve) == judgements:
+        if len(self.curve) == validations:
             raise Killed
         return found
 
@@ -117,16 +117,16 @@ def kill_after(judgements: int) -> None:
     assert CHECKPOINT.exists() and not Path("retrained").exists()
 
 
-@pytest.mark.parametrize("judgements", [1, 2, 4])
-def test_a_run_that_ends_between_judgements_goes_on_to_the_same_bytes(
-    project: Path, undisturbed: dict[str, bytes], judgements: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("validations", [1, 2, 4])
+def test_a_run_that_ends_between_validations_goes_on_to_the_same_bytes(
+    project: Path, undisturbed: dict[str, bytes], validations: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill_after(judgements)
+    kill_after(validations)
     capsys.readouterr()
     assert main(["retrain"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == f"resumed from the checkpoint of iteration {2 * (judgements - 1)}"
-    assert len(told) == 1 + 5 - judgements
+    assert told[0] == f"resumed from the checkpoint of iteration {2 * (validations - 1)}"
+    assert len(told) == 1 + 5 - validations
     assert written() == undisturbed
     assert not CHECKPOINT.exists()
 

@@ -113,9 +113,9 @@ def wrong(network: Any, name: str) -> float:
 @pytest.mark.parametrize(
     ("method", "config"),
     [
-        ("mixture", {"share": Budget(size=1.0)}),
-        ("drop", {"share": Budget(size=1.0, moves=("drop",))}),
-        ("paper", {"share": Budget(size=1.0, moves=("share",)), "method": "paper"}),
+        ("mixture", {"budget": Budget(size=1.0)}),
+        ("drop", {"budget": Budget(size=1.0, moves=("drop",))}),
+        ("paper", {"budget": Budget(size=1.0, moves=("share",)), "method": "paper"}),
     ],
 )
 def test_the_table_says_what_evaluating_by_hand_says(project: Path, method: str, config: dict[str, Any]) -> None:
