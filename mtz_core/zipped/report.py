@@ -12,6 +12,7 @@ ROWS = 24
 """The most layers that a printed report lists; of more, it shows the first and the last."""
 
 _LAYER_WIDTH = 32
+_NAMED = 3  # for so many tasks a table has each one's value, for more their range
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class ZipReport:
         share = self.stored_bytes / self.original_bytes if self.original_bytes else 1.0
         sizes = f"{self.stored_bytes:,} of {self.original_bytes:,} bytes ({100 * share:.1f} %)"
         yield f"stored: {sizes}, method {self.method}"
+        tasks = list(self.layers[0].neurons) if self.layers else []
+        if len(tasks) > _NAMED:
+            yield f"ranges: from the least to the largest of {len(tasks)} tasks"
+        elif tasks:
+            yield f"tasks, in this order: {', '.join(tasks)}"
         for title, found in (
             ("separate", [layer.layer for layer in self.layers if layer.note]),
             ("few rows", [layer.layer for layer in self.layers if layer.few_rows]),
@@ -130,7 +136,7 @@ def _span(values: Sequence[str]) -> str:
     """Return one value for each task, or for many tasks the least and the largest."""
     if len(set(values)) == 1:
         return values[0]
-    if len(values) <= 3:
+    if len(values) <= _NAMED:
         return " ".join(values)
     ordered = sorted(values, key=float)
     return f"{ordered[0]} … {ordered[-1]}"

@@ -252,7 +252,7 @@ def test_a_deep_network_prints_its_first_and_last_layers(count: int, zipped: mtz
     names = [path.format(number) for number in range(count)]
     report = replace(zipped.report, layers=tuple(replace(layer, layer=name, note="n") for name in names))
     lines = str(report).splitlines()
-    assert len(lines) <= ROWS + 5
+    assert len(lines) <= ROWS + 6
     assert max(map(len, lines)) <= 88
     assert lines[2].startswith("backbone.stages…projection.dense ")
     assert (f"… {count - ROWS + 1} more layers …" in str(report)) == (count > ROWS)
@@ -267,6 +267,8 @@ def test_a_report_of_many_tasks_gives_ranges(zipped: mtz.ZippedNetwork) -> None:
     )
     text = str(replace(zipped.report, layers=(layer,)))
     assert "100 … 119" in text
+    assert "of 20 tasks" in text
+    assert "tasks, in this order: a, b" in str(zipped.report)
     assert "0 … 0.019" in text
 
 
