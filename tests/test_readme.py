@@ -36,6 +36,8 @@ _CALL = re.compile(
     r"(?:[A-Z_]+=\S+ |eval \"\$\(|docker compose .* exec coordinator )*((?:\.venv/bin/)?(?:mtz|make) [^)]+)"
 )
 _INLINE = re.compile(r"`((?:\.venv/bin/)?(?:mtz|make) [^`]+)`")
+_PATH = re.compile(r"`((?:\.ci|data|docs|examples|flows|infra|mtz_core|tasks|tests)/[\w./-]*)`")
+_PLACEHOLDER = re.compile(r"(?:^|/)[A-Z]+(?:\.\w+)?(?:/|$)")
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert file.is_relative_to(ROOT), f"{page} links to {found['target']}, outside of the project"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{page} links to {found['target']}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_named_paths_exist(page: Path) -> None:
+    made = {"infra/.env"}  # by infra/new-env.sh, never committed
+    for path in _PATH.findall(_BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        assert path in made or _PLACEHOLDER.search(path) or Path(path).exists(), f"{page} names {path}"
 
 
 def anchors(file: Path) -> set[str]:
