@@ -84,7 +84,8 @@ def fleet_lines(records: Records) -> list[str]:
         "",
         "Rise of the mean test error over the originals', in points; mean over seeds (standard deviation). Bytes of "
         "the whole fleet, relative to *one* original. Behind the arrow: after 50 iterations of light retraining "
-        "(distillation, no labels). 2,000 calibration images per network. A blank: sharing alone cannot get so small.",
+        "(distillation, no labels). 2,000 calibration images per network. Blank cells: this size cannot be "
+        "reached by sharing alone.",
         "",
         "Made by `make bench-full`.",
         "",
@@ -173,9 +174,10 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if method != OURS and seeds:
             difference = float(np.mean([theirs[seed] - ours[seed] for seed in seeds]))
             if difference < 0:
-                ahead.append(f"{method} by {-difference:.2f} points ({len(seeds)} seeds)")
-    told = f"ahead of it: {'; '.join(ahead)}" if ahead else "nothing is ahead of it"
-    return [f"After light retraining the planned network: {told}, in the mean of both errors."] if ours else []
+                name = method.removeprefix("this project, ")
+                ahead.append(f"'{name}' is ahead of the planned network, by {-difference:.2f} points of mean error")
+    told = f"only {'; '.join(ahead)}" if ahead else "no method is ahead of the planned network in mean error"
+    return [f"After light retraining, {told}."] if ours else []
 
 
 # --- floors ---
@@ -227,7 +229,8 @@ def readme_accuracy(records: Records) -> list[str]:
             for method in shown
         ]
         cells[-1] = f"**{cells[-1]}**"
-        before = " / ".join(f"{np.mean(e):.2f}" for e in zip(*(row["original"] for row in rows), strict=True))
+        originals = {row["seed"]: row["original"] for row in rows}
+        before = " / ".join(f"{np.mean(errors):.2f}" for errors in zip(*originals.values(), strict=True))
         lines.append(f"| {pair.name} | {before} | {' | '.join(cells)} |")
     return lines
 
