@@ -95,7 +95,7 @@ def test_snippets_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_your_own_models_can_be_followed(tmp_path: Path) -> None:
     for name in ("mtz_core", "tasks", "flows", "examples"):
         shutil.copytree(name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "fleet.yaml"):
+    for name in ("dvc.yaml", "fleet.yaml", "pyproject.toml"):
         shutil.copy(name, tmp_path)
     for block in blocks("python", "yaml"):
         if block.page == TUTORIAL and block.title:
@@ -104,6 +104,9 @@ def test_your_own_models_can_be_followed(tmp_path: Path) -> None:
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
 
+    for linter in (("check",), ("format", "--check")):
+        linted = python("-m", "ruff", *linter, "my_networks.py", "prepare.py")
+        assert linted.returncode == 0, linted.stdout
     prepared = python("prepare.py")
     assert prepared.returncode == 0, prepared.stderr
     kept = python("-m", "flows.cli", "check")
