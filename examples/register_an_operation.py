@@ -32,7 +32,7 @@ class Perceptron(nn.Module):
 
 
 def running_sum(x: Tensor) -> Tensor:
-    """Return the sum of each neuron and all before it: what comes out hangs on the order of the neurons."""
+    """Return the sum of each neuron and all before it: what comes out depends on the order of the neurons."""
     return x.cumsum(dim=1)
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     try_to_trace(networks["one"], examples)
 
     print("It acts on every element alone, as a ReLU does. So its rule is `pointwise`.")
-    mtz.register_operation("asinh", mtz.Operation(mtz.pointwise))
+    mtz.register_operation("asinh", mtz.Operation(mtz.pointwise, keeps=True))
     zipped = mtz.zip_networks(networks, calibration=dict.fromkeys(networks, examples))
     print(zipped.report)
 

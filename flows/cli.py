@@ -80,14 +80,14 @@ def run(
     settings: SetOptions = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Ask DVC in every group's workspace, rather than trust what is recorded of it."),
+        typer.Option("--verify", help="Ask DVC in every group's workspace instead of trusting recorded outcomes."),
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Zip the groups of the fleet: run every stage whose inputs changed, store the data in S3, register the networks.
 
-    Groups whose sources, data, parameters and code are those of their last outcome cost nothing. One that fails stops
-    no other; the status is then 1.
+    Groups whose sources, data, parameters and code are those of their last outcome cost nothing. A group that fails
+    stops no other; the exit status is then 1.
 
     Example: `mtz run --group lenet5 --set retrain.iterations=50`
     """
@@ -108,7 +108,7 @@ def check(
 ) -> None:
     """Check the fleet, its parameters, sources, networks, disk, storage and registry; run nothing.
 
-    Example: `mtz fleet check --set storage.endpoint=https://s3.example.org`
+    Example: `mtz check --set storage.endpoint=https://s3.example.org`; `mtz fleet check` is the same command.
     """
     with _errors_in_one_line(debug):
         from flows.commands.check import check_all
@@ -148,35 +148,39 @@ def fleet_retry(
 
 
 Fleets = Annotated[
-    str | None, typer.Option("--name", "-n", metavar="NAME", help="Of the deployment. Default: the fleet's name.")
+    str | None, typer.Option("--name", "-n", metavar="NAME", help="Name of the deployment. Default: the fleet's name.")
 ]
 Pool = Annotated[
     str,
     typer.Option(
-        "--pool", metavar="NAME", help="The Prefect work pool of fleets' runs; `flow.pool` is that of groups."
+        "--pool", metavar="NAME", help="The Prefect work pool for runs of fleets; `flow.pool` is the one for groups."
     ),
 ]
 
 
 @fleet_app.command("deploy")
 def fleet_deploy(
-    cron: Annotated[str, typer.Option("--cron", metavar="CRON", help="Five fields, as in crontab: *0 2 \\* \\* \\**.")],
-    timezone: Annotated[str, typer.Option("--timezone", metavar="ZONE", help="Such as *Europe/Zurich*.")] = "UTC",
+    cron: Annotated[
+        str, typer.Option("--cron", metavar="CRON", help="When to run: five fields, as in crontab: *0 2 \\* \\* \\**.")
+    ],
+    timezone: Annotated[
+        str, typer.Option("--timezone", metavar="ZONE", help="Time zone, for example *Europe/Zurich*.")
+    ] = "UTC",
     name: Fleets = None,
     pool: Pool = FLEETS_POOL,
     overlap: Annotated[
         Literal["skip", "queue"],
-        typer.Option("--overlap", help="Of a run that is due while one is going: *skip* it, or *queue* it."),
+        typer.Option("--overlap", help="If a run is due while another is in progress: *skip* it, or *queue* it."),
     ] = "skip",
     params: ParamsPath = PARAMS,
     fleet: FleetPath = FLEET,
     settings: SetOptions = None,
     debug: Debug = False,
 ) -> None:
-    """Have a Prefect server run the fleet by the clock; deploying again changes it.
+    """Have a Prefect server run the fleet on a schedule; deploying again changes it.
 
     The server is that of PREFECT_API_URL, which `mtz ui` or *infra/compose.yaml* serves; a worker must run, see
-    `mtz fleet worker`. No second run of a fleet starts while one is going.
+    `mtz fleet worker`. No second run of a fleet starts while one is in progress.
 
     Example: `mtz fleet deploy --cron "0 2 * * *" --timezone Europe/Zurich`
     """
@@ -190,7 +194,7 @@ def fleet_deploy(
 
 @fleet_app.command("pause")
 def fleet_pause(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = False) -> None:
-    """Start no more runs by the clock; those that are going end.
+    """Start no more scheduled runs; runs in progress go on to their end.
 
     Example: `mtz fleet pause`
     """
@@ -202,7 +206,7 @@ def fleet_pause(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = Fa
 
 @fleet_app.command("resume")
 def fleet_resume(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = False) -> None:
-    """Start runs by the clock again.
+    """Start scheduled runs again.
 
     Example: `mtz fleet resume`
     """
@@ -217,7 +221,9 @@ def fleet_start(
     name: Fleets = None,
     group: Groups = None,
     settings: SetOptions = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end; the status is then 1 if it failed.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until it ends; the exit status is 1 if it failed.")
+    ] = False,
     fleet: FleetPath = FLEET,
     debug: Debug = False,
 ) -> None:
@@ -244,7 +250,7 @@ def fleet_status(name: Fleets = None, fleet: FleetPath = FLEET, debug: Debug = F
 @fleet_app.command("worker")
 def fleet_worker(
     pool: Pool = FLEETS_POOL,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="So many runs at a time.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Runs at a time.")] = None,
     debug: Debug = False,
 ) -> None:
     """Carry out the runs of a work pool on this machine, in this folder, until Ctrl-C.
@@ -294,7 +300,7 @@ def pareto(
         str | None, typer.Option("--group", "-g", metavar="NAME", help="The group. Default: that of the parameters.")
     ] = None,
     sizes: Annotated[
-        str, typer.Option("--sizes", metavar="LIST", help="Stored bytes, as parts of the originals' bytes.")
+        str, typer.Option("--sizes", metavar="LIST", help="Stored bytes, as fractions of the originals' bytes.")
     ] = "0.15,0.25,0.35,0.5,0.75",
     methods: Annotated[
         str,
@@ -363,7 +369,7 @@ def s3(
 def dvc(
     context: typer.Context,
     group: Annotated[
-        str | None, typer.Option("--group", "-g", metavar="NAME", help="In this group's workspace.")
+        str | None, typer.Option("--group", "-g", metavar="NAME", help="Run in this group's workspace.")
     ] = None,
     params: ParamsPath = PARAMS,
 ) -> None:

@@ -183,14 +183,14 @@ class BudgetParams(_Block):
     """What the zipped network may cost, in place of `match.share`: a size or a floor. See `mtz_core.Budget`."""
 
     size: float | None = None
-    """The largest part of the originals' bytes. Allowed: above 0, at most 1."""
+    """The largest fraction of the originals' bytes. Allowed: above 0, at most 1."""
     floor: float | dict[str, float] | None = None
     """Percentage points of error that each task may lose on validation data: one number, or `{task: points}`. The
     smallest network that keeps it is searched for. Allowed: 0 to 100."""
     moves: list[Literal["share", "drop"]] = ["share", "drop"]
     """What may be done to save bytes: share neurons across networks, drop neurons within one."""
     retrain: RetrainParams | None = None
-    """With a floor: the light retraining of the search. It must equal the block `retrain`."""
+    """With a floor: the light retraining of the search. It must be equal to the block `retrain`."""
 
 
 class MatchParams(_Block):
@@ -199,7 +199,7 @@ class MatchParams(_Block):
     method: Literal["refit", "paper"] = "refit"
     """`refit` is this project's method, `paper` is MTZ as published."""
     share: float | dict[str, int] | None = None
-    """How many neurons to share: a part of every hidden layer, or `{layer: count}`. It is 1.0 unless there is a budget.
+    """How many neurons to share: a fraction of every hidden layer, or `{layer: count}`. It is 1.0 unless there is a budget.
     Allowed: 0 to 1, or counts."""
     budget: BudgetParams | None = None
     """A budget in place of `share`."""

@@ -134,7 +134,7 @@ def test_the_command_names_the_extra_that_it_needs(core_alone: Path) -> None:
         assert refused.returncode == 1
         assert refused.stdout == ""
         [line] = refused.stderr.splitlines()
-        assert line.startswith("error: ") and 'pip install "mtz[pipeline]"' in line
+        assert line.startswith("error: ") and 'pip install ".[pipeline]"' in line
 
 
 def test_the_command_says_its_version() -> None:
