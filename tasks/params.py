@@ -131,7 +131,8 @@ class CollectParams(_Block):
     images: int = Field(default=2000, ge=1)
     """Calibration examples per model, from the training split. Labels are not read."""
     patches: int = Field(default=8, ge=1)
-    """Positions that one example gives to the Hessian of a convolution."""
+    """Positions that one example gives to the Hessian of a convolution. Fewer than `merge.patches`, because these rows
+    are stored as files, and matching, which only compares neurons, needs fewer than a fit."""
     seed: int = Field(default=0, ge=0)
     """Seed of the choice of examples and positions."""
 
@@ -199,8 +200,8 @@ class MatchParams(_Block):
     method: Literal["refit", "paper"] = "refit"
     """`refit` is this project's method, `paper` is MTZ as published."""
     share: float | dict[str, int] | None = None
-    """How many neurons to share: a fraction of every hidden layer, or `{layer: count}`. It is 1.0 unless there is a budget.
-    Allowed: 0 to 1, or counts."""
+    """How many neurons to share: a fraction of every hidden layer, or `{layer: count}`. It is 1.0 unless there is a
+    budget. Allowed: 0 to 1, or counts."""
     budget: BudgetParams | None = None
     """A budget in place of `share`."""
     damping: float | Literal["auto"] = 5e-3
