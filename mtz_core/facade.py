@@ -89,7 +89,7 @@ def zip_networks(
     Args:
         networks: The network of each task.
         calibration: Examples of each task's inputs, ``[batch, *input shape]``: one tensor, or batches, such as a
-            ``DataLoader``. Labels beside them are left aside.
+            ``DataLoader``. Labels in the batches are ignored.
         config: What to share, or the budget, and how; by default everything that can be shared.
         validation: Examples of each task: with labels, on which a floor is kept, or, with or without them, by which
             light retraining is validated.

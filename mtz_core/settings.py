@@ -89,7 +89,7 @@ class ZipConfig:
             ``{layer: count}``, where layers that are not named share nothing. If neither this nor a budget is given,
             all that can be shared.
         damping: λ of every Hessian, relative to the mean of its diagonal. Range: above 0. ``auto`` chooses it on
-            held-out calibration data for every layer that is fitted; matching then uses `DEFAULT_DAMPING`.
+            held-out calibration data for every layer that is fitted; matching then uses 0.005.
         balance: Weight of each task in the shared neurons, ``{task: weight}``. Range: above 0. None weighs all alike.
         patches: Positions of one example that enter a convolution's Hessian, sampled with `seed`. Range: 1 or more.
         refit_rounds: How often ``refit`` fits a layer again after the first time, each time to targets relaxed to what

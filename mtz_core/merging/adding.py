@@ -2,7 +2,7 @@
 
 Existing neurons play the part of the other network: a neuron of the newcomer that joins one takes its weights on every
 input that the newcomer shares with one of its owners, at the cost ``½ (s_u − s_j)ᵀ M (s_u − s_j)`` to the newcomer
-alone; its weights on its own inputs answer, and everything that is not shared is refitted, as in
+alone; its weights on its own inputs are adjusted to compensate, and everything that is not shared is refitted, as in
 `mtz_core.merging.walk`.
 """
 
@@ -298,7 +298,7 @@ class _Adoption:
                 self.left = part.hessian.eliminate(common.shared, common.own)
 
     def apply(self) -> float:
-        """Give the rows the stored weights, own inputs' weights answering; returns the cost."""
+        """Give the rows the stored weights, own inputs' weights compensating; returns the cost."""
         part, shared = self.part, self.common.shared
         change = (self.weights - part.matrix[self.rows][:, shared]).T
         part.matrix[self.rows[:, None], shared] = self.weights

@@ -1,6 +1,6 @@
 """Which neurons can be dropped, and at what damage: optimal brain surgeon on the layers that read them.
 
-When the neuron whose outputs are a layer's inputs ``S`` is dropped, the layer's other weights answer in closed form.
+When the neuron whose outputs are a layer's inputs ``S`` is dropped, the layer's other weights adjust in closed form.
 The damage that is left (Hassibi and Stork 1993; here for a block of inputs and all rows of the layer at once) is
 
     ½ Σ_o f_o w_oSᵀ ([H⁻¹]_SS)⁻¹ w_oS,
@@ -88,7 +88,7 @@ class Reader:
         return 0.5 * (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
 
     def drop(self, neurons: Int64[Tensor, " n"]) -> float:
-        """Drop neurons and let the other weights answer.
+        """Drop neurons and adjust the other weights to compensate.
 
         Args:
             neurons: The neurons' indices in the group.

@@ -42,6 +42,8 @@ from tests.support.networks import (
     zip_traced,
 )
 
+pytestmark = pytest.mark.slow
+
 METHODS: tuple[Method, ...] = ("paper", "refit")
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), other_classes=5, dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), dtype=torch.float64)
@@ -111,7 +113,6 @@ def test_what_is_shared_is_stored_once(case: Case, method: Method) -> None:
         assert bool(torch.isfinite(zipped(case.examples(5), task)).all())
 
 
-@pytest.mark.slow
 @on_all_networks
 def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case) -> None:
     networks, calibration = case.pair(), case.calibration(12)
@@ -165,7 +166,6 @@ def test_permuting_neurons_changes_no_output(case: Case, share: float, method: M
         torch.testing.assert_close(again(x, task), zipped(x, task), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.slow
 @with_both_methods
 @pytest.mark.parametrize("case", [MLP, LENET5, STRIDED], ids=lambda case: case.name)
 def test_the_order_of_the_tasks_makes_no_difference_and_their_names_change_no_output(
@@ -434,7 +434,6 @@ def merged(
     return zipped, pairings, layers
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "count", "damping"), [(0.5, 30, 1e-3), (0.5, 4, 0.3), (1.0, 30, 0.3), (1.0, 4, 1e-3), (0.2, 30, 1e-3)]
 )

@@ -26,6 +26,8 @@ from tests.support.networks import Case, Residual, lenet5, mlp
 from tests.support.zoo.laws import traced as traced_zoo
 from tests.support.zoo.table import OWN
 
+pytestmark = pytest.mark.slow
+
 MLP = Case("mlp", mlp, (12,), (9, 7), dtype=torch.float64)
 WIDE = Case("wide mlp", mlp, (12,), (200, 4), dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), dtype=torch.float64)

@@ -18,6 +18,8 @@ from mtz_core.zipped.ownership import NOT_A_MEMBER
 from tests.support.fleets import BOTH, CONFIG, FLEETS, droppable, planner, statistics, traced_fleet
 from tests.support.networks import joined
 
+pytestmark = pytest.mark.slow
+
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
 
 
@@ -25,7 +27,6 @@ def states(table: Options) -> range:
     return range(len(table.gone))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moves", [BOTH, ("share",), ("drop",)], ids="+".join)
 @on_all_fleets
 def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> None:
@@ -47,7 +48,6 @@ def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> 
         assert table.sharing[0] == table.dropping[0] == 0
 
 
-@pytest.mark.slow
 @on_all_fleets
 def test_only_what_is_allowed_is_done(name: str) -> None:
     networks = traced_fleet(name)

@@ -30,6 +30,8 @@ from tests.support.fleets import (
 )
 from tests.support.networks import joined
 
+pytestmark = pytest.mark.slow
+
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
 on_some_fleets = pytest.mark.parametrize("name", ["two mlps", "other widths and classes", "lenet-5", "residual"])
 SIZES = (0.75, 0.5)

@@ -19,6 +19,8 @@ from tests.support.networks import CASES, Case, Residual, lenet5, mlp, traced_pa
 from tests.support.zoo.laws import traced as traced_zoo
 from tests.support.zoo.table import OWN
 
+pytestmark = pytest.mark.slow
+
 
 def dense(widths: tuple[int, ...], classes: int) -> nn.Module:
     """A class for every pixel."""

@@ -19,6 +19,8 @@ from mtz_core.network.tracing import trace
 from mtz_core.zipped.prefix import common_prefix
 from tests.support.networks import CASES, TASKS, Case, Residual, lenet5, mlp, traced_pair, zip_traced
 
+pytestmark = pytest.mark.slow
+
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), other_classes=5)
 DOUBLE = Case("lenet-5, float64", lenet5, (1, 20, 20), (4, 6, 10), dtype=torch.float64)
 RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6))
