@@ -118,33 +118,7 @@ class ZipConfig:
     def __post_init__(self) -> None:
         if self.method not in ("refit", "paper"):
             raise InvalidConfig(f"method: {self.method!r} is not a method. Allowed: 'refit', 'paper'.")
-        former: object = self.share
-        if isinstance(former, Budget):
-            warnings.warn(
-                "ZipConfig(share=Budget(…)) is deprecated and will be refused from version 0.3 on. "
-                "Write ZipConfig(budget=Budget(…)).",
-                FutureWarning,
-                stacklevel=3,
-            )
-            if self.budget is not None:
-                raise InvalidConfig("share: two budgets are given. Leave out share.")
-            object.__setattr__(self, "budget", former)
-            object.__setattr__(self, "share", None)
-        if self.budget is not None:
-            if not isinstance(self.budget, Budget):
-                raise InvalidConfig(
-                    f"budget: {self.budget!r} is not a Budget. Allowed: Budget(size=…), Budget(floor=…)."
-                )
-            if self.share is not None:
-                raise InvalidConfig("share: a budget decides what is shared. Give either share or budget.")
-            if self.method == "paper" and "drop" in self.budget.moves:
-                raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
-        elif isinstance(self.share, Mapping):
-            for layer, count in self.share.items():
-                if not _is_whole(count) or count < 0:
-                    raise InvalidConfig(f"share.{layer}: {count!r} is not a count. Allowed: 0 or more, whole.")
-        elif self.share is not None and (not _is_number(self.share) or not 0 <= self.share <= 1):
-            raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
+        self._check_sharing()
         if self.damping != "auto" and (not _is_number(self.damping) or not 0 < self.damping < float("inf")):
             raise InvalidConfig(
                 f"damping: {self.damping!r} is impossible. Allowed: a positive number, such as 0.005, or auto."
@@ -167,6 +141,39 @@ class ZipConfig:
             and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())
         ):
             raise InvalidConfig(f"balance: {self.balance!r} is impossible. Allowed: {{task: positive number}}.")
+
+    def _take_former_budget(self) -> None:
+        """Take a budget given as `share`, as before version 0.2, for one."""
+        former: object = self.share
+        if isinstance(former, Budget):
+            warnings.warn(
+                "ZipConfig(share=Budget(…)) is deprecated and will be refused from version 0.3 on. "
+                "Write ZipConfig(budget=Budget(…)).",
+                FutureWarning,
+                stacklevel=5,
+            )
+            if self.budget is not None:
+                raise InvalidConfig("share: two budgets are given. Leave out share.")
+            object.__setattr__(self, "budget", former)
+            object.__setattr__(self, "share", None)
+
+    def _check_sharing(self) -> None:
+        self._take_former_budget()
+        if self.budget is not None:
+            if not isinstance(self.budget, Budget):
+                raise InvalidConfig(
+                    f"budget: {self.budget!r} is not a Budget. Allowed: Budget(size=…), Budget(floor=…)."
+                )
+            if self.share is not None:
+                raise InvalidConfig("share: a budget decides what is shared. Give either share or budget.")
+            if self.method == "paper" and "drop" in self.budget.moves:
+                raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
+        elif isinstance(self.share, Mapping):
+            for layer, count in self.share.items():
+                if not _is_whole(count) or count < 0:
+                    raise InvalidConfig(f"share.{layer}: {count!r} is not a count. Allowed: 0 or more, whole.")
+        elif self.share is not None and (not _is_number(self.share) or not 0 <= self.share <= 1):
+            raise InvalidConfig(f"share: {self.share!r} is not a fraction. Allowed: 0 to 1, or {{layer: count}}.")
 
     @property
     def shared_fraction(self) -> float | None:

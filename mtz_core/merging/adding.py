@@ -60,16 +60,7 @@ def add_network(
         MtzError: In its other kinds, as `zip_networks`.
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
-    for name, value in (("budget", config.budget), ("balance", config.balance)):
-        if value is not None:
-            raise InvalidConfig(
-                f"{name}: a network is added by `share` alone, and the others stay as they are. Leave it out."
-            )
-    check_task_name(task)
-    if task in zipped.tasks:
-        raise InvalidConfig(
-            f"task {task!r} is in this zipped network already. Take it out first, or name it differently."
-        )
+    _check_request(zipped, task, config)
     batches = as_batches(calibration, task)
     traced = trace_task(task, network, batches[0], config)
     _check(zipped, task, traced)
@@ -93,36 +84,58 @@ def add_network(
             config=config,
         )
         cost = _fit(zipped, structure, task, part, config)
-        few = part.few_rows
         changed = part.tensors()
         blocks: dict[str, Tensor] = {}
         for other in structure.tasks:
             matrix = part.stored_matrix() if other == task else zipped.matrix(other, node)
             blocks |= to_blocks(node.name, other, matrix, rows, columns, node.bias is not None, blocks)
-        part.release()
         tensors |= blocks
         stream.advance(node, changed)
-        report = before[node.name]
-        reports.append(
-            replace(
-                report,
-                neurons={**report.neurons, task: len(rows.order(task))},
-                shared=rows.shared(),
-                cost=report.cost + cost,
-                few_rows="; ".join(filter(None, (report.few_rows, f"{task} has {few}" if few else ""))),
-                error={**report.error, task: stream.output_error(node)},
-                parameters=sum(block.numel() for block in blocks.values()),
-                original_parameters={
-                    **report.original_parameters,
-                    task: sum(traced.state[name].numel() for name in node.state),
-                },
-            )
-        )
+        reports.append(_extended(before[node.name], task, part, cost, stream.output_error(node), structure, blocks))
+        part.release()
     stored = zipped.tensors()
     for name in structure.own_shapes():
         tensors[name] = stored[name].clone() if name in stored else traced.state[name.removesuffix(own_name("", task))]
     finished = structure.reported(tensors, reports)
     return ZippedNetwork(finished, {name: tensor.clone() for name, tensor in tensors.items()}).eval()
+
+
+def _check_request(zipped: ZippedNetwork, task: str, config: ZipConfig) -> None:
+    for name, value in (("budget", config.budget), ("balance", config.balance)):
+        if value is not None:
+            raise InvalidConfig(
+                f"{name}: a network is added by `share` alone, and the others stay as they are. Leave it out."
+            )
+    check_task_name(task)
+    if task in zipped.tasks:
+        raise InvalidConfig(
+            f"task {task!r} is in this zipped network already. Take it out first, or name it differently."
+        )
+
+
+def _extended(
+    report: LayerReport,
+    task: str,
+    part: LayerFit,
+    cost: float,
+    error: float,
+    structure: ZippedStructure,
+    blocks: Mapping[str, Tensor],
+) -> LayerReport:
+    """The report of a layer with one more task, which costs and errs that much there."""
+    rows, state = structure.rows[report.layer], part.network.state
+    few = f"{task} has {part.few_rows}" if part.few_rows else ""
+    original = sum(state[name].numel() for name in part.node.state)
+    return replace(
+        report,
+        neurons={**report.neurons, task: len(rows.order(task))},
+        shared=rows.shared(),
+        cost=report.cost + cost,
+        few_rows="; ".join(filter(None, (report.few_rows, few))),
+        error={**report.error, task: error},
+        parameters=sum(block.numel() for block in blocks.values()),
+        original_parameters={**report.original_parameters, task: original},
+    )
 
 
 def _check(zipped: ZippedNetwork, task: str, traced: Network) -> None:
