@@ -216,7 +216,7 @@ class Validation:
     """
 
     examples: Shaped[Tensor, "n ..."]
-    labels: Int64[Tensor, " n"]
+    labels: Int64[Tensor, " labels"]
     metric: str = "error"
 
 

@@ -222,7 +222,7 @@ def test_validation_data_belong_to_floors() -> None:
     found = networks()
     with pytest.raises(InvalidConfig, match="needs validation data"):
         zip_networks(found, images(found), ZipConfig(budget=Budget(floor=1.0)))
-    with pytest.raises(InvalidConfig, match="needs validation data"):
+    with pytest.raises(InvalidConfig, match="validation data is read for a floor or for light retraining"):
         zip_networks(found, images(found), validation=labelled(found))
 
 
