@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import pickle
@@ -44,9 +45,15 @@ def calibration() -> dict[str, Tensor]:
     return {task: torch.rand(60, 6) for task in TASKS}
 
 
+@pytest.fixture(scope="module")
+def zipped_once() -> mtz.ZippedNetwork:
+    generator = torch.Generator().manual_seed(0)
+    return mtz.zip_networks(networks(), {task: torch.rand(60, 6, generator=generator) for task in TASKS})
+
+
 @pytest.fixture
-def zipped(calibration: dict[str, Tensor]) -> mtz.ZippedNetwork:
-    return mtz.zip_networks(networks(), calibration)
+def zipped(zipped_once: mtz.ZippedNetwork) -> mtz.ZippedNetwork:
+    return copy.deepcopy(zipped_once)
 
 
 def test_it_lists_its_public_names_and_nothing_else() -> None:

@@ -154,6 +154,7 @@ def profile_of(number: int, order: int) -> Profile:
     return Profile.of(traced, original_moments(traced, batches, ZipConfig()), sensitivities(traced, batches))
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.integers(0, 4), st.integers(0, 9))
 def test_permuting_the_neurons_of_a_network_changes_nothing(changed: int, order: int) -> None:

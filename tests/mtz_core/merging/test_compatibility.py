@@ -23,6 +23,7 @@ def traced(*networks: nn.Module, shape: tuple[int, ...] = (12,), dtype: torch.dt
     }
 
 
+@pytest.mark.slow
 def test_networks_of_other_widths_and_classes_fit_together() -> None:
     graph = check_compatible(traced(mlp((9, 7), 3), mlp((5, 8), 4), mlp((7, 7), 2)))
     assert [layer.name for layer in graph.layers] == ["0", "2", "4"]

@@ -31,6 +31,8 @@ from tests.support.networks import (
     traced_pair,
 )
 
+pytestmark = pytest.mark.slow
+
 MLP = Case("mlp", mlp, (12,), (9, 7), (8, 10), dtype=torch.float64)
 RESIDUAL = Case("residual", Residual, (1, 7, 6), (5, 4, 6), dtype=torch.float64)
 LENET5 = Case("lenet-5", lenet5, (1, 20, 20), (4, 6, 10), (5, 4, 12), dtype=torch.float64)
@@ -222,7 +224,6 @@ def patches(module: nn.Module, layer: nn.Conv2d, x: Tensor) -> np.ndarray:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["two", "three"])
 @pytest.mark.parametrize("method", ["paper", "refit"])

@@ -167,6 +167,7 @@ IMAGES: dict[str, tuple[Function, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VECTORS)
 def test_neurons_behind_an_operator(name: str) -> None:
     function, width = VECTORS[name]

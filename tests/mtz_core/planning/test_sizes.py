@@ -48,6 +48,7 @@ def counts(keep: Kept, pairings: Mapping[str, Pairing]) -> tuple[list[dict[str, 
     return kept, {group: pairing.shared for group, pairing in pairings.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @on_all_fleets
 def test_the_bytes_are_those_of_the_zipped_network(name: str, seed: int) -> None:

@@ -383,6 +383,7 @@ STRANGE: tuple[Any, ...] = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data())
 def test_no_strange_entry_ends_in_anything_but_a_refusal(stored: tuple[Path, bytes], data: st.DataObject) -> None:

@@ -51,6 +51,7 @@ def assert_same_structure(first: ZippedStructure, second: ZippedStructure) -> No
                 assert np.array_equal(axis.neuron, others[name].neuron)
 
 
+@pytest.mark.slow
 @on_all_networks
 def test_saved_and_loaded_is_the_same(case: Case, tmp_path: Path) -> None:
     zipped, x = zipped_pair(case), case.examples(5)
