@@ -6,6 +6,7 @@ the checks off.
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tasks.storage.s3 import Storage, StorageSettings
     from tests.support.services import Place
 
+# Whatever a shell starts in the background ignores it, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if os.environ.get("MTZ_SHAPES") != "unchecked":
     shapes.install()  # before anything imports mtz_core
 
