@@ -151,8 +151,7 @@ def zip_networks(
         else:
             assert budget.size is not None
             plans = list(steps.count("plan", search.candidates(budget.size), None, lambda candidate: candidate.name))
-            best = min(plans, key=lambda candidate: search.weighted(candidate.loss))
-            zipped = steps.merged(search.merging(best.plan), traced)
+            zipped = steps.merged(search.merging(search.best_of(plans).plan), traced)
     if retraining is not None and split is not None:
         for _ in steps.count("retrain", Retraining(zipped, networks, *split, retraining).steps(), None, _iteration):
             pass

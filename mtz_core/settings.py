@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from mtz_core.errors import InvalidConfig
 
@@ -21,12 +21,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_seed(seed: object) -> None:
-    if not _is_whole(seed) or not 0 <= int(str(seed)) < 2**63:
+    if not _is_whole(seed) or not 0 <= seed < 2**63:
         raise InvalidConfig(f"seed: {seed!r} is impossible. Allowed: 0 or more, whole.")
 
 

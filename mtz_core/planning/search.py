@@ -9,7 +9,7 @@ The best is taken: a mixture is chosen only where it does better than either mov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -182,7 +182,11 @@ class BudgetSearch:
 
     def best(self, size: float) -> Plan:
         """The plan for a size with the least held-out loss."""
-        return self.ranked(size)[0].plan
+        return self.best_of(self.candidates(size)).plan
+
+    def best_of(self, candidates: Iterable[Candidate]) -> Candidate:
+        """The candidate with the least held-out loss; of equal ones the first."""
+        return min(candidates, key=lambda candidate: self.weighted(candidate.loss))
 
     def zip(self, plan: Plan) -> ZippedNetwork:
         """Merge by a plan, on all calibration data."""

@@ -89,7 +89,7 @@ def _spend(budget_search: BudgetSearch, size: float) -> Matched:
             candidates.append(candidate)
     except InvalidConfig as error:
         raise InvalidConfig(f"match.{error}") from error
-    best = min(candidates, key=lambda candidate: budget_search.weighted(candidate.loss))
+    best = budget_search.best_of(candidates)
     size_of = budget_search.planner.original_bytes
     tried = [
         CandidateRecord(t.name, t.plan.bytes / size_of, t.plan.damage, t.loss, "chosen" if t is best else "worse")

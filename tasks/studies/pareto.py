@@ -213,7 +213,7 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
     for done, (method, size) in enumerate(todo, start=1):
         start = time.monotonic()
         budget_search = searches[method]
-        candidate = min(budget_search.candidates(size), key=lambda candidate: budget_search.weighted(candidate.loss))
+        candidate = budget_search.best_of(budget_search.candidates(size))
         zipped = budget_search.zip(candidate.plan)
         rows = group.rows(method, least[method], candidate, zipped, retrained=False)
         message = _errors_by_task(rows)
