@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.support import prefect_server
+from tests.support.processes import command_lines
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 pytestmark = pytest.mark.e2e
@@ -193,9 +194,5 @@ def test_nothing_is_left_running_and_no_secret_in_a_log(project: Path, first_run
     assert secret not in first_run
     for log in [*(project / ".mtz/logs").rglob("*.log"), *(project / ".mtz/s3").glob("*.log")]:
         assert secret not in log.read_text(errors="replace"), log
-
-    def running() -> str:
-        return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-
-    assert secret not in running()
-    until(lambda: str(project) not in running())
+    assert secret not in command_lines()
+    until(lambda: str(project) not in command_lines())

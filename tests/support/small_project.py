@@ -150,11 +150,3 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
         for path in folder.rglob("*")
         if path.is_file() and ".dvc" not in path.parts
     }
-
-
-def is_alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

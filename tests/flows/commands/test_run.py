@@ -20,7 +20,8 @@ from flows.spec.request import Request, Timetable
 from tasks.files import write_json
 from tests.support import prefect_server
 from tests.support.command_line import ROOT, mtz, start
-from tests.support.small_project import GROUP_PARAMS, is_alive, make_project
+from tests.support.processes import descendants, is_alive
+from tests.support.small_project import GROUP_PARAMS, make_project
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 PARAMS = f"{GROUP_PARAMS}    flow: {{workers: 2, retries: 1, retry_delay_seconds: 0}}\n"
@@ -61,7 +62,7 @@ def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:
         return log.exists() and "reading" in log.read_text()
 
     until(at_work)
-    members = children_of(process.pid)
+    members = descendants(process.pid)
     status, _, err = mtz(project, "run", "--group", "good", PREFECT_API_URL=prefect_url)
     assert status == 1
     assert "error: a run of fleet 'nightly' is under way" in err
@@ -71,16 +72,6 @@ def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:
     assert "finished stages are kept" in err
     assert len(members) >= 4, "server, dvc, shell or stage"
     until(lambda: not any(map(is_alive, members)))
-
-
-def children_of(parent: int) -> list[int]:
-    """All processes that descend from this one."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(pid): int(ppid) for pid, ppid in map(str.split, listing.splitlines())}
-    found = [parent]
-    for pid in found:
-        found.extend(child for child, its_parent in parents.items() if its_parent == pid)
-    return found
 
 
 @pytest.mark.parametrize(

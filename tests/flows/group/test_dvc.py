@@ -11,7 +11,8 @@ import pytest
 
 from flows.results.stage_result import StageFailed
 from flows.spec.snapshot import InvalidPipeline
-from tests.support.small_project import STAGES, Group, is_alive
+from tests.support.processes import is_alive
+from tests.support.small_project import STAGES, Group
 from tests.support.waiting import AGES_SECONDS, until
 
 

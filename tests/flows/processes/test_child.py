@@ -16,7 +16,7 @@ import pytest
 
 from flows.processes import child
 from flows.processes.child import Child, Interrupted, python_environment, stop_all, stopping
-from tests.support.small_project import is_alive
+from tests.support.processes import is_alive
 from tests.support.waiting import until
 
 PROGRAM = """

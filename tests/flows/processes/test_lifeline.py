@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.small_project import is_alive
+from tests.support.processes import is_alive
 from tests.support.waiting import until
 
 LIFELINE = Path(__file__).parents[3] / "flows" / "processes" / "lifeline.py"

@@ -21,7 +21,7 @@ from flows.processes import warm
 from flows.processes.child import Child, _start_cold, python_environment
 from flows.results.stage_result import StageFailed
 from tasks.warm_client import VARIABLE, Running
-from tests.support.small_project import is_alive
+from tests.support.processes import is_alive, own_children
 from tests.support.stages import make_lenets
 from tests.support.waiting import PATIENCE_SECONDS, until
 
@@ -115,15 +115,9 @@ def run(
     return process.returncode, out, err
 
 
-def processes(word: str) -> list[int]:
-    """All processes, zombies too, whose command line has the word."""
-    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listing.splitlines() if word in line and "ps -eo" not in line]
-
-
 def servers() -> list[int]:
-    """The servers of this test, with children that they have forked."""
-    return [pid for pid in processes("warm_server.py") if parent(pid) == os.getpid()]
+    """The servers of this test."""
+    return own_children("warm_server.py")
 
 
 def parent(pid: int) -> int:
