@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import prefect_server
+from tests.support import interpreters, prefect_server
 from tests.support.processes import command_lines
 from tests.support.waiting import PATIENCE_SECONDS, until
 
@@ -65,7 +65,7 @@ def run(folder: Path, *command: str, **variables: str) -> str:
 
 
 def mtz(folder: Path, *arguments: str, **variables: str) -> str:
-    return run(folder, sys.executable, "-m", "flows.cli", *arguments, **variables)
+    return run(folder, sys.executable, "-m", "flows.cli", *arguments, **interpreters.running(), **variables)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,7 +80,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(project: Path) -> str:
-    return mtz(project, "run")
+    return run(project, sys.executable, "-m", "flows.cli", "run")  # with interpreters, and a server, of its own
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_run_executes_every_stage_and_registers_a_version(first_run: str, work
 
 def test_dvc_by_hand_gives_the_same_bytes(project: Path, workspace: Path, tmp_path: Path) -> None:
     by_hand = clone(tmp_path / "by-hand")
-    told = run(by_hand, "dvc", "repro")
+    told = run(by_hand, "dvc", "repro", **interpreters.running())
     assert told.count("Running stage") == 11
     assert contents(by_hand) == contents(workspace)
     assert "error_retrained" in run(by_hand, "dvc", "metrics", "show")

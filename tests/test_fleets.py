@@ -173,6 +173,7 @@ def test_a_deployed_fleet_runs_its_groups_on_workers_elsewhere(
     credentials = dict(re.findall(r"export (\w+)=(\S+)", exported.replace("'", "")))
     (tmp_path / "elsewhere").mkdir()
     own = {**server, **credentials, "MTZ_HOME": str(tmp_path / "elsewhere/.mtz"), "PYTHONPATH": str(project)}
+    own["MTZ_WARM"] = ""
     workers = [
         start(project, "fleet", "worker", "--pool", "all-fleets", output=tmp_path / "fleets.log", **server),
         start(tmp_path / "elsewhere", "fleet", "worker", "--pool", "all-groups", output=tmp_path / "groups.log", **own),

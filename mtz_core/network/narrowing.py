@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -67,14 +68,19 @@ class Reduced:
         return torch.from_numpy(np.flatnonzero(_stays(axis, self.keep)))
 
 
+_KNOWN: WeakKeyDictionary[Network, Analysis] = WeakKeyDictionary()
+
+
 def analysis_of(network: Network) -> Analysis:
-    """Analyse a traced network anew."""
-    entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
-    return analyse(network.graph.nodes, network.graph.output, *entry)
+    """Analyse a traced network, once for as long as it is there."""
+    if network not in _KNOWN:
+        entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
+        _KNOWN[network] = analyse(network.graph.nodes, network.graph.output, *entry)
+    return _KNOWN[network]
 
 
 class Dropper:
-    """Drops neurons from one network, which is analysed once.
+    """Drops neurons from one network.
 
     Attributes:
         network: The network.

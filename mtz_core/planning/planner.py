@@ -117,6 +117,8 @@ class Planner:
                     for own in traced.values()
                 ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
+        self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
+        self._bytes_around: dict[tuple[str, tuple[int, ...]], Int64[np.ndarray, " states"]] = {}
 
     @property
     def original_bytes(self) -> int:
@@ -265,18 +267,22 @@ class Planner:
             states[best[0]] = best[1]
 
     def _around(self, name: str, table: Options, states: States) -> Int64[np.ndarray, " states"]:
-        """The bytes that depend on a group, in each of its states."""
-        kept, shared = self._counts(states)
-        kept = [{**own, name: column} for own, column in zip(kept, table.kept, strict=True)]
-        found: Int64[np.ndarray, " states"] = self.sizes.around(name, kept, {**shared, name: table.shared})
-        return found
+        """The bytes that depend on a group, in each of its states; kept, since the same ones are asked for again."""
+        near = {other: states[other] for other in self._near[name]}
+        key = name, tuple(near.values())
+        if key not in self._bytes_around:
+            kept, shared = self._counts(near)
+            kept = [{**own, name: column} for own, column in zip(kept, table.kept, strict=True)]
+            self._bytes_around[key] = self.sizes.around(name, kept, {**shared, name: table.shared})
+        return self._bytes_around[key]
 
     def _counts(self, states: States) -> tuple[list[dict[str, int]], dict[str, int]]:
+        """How many neurons each task keeps, and all share, in each of these groups."""
         kept = [
-            {name: int(table.kept[t, states[name]]) for name, table in self.options.items()}
+            {name: int(self.options[name].kept[t, state]) for name, state in states.items()}
             for t in range(len(self.tasks))
         ]
-        return kept, {name: int(table.shared[states[name]]) for name, table in self.options.items()}
+        return kept, {name: int(self.options[name].shared[state]) for name, state in states.items()}
 
     def _bytes(self, states: States) -> int:
         return self.sizes.stored(*self._counts(states))

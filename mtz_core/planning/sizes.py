@@ -96,6 +96,10 @@ class Sizes:
         ]
         self._touching = {name: [table for table in self._tables if name in table.groups] for name in self.widths[0]}
 
+    def neighbours(self, group: str) -> frozenset[str]:
+        """The other groups on which the bytes around a group depend."""
+        return frozenset(name for table in self._touching[group] for name in table.groups) - {group}
+
     def stored(self, kept: Sequence[Counts], shared: Counts) -> int:
         """Compute the stored bytes.
 

@@ -12,7 +12,7 @@ from tests.support.services import Place
 from tests.support.small_project import Group, make_project
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The folder of a warm interpreter, for tests that call DVC again and again; others start cold."""
     with pytest.MonkeyPatch.context() as patch:

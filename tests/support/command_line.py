@@ -5,20 +5,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import interpreters
 from tests.support.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
 
 def start(project: Path, *arguments: str, output: Path | None = None, **variables: str) -> "subprocess.Popen[str]":
-    """Start the command in a project, without the settings of whoever runs the tests."""
+    """Start the command in a project, without the settings of whoever runs the tests.
+
+    It uses the tests' warm interpreters; with an empty MTZ_WARM it has its own.
+    """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MTZ_", "PREFECT_", "AWS_"))
     }
+    environment |= {"PYTHONPATH": str(ROOT), **interpreters.running(str(ROOT)), **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *arguments],
         cwd=project,
-        env={**environment, "PYTHONPATH": str(ROOT), **variables},
+        env={name: value for name, value in environment.items() if value},
         stdout=subprocess.PIPE if output is None else output.open("wb"),
         stderr=subprocess.PIPE if output is None else subprocess.STDOUT,
         text=True,

@@ -14,6 +14,7 @@ from prefect.context import refresh_global_settings_context
 
 from flows.processes import servers
 from tasks.registry.mlflow_client import variables_set
+from tests.support import interpreters
 from tests.support.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def pool_worker(pool: str, folder: Path, limit: int = 1) -> Iterator[None]:
     """A worker as `mtz fleet worker` starts one, in a folder of its own, while the block runs."""
     (folder / ".mtz").mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTZ_")}
-    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_WORKER_QUERY_SECONDS": "1", **interpreters.running(str(ROOT))}
     program = f"from flows.commands.schedule import worker; worker({pool!r}, {limit})"
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

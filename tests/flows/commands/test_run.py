@@ -54,7 +54,7 @@ def prefect_url() -> str:
 
 
 def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:
-    process = start(project, "run", "--group", "slow", "--debug")
+    process = start(project, "run", "--group", "slow", "--debug", MTZ_WARM="")
     log = project / ".mtz" / "logs" / "slow" / "collect@digits.log"
 
     def at_work() -> bool:
