@@ -126,7 +126,7 @@ def test_dvc_by_hand_gives_the_same_bytes(project: Path, workspace: Path, tmp_pa
 
 def test_a_second_run_executes_nothing_and_says_so(project: Path, workspace: Path) -> None:
     before = contents(workspace)
-    told = mtz(project, "run", "--verify")
+    told = mtz(project, "run", "--verify", PREFECT_API_URL=prefect_server.running()[0])
     assert "Nothing to do: 1 of 1 groups unchanged, all 11 stages" in told
     assert f"models:/{MODEL}/1" in told
     assert contents(workspace) == before

@@ -1,4 +1,6 @@
-"""Shape annotations of mtz_core, such as ``Float[Tensor, "rows inputs"]``, checked at every call by beartype.
+"""Shape annotations of mtz_core, such as ``Float[Tensor, "rows inputs"]``, checked by beartype.
+
+In every test the first calls of each function are checked; a loop that calls one a thousand times has no new shapes.
 
 Arguments, results and the fields of dataclasses are checked; of a mapping or a list one entry, of a generator nothing.
 A dimension whose name starts with "_" is documentation only.
@@ -7,13 +9,20 @@ A dimension whose name starts with "_" is documentation only.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_args
 
 import jaxtyping
 from beartype import beartype
 from jaxtyping import AbstractArray, install_import_hook, jaxtyped
+
+CHECKED = 8
+"""How many calls of each function are checked in a test."""
+
+calls: Counter[Callable[..., Any]] = Counter()
+"""How often each function was called in the present test."""
 
 
 def install() -> None:
@@ -25,9 +34,25 @@ def install() -> None:
 
 def decorate(target: Any, **options: Any) -> Any:
     """What the hook does to a function or class, if it has shapes."""
-    if inspect.isfunction(target) and not any(map(has_shape, hints_of(target))):
+    if not inspect.isfunction(target):
+        plain = target.__init__
+        checked = jaxtyped(target, **options)
+        if checked.__init__ is not plain:
+            checked.__init__ = _checked_at_first(plain, checked.__init__)
+        return checked
+    # A function inside another would be compiled anew whenever that one is called.
+    if "<locals>" in target.__qualname__ or not any(map(has_shape, hints_of(target))):
         return target
-    return jaxtyped(target, **options)
+    return _checked_at_first(target, jaxtyped(target, **options))
+
+
+def _checked_at_first(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(checked)
+    def first_checked(*arguments: Any, **named: Any) -> Any:
+        calls[plain] += 1
+        return (checked if calls[plain] <= CHECKED else plain)(*arguments, **named)
+
+    return first_checked
 
 
 def hints_of(function: Any) -> Iterator[Any]:
