@@ -115,9 +115,18 @@ def run(
     return process.returncode, out, err
 
 
+_others: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def other_servers() -> None:
+    """Remember the servers that other tests have started."""
+    _others[:] = own_children("warm_server.py")
+
+
 def servers() -> list[int]:
     """The servers of this test."""
-    return own_children("warm_server.py")
+    return [pid for pid in own_children("warm_server.py") if pid not in _others]
 
 
 def parent(pid: int) -> int:

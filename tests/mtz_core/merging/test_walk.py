@@ -58,7 +58,7 @@ with_both_methods = pytest.mark.parametrize("method", METHODS)
 @on_all_networks
 def test_sharing_nothing_gives_back_both_originals_exactly(case: Case, method: Method) -> None:
     networks = case.pair()
-    zipped = zip_networks(networks, case.calibration(20), ZipConfig(method=method, share=0.0))
+    zipped = zip_traced(traced_pair(case), case.calibration(20), ZipConfig(method=method, share=0.0))
     for task, network in networks.items():
         x = case.examples(7, seed=99)
         assert torch.equal(zipped(x, task), network(x))
@@ -121,7 +121,7 @@ def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case) -> No
     modes = {task: [part.training for part in network.modules()] for task, network in networks.items()}
     data = {task: x.clone() for task, x in calibration.items()}
     config = ZipConfig(share=0.6, patches=3)
-    first, second = (zip_networks(networks, calibration, config) for _ in range(2))
+    first, second = zip_networks(networks, calibration, config), zip_traced(traced_pair(case), calibration, config)
     assert first.report == second.report
     assert first.tensors().keys() == second.tensors().keys()
     assert all(torch.equal(block, second.tensors()[name]) for name, block in first.tensors().items())
@@ -314,12 +314,13 @@ def side(
     name: str,
     module: nn.Module,
     zipped: ZippedNetwork,
+    plain: nn.Module,
     pairings: Mapping[str, Pairing],
     x: Tensor,
     sensitivity: Tensor,
 ) -> Side:
     """Rows and columns in the order of the pairing, shared ones first, the bias (if any) last."""
-    layer = zipped.network(task).get_submodule(name)
+    layer = plain.get_submodule(name)
     graph = zipped.structure.networks[task].graph
     original = matrix(module.get_submodule(name))
     (rows,), (columns,) = graph.rows[name].groups, graph.columns[name].groups
@@ -333,7 +334,7 @@ def side(
         outputs = outputs.permute(0, 2, 3, 1).flatten(0, 2)
     return Side(
         original=unfold(layer, read)[:, index],
-        fed=unfold(layer, seen(zipped.network(task), name, x)[0])[:, index],
+        fed=unfold(layer, seen(plain, name, x)[0])[:, index],
         outputs=outputs.detach().numpy()[:, neurons],
         prior=original[neurons][:, index],
         zipped=matrix(layer)[neurons][:, index],
@@ -426,10 +427,13 @@ def merged(
     pairings = random_pairings(traced, share, seed=3)
     zipped = finish(merge(joined(traced, batches=batches), pairings, config))
     sensitivity = sensitivities_of_traced(traced, calibration, config.seed)
+    plain = {task: zipped.network(task) for task in TASKS}
     layers = []
     for report in zipped.report.layers:
         name = report.layer
-        sides = [side(t, name, modules[t], zipped, pairings, calibration[t], sensitivity[t][name]) for t in TASKS]
+        sides = [
+            side(t, name, modules[t], zipped, plain[t], pairings, calibration[t], sensitivity[t][name]) for t in TASKS
+        ]
         layers.append((report, sides))
     return zipped, pairings, layers
 
