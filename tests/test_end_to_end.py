@@ -41,9 +41,9 @@ def clone(target: Path) -> Path:
         model["network"] = "tasks.models.example_networks:lenet_300_100"
     for settings in params["pretrain"].values():
         settings["epochs"] = 1
-    params["collect"]["images"] = 1000
+    params["collect"]["images"] = 400
     params["match"] |= {"share": None, "budget": {"size": 0.35}}
-    params["retrain"] |= {"images": 1000, "iterations": 40}
+    params["retrain"] |= {"images": 400, "iterations": 40}
     (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (target / "fleet.yaml").write_text("version: 2\ngroups: {small: {}}\n")
     subprocess.run(["git", "init", "--quiet"], cwd=target, check=True)

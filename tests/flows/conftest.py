@@ -1,6 +1,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from tests.support.small_project import Group, make_project
 @pytest.fixture(scope="session")
 def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The folder of a warm interpreter, for tests that call DVC again and again; others start cold."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm, "PRELOADED", {"dvc": warm.PRELOADED["dvc"]})
-        with warm.serving(tmp_path_factory.mktemp("warm")):
-            folder = os.environ.pop(VARIABLE)
-            yield folder
-            os.environ[VARIABLE] = folder
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(warm, "PRELOADED", {"dvc": warm.PRELOADED["dvc"]})
+            stack.enter_context(warm.serving(tmp_path_factory.mktemp("warm")))
+        folder = os.environ.pop(VARIABLE)
+        yield folder
+        os.environ[VARIABLE] = folder
 
 
 @pytest.fixture
