@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
 from mtz_core.evaluation import METRICS, Classifier, agreement, check_labels, measure, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
+from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task
 from mtz_core.network.tracing import evaluation_mode
-from mtz_core.planning.search import HELD_OUT, BudgetSearch, FloorSearch, Validation
+from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.retraining import Retraining, RetrainStep, Targets
 from mtz_core.settings import RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batches
@@ -31,6 +32,7 @@ Labelled = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 """Examples with labels: a pair of tensors, or batches of pairs, as a ``DataLoader`` gives them."""
 
 _BATCH = 500
+_MOST_HELD_OUT = 200
 _log = logging.getLogger("mtz_core")
 
 
@@ -91,8 +93,9 @@ def zip_networks(
         calibration: Examples of each task's inputs, ``[batch, *input shape]``: one tensor, or batches, such as a
             ``DataLoader``. Labels in the batches are ignored.
         config: What to share, or the budget, and how; by default everything that can be shared.
-        validation: Examples of each task: with labels, on which a floor is kept, or, with or without them, by which
-            light retraining is validated.
+        validation: Examples of each task: with labels, on which a floor is kept, or, with or without them, on which the
+            result is judged and by which light retraining is validated. Without them, one calibration example in five
+            is held out for that.
         retraining: Light retraining after zipping, by distillation on the calibration data. The search for a floor
             retrains in any case.
         on_progress: Called after each step.
@@ -120,15 +123,19 @@ def zip_networks(
         raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
     if floor and validation is None:
         raise InvalidConfig("a floor needs validation data with labels: give validation.")
-    if validation is not None and not floor and retraining is None:
-        raise InvalidConfig("validation data is read for a floor or for light retraining: give one, or leave it out.")
     if retraining is not None and retraining.labels:
         raise InvalidConfig(
             "retraining.labels: zipping retrains by distillation. Set it to 0, or use `retrain` with labels afterwards."
         )
     batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
+    config.balance_of(tuple(batches))
     labelled = {task: _validation(data, task) for task, data in (validation or {}).items()} if floor else {}
-    split = _split(batches, validation, retraining) if retraining is not None and not floor else None
+    held_out = _held_out(batches, validation)
+    if retraining is not None and not floor:
+        retraining.balance_of(tuple(batches))
+        _check_held_out(batches, held_out)
+    if validation is None and (budget is None or retraining is not None) and not floor:
+        batches = {task: _without(own, held_out.get(task, [])) for task, own in batches.items()}
     graphs = {
         task: trace_task(task, networks[task], data[0], config)
         for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
@@ -136,13 +143,13 @@ def zip_networks(
     check_compatible(graphs)
     shared_counts(graphs, config)
     traced = {
-        task: Traced.measured(network, batches[task], config)
+        task: Traced.measured(network, batches[task], config, config.output_of(task))
         for task, network in steps.count("measure", graphs.items(), len(graphs), lambda item: item[0])
     }
     if budget is None:
         zipped = _share(traced, config, steps)
     else:
-        search = BudgetSearch(traced, config, budget)
+        search = BudgetSearch(traced, config, budget, held_out if validation is not None else None)
         if floor:
             training = {task: torch.cat(own) for task, own in batches.items()}
             found = FloorSearch(search, networks, training, labelled, retraining or RetrainConfig())
@@ -151,10 +158,15 @@ def zip_networks(
         else:
             assert budget.size is not None
             plans = list(steps.count("plan", search.candidates(budget.size), None, lambda candidate: candidate.name))
-            zipped = steps.merged(search.merging(search.best_of(plans).plan), traced)
-    if retraining is not None and split is not None:
-        for _ in steps.count("retrain", Retraining(zipped, networks, *split, retraining).steps(), None, _iteration):
+            best = search.best_of(plans)
+            zipped = steps.merged(search.merging(best.plan), traced).judged(best.judged)
+    if retraining is not None and not floor:
+        fitting, rest = ({task: torch.cat(own) for task, own in data.items()} for data in (batches, held_out))
+        run = Retraining(zipped, networks, fitting, rest, retraining)
+        for _ in steps.count("retrain", run.steps(), None, _iteration):
             pass
+    if not zipped.report.tasks or retraining is not None:
+        zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
     return zipped
 
@@ -285,34 +297,44 @@ def _share(traced: Mapping[str, Traced], config: ZipConfig, steps: _Steps) -> Zi
     return steps.merged(merge(traced, pairings, config, descent(matches)), traced)
 
 
-def _split(
-    batches: Mapping[str, list[Tensor]],
-    validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None,
-    config: RetrainConfig,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return training and validation examples; without the latter, one calibration example in `HELD_OUT`."""
-    config.balance_of(tuple(batches))
-    training = {task: torch.cat(own) for task, own in batches.items()}
+def _held_out(
+    batches: Mapping[str, list[Tensor]], validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None
+) -> dict[str, list[Tensor]]:
+    """Return the examples on which a result is judged: those for validation, or one calibration example in `HELD_OUT`.
+
+    Of fewer than `HELD_OUT` examples none is held out.
+
+    Raises:
+        InvalidConfig: Validation data is given for other tasks.
+        InvalidCalibration: Validation data is of another shape.
+    """
     if validation is None:
-        counts = {task: len(own) // HELD_OUT for task, own in training.items()}
-        for task, count in counts.items():
-            if not count:
-                raise InvalidCalibration(
-                    f"{task!r} has {len(training[task])} calibration examples; light retraining holds one in "
-                    f"{HELD_OUT} out to validate. Give at least {HELD_OUT}, or validation data."
-                )
-        held_out = {task: own[-counts[task] :] for task, own in training.items()}
-        return {task: own[: -counts[task]] for task, own in training.items()}, held_out
+        counts = {task: min(sum(map(len, own)) // HELD_OUT, _MOST_HELD_OUT) for task, own in batches.items()}
+        return {task: [torch.cat(batches[task])[-count:]] for task, count in counts.items() if count}
     if set(validation) != set(batches):
         raise InvalidConfig(f"validation data is given for {sorted(validation)}, but the tasks are {sorted(batches)}.")
-    held_out = {task: _examples(data, task) for task, data in validation.items()}
+    held_out = {task: list(torch.split(_examples(data, task), _BATCH)) for task, data in validation.items()}
     for task, own in held_out.items():
-        if own.shape[1:] != training[task].shape[1:]:
+        if own[0].shape[1:] != batches[task][0].shape[1:]:
             raise InvalidCalibration(
-                f"validation examples of {task!r} have shape {list(own.shape[1:])}, calibration examples "
-                f"{list(training[task].shape[1:])}. Bring them to one."
+                f"validation examples of {task!r} have shape {list(own[0].shape[1:])}, calibration examples "
+                f"{list(batches[task][0].shape[1:])}. Bring them to one."
             )
-    return training, held_out
+    return held_out
+
+
+def _check_held_out(batches: Mapping[str, list[Tensor]], held_out: Mapping[str, list[Tensor]]) -> None:
+    for task in batches.keys() - held_out.keys():
+        raise InvalidCalibration(
+            f"{task!r} has {sum(map(len, batches[task]))} calibration examples; light retraining holds one in "
+            f"{HELD_OUT} out to validate. Give at least {HELD_OUT}, or validation data."
+        )
+
+
+def _without(batches: list[Tensor], held_out: list[Tensor]) -> list[Tensor]:
+    """Return batches without their last examples, which are held out."""
+    count = sum(map(len, batches)) - sum(map(len, held_out))
+    return list(torch.split(torch.cat(batches)[:count], len(batches[0])))
 
 
 def _examples(data: Validation | Tensor | Iterable[Any], task: str) -> Tensor:

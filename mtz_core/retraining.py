@@ -1,9 +1,9 @@
 """Light retraining: a few steps of gradient descent that let a zipped network settle.
 
-By default the loss is distillation on unlabelled data: each task's outputs are drawn to its original network's. Labels
-can take part or take over. Every stored value learns, shared ones from all tasks at once. A running average of the
-weights is validated on held-out data, and the best one is kept. The merged network itself is the first candidate, so
-retraining never makes it worse there.
+By default the loss is distillation on unlabelled data: each task's outputs are drawn to its original network's, by the
+loss of their kind, relative to the information in them (`mtz_core.task_loss`). Labels can take part or take over. Every
+stored value learns, shared ones from all tasks at once. A running average of the weights is validated on held-out data,
+and the best one is kept. The merged network itself is the first candidate, so retraining never makes it worse there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.network.graph import INPUT, free_unused, run_node
 from mtz_core.network.tracing import evaluation_mode
 from mtz_core.settings import RetrainConfig
+from mtz_core.task_loss import TaskLoss
 from mtz_core.zipped.module import ZippedNetwork
 
 WARM_UP = 5
@@ -73,18 +74,6 @@ class RetrainState:
 
     tensors: Mapping[str, Tensor]
     curve: tuple[RetrainStep, ...]
-
-
-def distillation_loss(
-    outputs: Float[Tensor, "batch classes"], targets: Float[Tensor, "batch classes"], temperature: float
-) -> Float[Tensor, ""]:
-    """``T² KL(softmax(targets / T) ‖ softmax(outputs / T))``, mean over the batch (Hinton, Vinyals, Dean 2015)."""
-    return temperature**2 * F.kl_div(
-        F.log_softmax(outputs / temperature, dim=1),
-        F.log_softmax(targets / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
 
 
 def original_outputs(
@@ -178,6 +167,9 @@ class Retraining:
                 if task not in originals:
                     raise InvalidCalibration(f"light retraining has no original network for {task!r}.")
             outputs = original_outputs(originals, training, validation)
+        if labels is not None:
+            _check_logits(zipped)
+        distil = {} if outputs is None or config.labels == 1 else _distillations(zipped, outputs.training, config)
         self._data: dict[str, dict[str, _Examples]] = {}
         for split, examples in splits.items():
             aims = None if outputs is None or config.labels == 1 else getattr(outputs, split)
@@ -191,6 +183,7 @@ class Retraining:
                     examples[task],
                     None if aims is None else _checked_outputs(task, split, aims, examples[task], one),
                     None if truth is None else _checked_labels(task, split, truth, examples[task], one),
+                    distil.get(task),
                 )
         self._optimiser = torch.optim.Adam(zipped.parameters(), lr=config.learning_rate)
         self._average, self._best = _snapshot(zipped), _snapshot(zipped)
@@ -316,6 +309,38 @@ class Retraining:
         return sum(self._balance[task] * loss for task, loss in losses.items())
 
 
+def _check_logits(zipped: ZippedNetwork) -> None:
+    """Raises `InvalidConfig` where a task's outputs are known to be no logits, which is what labels are read for."""
+    for task, judged in zipped.report.tasks.items():
+        if judged.output in ("probabilities", "multi-label", "embedding") or (
+            judged.output != "logits" and not judged.guessed
+        ):
+            raise InvalidConfig(
+                f"labels are compared with logits, but the network of {task!r} puts out {judged.output}. "
+                "Set retrain.labels to 0."
+            )
+
+
+_Distillation = Callable[[Tensor, Tensor], Tensor]
+"""The loss of outputs against the original's."""
+
+
+def _distillations(
+    zipped: ZippedNetwork, targets: Mapping[str, Tensor], config: RetrainConfig
+) -> dict[str, _Distillation]:
+    """For every task, the divergence of its outputs at the temperature of distillation, as a share of the most."""
+    found: dict[str, _Distillation] = {}
+    for task in zipped.tasks:
+        loss = zipped.loss_of(task, targets[task])
+        most = loss.information_in(targets[task], config.temperature)
+
+        def distil(outputs: Tensor, aims: Tensor, loss: TaskLoss = loss, most: float = most) -> Tensor:
+            return loss.divergences(outputs, aims, config.temperature).mean() / (most if loss.tells else 1.0)
+
+        found[task] = distil
+    return found
+
+
 @dataclass(frozen=True)
 class _Examples:
     """Examples of one task and what their outputs are drawn to."""
@@ -323,19 +348,21 @@ class _Examples:
     examples: Shaped[Tensor, "n ..."]
     outputs: Float[Tensor, "n classes ..."] | None
     labels: Int[Tensor, "n ..."] | None
+    distil: _Distillation | None
 
     def part(self, index: Int[Tensor, " batch"]) -> _Examples:
         return _Examples(
             self.examples[index],
             None if self.outputs is None else self.outputs[index],
             None if self.labels is None else self.labels[index],
+            self.distil,
         )
 
     def loss(self, outputs: Float[Tensor, "n classes ..."], config: RetrainConfig) -> Float[Tensor, ""]:
         """Distillation and cross-entropy, mixed as configured, mean over the examples."""
         loss = outputs.new_zeros(())
-        if self.outputs is not None:
-            loss = loss + (1 - config.labels) * distillation_loss(outputs, self.outputs, config.temperature)
+        if self.outputs is not None and self.distil is not None:
+            loss = loss + (1 - config.labels) * self.distil(outputs, self.outputs)
         if self.labels is not None:
             loss = loss + config.labels * F.cross_entropy(outputs, self.labels)
         return loss

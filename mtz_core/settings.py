@@ -6,12 +6,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, get_args
 
 from mtz_core.errors import InvalidConfig
 
 Method = Literal["refit", "paper"]
 Move = Literal["share", "drop"]
+
+Kind = Literal["logits", "probabilities", "multi-label", "regression", "heatmap", "embedding"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HAVE_TOLERANCE = ("regression", "heatmap")
 
 DEFAULT_DAMPING = 5e-3
 Statistics = Literal["updated", "kept"]
@@ -28,6 +32,52 @@ def _is_whole(value: object) -> TypeGuard[int]:
 def _check_seed(seed: object) -> None:
     if not _is_whole(seed) or not 0 <= seed < 2**63:
         raise InvalidConfig(f"seed: {seed!r} is impossible. Allowed: 0 or more, whole.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network puts out, as its owner declares it.
+
+    Attributes:
+        kind: ``logits`` of a softmax, ``probabilities`` that sum to 1, ``multi-label`` (logits or the outputs of a
+            sigmoid, one for each label), ``regression`` (numbers), ``heatmap`` (numbers for each channel and position)
+            or ``embedding`` (a direction). Classes, labels and channels lie along the second axis.
+        tolerance: The error that makes no difference, in units of the outputs, for ``regression`` and ``heatmap``.
+            Without it each output counts in units of its own spread on calibration data. Range: above 0.
+
+    Raises:
+        InvalidConfig: The kind is unknown, or the tolerance is out of range or has no meaning for it.
+    """
+
+    kind: Kind
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidConfig(f"output: {self.kind!r} is no kind of output. Allowed: {', '.join(KINDS)}.")
+        if self.tolerance is not None:
+            if self.kind not in HAVE_TOLERANCE:
+                raise InvalidConfig(f"output.tolerance: {self.kind} has none. Leave it out, or declare regression.")
+            if not _is_number(self.tolerance) or not 0 < self.tolerance < float("inf"):
+                raise InvalidConfig(f"output.tolerance: {self.tolerance!r} is impossible. Allowed: a positive number.")
+
+    @classmethod
+    def declared(cls, given: Output | str | Mapping[str, Any] | None) -> Output | None:
+        """Take a declaration in any of its forms: a kind, ``{kind: …, tolerance: …}``, or None to have it guessed.
+
+        Returns:
+            The declaration; None if there is none.
+
+        Raises:
+            InvalidConfig: It is none of these, or impossible.
+        """
+        if given is None or isinstance(given, Output):
+            return given
+        if isinstance(given, Mapping):
+            if "kind" not in given or not given.keys() <= {"kind", "tolerance"}:
+                raise InvalidConfig(f"output: {dict(given)!r} is no declaration. Allowed: {{kind: …, tolerance: …}}.")
+            return cls(**given)
+        return cls(given)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -99,6 +149,7 @@ class ZipConfig:
         keep_separate: Paths of submodules that stay task-specific. Their operators need not be understood.
         seed: Seed of everything that is sampled. Range: 0 or more.
         budget: What the zipped network may cost, in place of `share`.
+        outputs: What each network puts out, ``{task: Output}``, or its kind alone; where it is left out it is guessed.
 
     Raises:
         InvalidConfig: A value is out of range, or both `share` and `budget` are given.
@@ -114,6 +165,7 @@ class ZipConfig:
     keep_separate: Sequence[str] = ()
     seed: int = 0
     budget: Budget | None = None
+    outputs: Mapping[str, Output | Kind] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in ("refit", "paper"):
@@ -141,6 +193,10 @@ class ZipConfig:
             and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())
         ):
             raise InvalidConfig(f"balance: {self.balance!r} is impossible. Allowed: {{task: positive number}}.")
+        if self.outputs is not None:
+            if not isinstance(self.outputs, Mapping):
+                raise InvalidConfig(f"outputs: {self.outputs!r} is impossible. Allowed: {{task: kind of output}}.")
+            object.__setattr__(self, "outputs", {task: Output.declared(own) for task, own in self.outputs.items()})
 
     def _take_former_budget(self) -> None:
         """Take a budget given as `share`, as before version 0.2, for one."""
@@ -209,6 +265,10 @@ class ZipConfig:
             if count > narrowest[layer]:
                 raise InvalidConfig(f"share.{layer}: {count} is impossible. Allowed: 0 to {narrowest[layer]}.")
         return {group: int(self.share.get(group, 0)) for group in narrowest}
+
+    def output_of(self, task: str) -> Output | None:
+        """Return what a task's network is declared to put out; None if that is to be guessed."""
+        return Output.declared((self.outputs or {}).get(task))
 
     def balance_of(self, tasks: Sequence[str]) -> list[float]:
         """Return the weights of the tasks, which sum to 1.

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
-from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+from mtz_core.settings import Budget, Kind, Output, RetrainConfig, ZipConfig
 
 
 class InvalidParams(MtzError):
@@ -86,6 +86,26 @@ def importable_name(value: str) -> str:
     return value
 
 
+class OutputParams(_Block):
+    """What a network puts out. See `mtz_core.Output`."""
+
+    kind: Kind
+    """`logits`, `probabilities`, `multi-label` (logits or the outputs of a sigmoid), `regression`, `heatmap` or
+    `embedding`."""
+    tolerance: float | None = None
+    """The error that makes no difference, in units of the outputs, for `regression` and `heatmap`. Without it each
+    output counts in units of its own spread. Allowed: above 0."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> OutputParams:
+        _as_value_error(self.core)
+        return self
+
+    def core(self) -> Output:
+        """The same for the core."""
+        return Output(self.kind, self.tolerance)
+
+
 class ModelParams(_Block):
     """One pre-trained network of the group: how to build it, its weights and its data."""
 
@@ -99,8 +119,16 @@ class ModelParams(_Block):
     """The folder with `train`, `validation` and `test`, each `.parquet` or `.arrow`. Allowed: a path below `data/`."""
     keep_separate: list[str] = []
     """Paths of submodules that stay task-specific, whatever they do."""
+    output: Kind | OutputParams | None = None
+    """What the network puts out: a kind, or `{kind: …, tolerance: …}`. Without it the kind is guessed from the
+    network's last operator and its outputs for calibration data, and the report says so."""
     metric: Literal["error", "top5_error", "balanced_error"] = "error"
     """How errors of this model are counted."""
+
+    @property
+    def declared_output(self) -> Output | None:
+        """What the network is declared to put out."""
+        return self.output.core() if isinstance(self.output, OutputParams) else Output.declared(self.output)
 
 
 class RuntimeParams(_Block):
@@ -389,7 +417,11 @@ class Params:
 
     def zip_config(self) -> ZipConfig:
         """Match and merge for the core."""
-        return ZipConfig(**self.match.core(), **self.merge.model_dump(), seed=self.collect.seed)
+        declared = {name: own.declared_output for name, own in self.models.items()}
+        outputs = {name: output for name, output in declared.items() if output is not None}
+        return ZipConfig(
+            **self.match.core(), **self.merge.model_dump(), seed=self.collect.seed, outputs=outputs or None
+        )
 
     def model_dump(self) -> dict[str, Any]:
         """All settings as plain values, as they would stand in the file."""

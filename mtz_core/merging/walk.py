@@ -176,7 +176,7 @@ def merge(
     networks = {task: own.network for task, own in traced.items()}
     check_compatible(networks)
     sensitivity = {
-        task: own.sensitivity or sensitivities(own.network, list(own.batches), config.seed)
+        task: own.sensitivity or sensitivities(own.network, own.batches, config.seed, own.loss)
         for task, own in traced.items()
     }
     reduced = {task: Dropper(network).narrow((keep or {}).get(task, {})) for task, network in networks.items()}

@@ -3,7 +3,7 @@
 Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds it can be far off,
 because it misses errors that meet in later layers and errors that cancel. So several plans are made for one size: with
 one move alone, and with the damage of sharing counted for more or for less, as long as this improves the result. Each
-plan is merged on most of the calibration data and measured on the rest, by the distillation loss against the originals.
+plan is merged on most of the calibration data and measured on the rest, by the tasks' losses against the originals.
 The best is taken: a mixture is chosen only where it does better than either move alone.
 """
 
@@ -21,25 +21,21 @@ from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.evaluation import check_labels, measure, outputs_of
+from mtz_core.merging.judging import HELD_OUT, judge, targets_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
 from mtz_core.planning.planner import NEVER, Plan, Planner
-from mtz_core.retraining import Targets, distillation_loss, retrain_steps
+from mtz_core.retraining import Targets, retrain_steps
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
-from mtz_core.statistics.sensitivity import TEMPERATURE
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
-from mtz_core.zipped.report import LayerReport
+from mtz_core.zipped.report import LayerReport, TaskReport
 
 STEP = 4.0
 """The factor by which the damage of sharing counts for more or less from plan to plan; near the best, its root."""
 
 LEAST_FACTOR = 4.0**-5
 """The least factor of the damage of sharing; the greatest is its inverse."""
-
-HELD_OUT = 5
-"""One calibration example in this many is held out to measure plans."""
-
 
 FIRST, SIZES, CLOSE = 0.3, 7, 1.03
 """A search for a floor starts at this size, tries this many sizes at most, and ends at this ratio of bounds."""
@@ -55,12 +51,17 @@ class Candidate:
     Attributes:
         name: How the plan was made, in words.
         plan: The plan.
-        loss: The distillation loss of every task on its held-out calibration data, in nats.
+        judged: How well every task came through, on examples that are held out.
     """
 
     name: str
     plan: Plan
-    loss: Mapping[str, float]
+    judged: Mapping[str, TaskReport]
+
+    @property
+    def loss(self) -> dict[str, float]:
+        """The share of its information that every task loses."""
+        return {task: report.lost for task, report in self.judged.items()}
 
 
 class BudgetSearch:
@@ -71,7 +72,7 @@ class BudgetSearch:
         config: How to zip.
         budget: The budget.
         fitting: The part of the calibration data on which plans are merged.
-        held_out: The part of the calibration data on which they are measured, one example in `HELD_OUT`.
+        held_out: The examples by which they are measured.
         weights: The weight of every task's loss.
         planner: Makes the plans.
     """
@@ -81,6 +82,7 @@ class BudgetSearch:
         traced: Mapping[str, Traced],
         config: ZipConfig,
         budget: Budget,
+        held_out: Mapping[str, Sequence[Shaped[Tensor, "_ ..."]]] | None = None,
     ) -> None:
         """Split the calibration data and match the networks.
 
@@ -88,17 +90,20 @@ class BudgetSearch:
             traced: The networks by task, with moments, sensitivities and calibration data.
             config: How to zip.
             budget: The budget.
+            held_out: Batches of examples by which plans are measured; one calibration example in `HELD_OUT` if they are
+                left out.
 
         Raises:
-            InvalidCalibration: If there are too few examples to hold some out.
-            InvalidConfig: If a network has a single output, or if settings do not fit the networks.
+            InvalidCalibration: If there are too few examples to hold some out, or if a network's outputs do not depend
+                on them.
+            InvalidConfig: If settings do not fit the networks.
             IncompatibleNetworks: If the networks differ in topology or in dtype.
             SingularHessian: If a Hessian cannot be factorised.
         """
         self.traced, self.config, self.budget = traced, config, budget
-        self.fitting: dict[str, Traced] = {}
-        self.held_out: dict[str, Sequence[Tensor]] = {}
-        for task, own in traced.items():
+        self.fitting: dict[str, Traced] = dict(traced)
+        self.held_out: dict[str, Sequence[Tensor]] = dict(held_out or {})
+        for task, own in traced.items() if held_out is None else ():
             examples = torch.cat(list(own.batches))
             held = len(examples) // HELD_OUT
             if not held:
@@ -110,16 +115,14 @@ class BudgetSearch:
             self.fitting[task] = replace(own, batches=torch.split(examples[:-held], size))
             self.held_out[task] = torch.split(examples[-held:], size)
         for task, own in traced.items():
-            if run(own.network.graph, own.network.state, own.batches[0][:1]).numel() == 1:
-                raise InvalidConfig(
-                    f"share: a budget counts damage in the loss of a classifier, but the network of {task!r} has one "
-                    "output. Give a fraction or counts."
+            if not own.loss.tells:
+                raise InvalidCalibration(
+                    f"the network of {task!r} puts out the same for all calibration examples, so that nothing tells "
+                    "what it may lose. Give examples as it meets them in use."
                 )
-        self._targets = {
-            task: outputs_of(partial(run, own.network.graph, own.network.state), self.held_out[task])
-            for task, own in traced.items()
-        }
-        self.reweigh(dict.fromkeys(traced, 1.0))
+        self._targets = targets_of(traced, self.held_out)
+        balance = config.balance_of(tuple(traced))
+        self.reweigh({task: len(traced) * weight for task, weight in zip(traced, balance, strict=True)})
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Count the losses of the tasks with these weights from now on."""
@@ -148,7 +151,7 @@ class BudgetSearch:
         def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Candidate]:
             plan = self.planner.plan(size, sharing, dropping)
             known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
-            done.append(known or Candidate(name, plan, self._held_out_loss(plan)))
+            done.append(known or Candidate(name, plan, self._judged(plan)))
             if known is None:
                 yield done[-1]
 
@@ -196,13 +199,9 @@ class BudgetSearch:
         """Return the steps of merging by a plan, on all calibration data; see `mtz_core.merging.walk.merge`."""
         return merge(self.traced, plan.pairings, self.config, (), plan.keep)
 
-    @torch.no_grad()
-    def _held_out_loss(self, plan: Plan) -> dict[str, float]:
+    def _judged(self, plan: Plan) -> dict[str, TaskReport]:
         zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep))
-        return {
-            task: float(distillation_loss(outputs_of(partial(zipped, task=task), x), self._targets[task], TEMPERATURE))
-            for task, x in self.held_out.items()
-        }
+        return judge(zipped, self.traced, self.held_out, self._targets)
 
     def weighted(self, losses: Mapping[str, float]) -> float:
         """The weighted sum of the tasks' losses."""

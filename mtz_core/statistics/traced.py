@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from jaxtyping import Shaped
 from torch import Tensor
 
 from mtz_core.network.graph import Network
-from mtz_core.settings import ZipConfig
+from mtz_core.settings import Output, ZipConfig
 from mtz_core.statistics.calibration import original_moments
 from mtz_core.statistics.moments import Moments
-from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
+from mtz_core.statistics.sensitivity import Sensitivities, loss_of, sensitivities
+from mtz_core.task_loss import TaskLoss
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,24 +26,42 @@ class Traced:
         moments: The second moments of each layer's input in it; matching needs them.
         sensitivity: The sensitivity of its loss to each layer's rows; if no task has them, tasks weigh alike.
         batches: Its calibration data; merging needs them.
+        output: What the network's outputs mean; guessed if it is left out.
     """
 
     network: Network
     moments: Mapping[str, Moments] = field(default_factory=dict)
     sensitivity: Sensitivities | None = None
     batches: Sequence[Shaped[Tensor, "_ ..."]] = ()
+    output: Output | None = None
 
     @classmethod
-    def measured(cls, network: Network, batches: Sequence[Shaped[Tensor, "_ ..."]], config: ZipConfig) -> Traced:
+    def measured(
+        cls,
+        network: Network,
+        batches: Sequence[Shaped[Tensor, "_ ..."]],
+        config: ZipConfig,
+        output: Output | None = None,
+    ) -> Traced:
         """Measure a network on its calibration data.
 
         Args:
             network: The traced network.
             batches: Its calibration data.
             config: How many rows are sampled, and from which seed.
+            output: What its outputs mean; guessed if it is left out.
 
         Returns:
             The network with all statistics.
+
+        Raises:
+            InvalidCalibration: If a layer's output is not finite, or outputs contradict what is declared.
         """
         moments = original_moments(network, list(batches), config)
-        return cls(network, moments, sensitivities(network, list(batches), config.seed), batches)
+        own = cls(network, moments, None, batches, output)
+        return replace(own, sensitivity=sensitivities(network, batches, config.seed, own.loss))
+
+    @cached_property
+    def loss(self) -> TaskLoss:
+        """The loss of its task, made on its calibration data."""
+        return loss_of(self.network, self.batches, self.output)

@@ -26,11 +26,14 @@ from mtz_core.network.graph import INPUT, Node
 from mtz_core.network.groups import analyse
 from mtz_core.network.topology import first_difference
 from mtz_core.zipped.ownership import NOT_A_MEMBER
-from mtz_core.zipped.report import LayerReport, ZipReport
+from mtz_core.zipped.report import LayerReport, TaskReport, ZipReport
 from mtz_core.zipped.structure import TaskStructure, ZippedStructure, own_name
 
 FORMAT = "mtz-zipped-network"
-VERSION = 3
+VERSION = 4
+READ = (3, 4)
+"""The versions that are read. Before version 4 a report does not tell how well the tasks came through."""
+
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -121,8 +124,10 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
         ) from error
     except ValueError as error:
         raise InvalidZippedFile(f"{folder / MANIFEST} is not JSON: {error}. Fetch or make it again.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise InvalidZippedFile(f"{folder / MANIFEST} is not a zipped network of format version {VERSION}.")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") not in READ:
+        raise InvalidZippedFile(
+            f"{folder / MANIFEST} is not a zipped network of format version {VERSION} or {READ[0]}."
+        )
     if _digest(manifest) != manifest.get("manifest_sha256"):
         raise InvalidZippedFile(f"{folder / MANIFEST} does not have the digest that it states. Fetch or make it again.")
     if hashlib.sha256(content).hexdigest() != manifest.get("weights_sha256"):
@@ -206,7 +211,10 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     report = manifest["report"]
     layers = tuple(LayerReport(**layer) for layer in report["layers"])
     separate = {axis: tuple(groups) for axis, groups in manifest["apart"].items()}
-    report_read = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"])})
+    judged = {task: TaskReport(**entry) for task, entry in report.get("tasks", {}).items()}
+    if not judged.keys() <= networks.keys() or not all(entry.declared for entry in judged.values()):
+        raise ValueError("a report on tasks that are not there")
+    report_read = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"]), "tasks": judged})
     return ZippedStructure(tasks, networks, members, report_read, separate)
 
 

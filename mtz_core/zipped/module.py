@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from mtz_core.errors import InvalidConfig, InvalidZippedFile
 from mtz_core.network.graph import INPUT, Network, Node, free_unused, run, run_node
 from mtz_core.network.to_module import build_module
 from mtz_core.settings import ZipConfig
+from mtz_core.task_loss import TaskLoss
 from mtz_core.zipped import format
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.prefix import Order, Prefix, common_prefix
-from mtz_core.zipped.report import ZipReport
+from mtz_core.zipped.report import TaskReport, ZipReport
 from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, own_name, to_blocks
 
 
@@ -58,6 +60,19 @@ class ZippedNetwork(nn.Module):
     def _precision(self) -> torch.dtype:
         """The type of the weights, which may have been turned to another since they were zipped."""
         return next(self.parameters()).dtype
+
+    def judged(self, tasks: Mapping[str, TaskReport]) -> ZippedNetwork:
+        """Report how well tasks came through, and return this network."""
+        report = replace(self.report, tasks={**self.report.tasks, **tasks})
+        self.structure = replace(self.structure, report=report)
+        return self
+
+    def loss_of(self, task: str, targets: Float[Tensor, "examples ..."]) -> TaskLoss:
+        """Make a task's loss for its original network's outputs, of the kind that was declared or found in zipping."""
+        judged = self.report.tasks.get(task)
+        graph = self.structure.networks[task].graph
+        ending = next((node.kind for node in graph.nodes if node.name == graph.output), "")
+        return TaskLoss.of(targets, None if judged is None else judged.declared, ending, repr(task))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every stored tensor by its name, detached."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+
+from mtz_core.settings import Kind, Output
 
 ROWS = 24
 """The most layers that a printed report lists; of more, it shows the first and the last."""
@@ -57,6 +59,40 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class TaskReport:
+    """How well a task came through zipping, judged on examples to which nothing was fitted.
+
+    Attributes:
+        output: The kind of its outputs, see `mtz_core.Output`.
+        tolerance: The error that makes no difference to it, if one is declared.
+        guessed: Why this kind was taken, in words; empty where it was declared.
+        lost: The share of its own information that it has lost: 0 for none, 1 for all; see `mtz_core.task_loss`.
+        agreement: How far its outputs agree with the original network's, in percent.
+        examples: How many examples it was judged on.
+    """
+
+    output: Kind
+    tolerance: float | None
+    guessed: str
+    lost: float
+    agreement: float
+    examples: int
+
+    @property
+    def declared(self) -> Output:
+        """What the outputs mean."""
+        return Output(self.output, self.tolerance)
+
+    def __str__(self) -> str:
+        """Return a line for people."""
+        guessed = f" (guessed: {self.guessed})" if self.guessed else ""
+        return (
+            f"{self.agreement:.1f} % agreement, {100 * self.lost:.2g} % of its information lost, on {self.examples} "
+            f"examples; {self.output}{guessed}"
+        )
+
+
+@dataclass(frozen=True)
 class ZipReport:
     """What was shared in each layer, and sizes. Printed, it is a table that fits a screen.
 
@@ -69,6 +105,7 @@ class ZipReport:
         original_bytes: Those of all originals together.
         descent: Predicted cost of sharing before and after every step of the coordinate descent over neuron groups;
             empty where no pairing depends on a later one.
+        tasks: How well each task came through; empty where that was not judged.
     """
 
     method: str
@@ -78,6 +115,7 @@ class ZipReport:
     stored_bytes: int
     original_bytes: int
     descent: tuple[float, ...] = ()
+    tasks: Mapping[str, TaskReport] = field(default_factory=dict)
 
     @property
     def stored_fraction(self) -> float:
@@ -107,6 +145,8 @@ class ZipReport:
             yield f"ranges: from the least to the largest of {len(tasks)} tasks"
         elif tasks:
             yield f"tasks, in this order: {', '.join(tasks)}"
+        for task, report in self.tasks.items():
+            yield f"{task}: {report}"
         for title, found in (
             ("separate", [layer.layer for layer in self.layers if layer.note]),
             ("few rows", [layer.layer for layer in self.layers if layer.few_rows]),

@@ -186,6 +186,7 @@ class ZippedStructure:
             stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             original_bytes=sum(network.bytes for network in self.networks.values()),
             descent=self.report.descent,
+            tasks={task: judged for task, judged in self.report.tasks.items() if task in self.tasks},
         )
         return replace(self, report=report)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 
 from mtz_core.statistics.calibration import as_batches, stream_rows
-from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.statistics.sensitivity import loss_of, sensitivities
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
@@ -47,5 +47,8 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
             if number % 10 == 0 or number == len(batches):
                 done = sum(len(batch) for batch in batches[:number])
                 show_progress(f"{done} of {sum(map(len, batches))} images")
-        sensitivity = sensitivities(network, batches, params.collect.seed)
+        loss = loss_of(network, batches, params.models[model].declared_output, f"models.{model}")
+        if loss.guessed:
+            show_progress(f"outputs are taken for {loss.kind}, as {loss.guessed}; models.{model}.output declares them")
+        sensitivity = sensitivities(network, batches, params.collect.seed, loss)
         write_sensitivities(sensitivities_file(folder), sensitivity)

@@ -49,7 +49,11 @@ def run(params: Params, workspace: Workspace) -> None:
         found = _match(params, traced)
     else:
         traced = {
-            model: replace(own, batches=as_batches(calibration(params, workspace, model), model))
+            model: replace(
+                own,
+                batches=as_batches(calibration(params, workspace, model), model),
+                output=params.models[model].declared_output,
+            )
             for model, own in traced.items()
         }
         budget_search = BudgetSearch(traced, params.zip_config(), budget)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from mtz_core.merging import walk
+from mtz_core.merging.judging import judge
 from mtz_core.network.graph import Network
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
@@ -13,10 +16,14 @@ from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.plans import read_pairings
+from tasks.data.examples import read_images
 from tasks.files import whole_folder, write_table
 from tasks.models.load import calibration, load_traced
 from tasks.params import Params
 from tasks.progress import peak_memory, show_progress
+
+_JUDGED = 500
+"""Validation examples of each model by which the zipped network is judged."""
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -31,7 +38,11 @@ def run(params: Params, workspace: Workspace) -> None:
     """
     networks = {model: load_traced(params, workspace, model) for model in params.models}
     traced = {
-        model: Traced(network, batches=as_batches(calibration(params, workspace, model), model))
+        model: Traced(
+            network,
+            batches=as_batches(calibration(params, workspace, model), model),
+            output=params.models[model].declared_output,
+        )
         for model, network in networks.items()
     }
     started = time.perf_counter()
@@ -53,6 +64,9 @@ def run(params: Params, workspace: Workspace) -> None:
             show_progress(
                 f"warning: {step.layer} is fitted on few rows: {step.few_rows}; more collect.images would fit it better"
             )
+    zipped.judged(judge(zipped, traced, _validation(params, workspace)))
+    for task, judged in zipped.report.tasks.items():
+        show_progress(f"{task}: {judged}")
     with whole_folder(workspace.merged) as folder:
         zipped.save(folder)
     write_table(
@@ -67,6 +81,14 @@ def run(params: Params, workspace: Workspace) -> None:
     show_progress(
         f"stored {100 * zipped.report.stored_fraction:.1f} % of {zipped.report.original_parameters:,} parameters"
     )
+
+
+def _validation(params: Params, workspace: Workspace) -> dict[str, list[Tensor]]:
+    """Return examples of every validation split, which nothing is fitted to."""
+    return {
+        model: as_batches(read_images(workspace.root / block.data, "validation", _JUDGED, params.collect.seed), model)
+        for model, block in params.models.items()
+    }
 
 
 def _dropped(networks: Mapping[str, Network], layer: LayerReport) -> dict[str, int]:
