@@ -1,21 +1,30 @@
-"""How good a network is at its task, and how much it agrees with another."""
+"""How good a network is at its task, with labels or against its original."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from math import isfinite
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from numbers import Real
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.task_loss import TaskLoss
 
-Classifier = Callable[[Shaped[Tensor, "batch ..."]], Float[Tensor, "batch classes"]]
+Model = Callable[[Shaped[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]
+
+_SURE = 1.959964
+"""The 97.5 % quantile of the normal distribution: intervals hold with 95 %."""
+
+_RESAMPLES = 200
 
 
 @torch.no_grad()
-def outputs_of(network: Classifier, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Float[Tensor, "examples classes"]:
+def outputs_of(network: Model, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Float[Tensor, "examples ..."]:
     """The outputs for all examples. Raises `InvalidCalibration` without examples."""
     parts = [network(batch) for batch in batches]
     if not parts:
@@ -23,7 +32,7 @@ def outputs_of(network: Classifier, batches: Iterable[Shaped[Tensor, "_ ..."]]) 
     return torch.cat(parts)
 
 
-def predict(network: Classifier, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Int64[Tensor, " examples"]:
+def predict(network: Model, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Int64[Tensor, " examples"]:
     """The most likely class of every example. Raises `InvalidCalibration` without examples."""
     return outputs_of(network, batches).argmax(dim=1)
 
@@ -33,41 +42,196 @@ def error_rate(predicted: Int64[Tensor, " n"], labels: Int64[Tensor, " n"]) -> f
     return 100 * float((predicted != labels).double().mean())
 
 
-def agreement(predicted: Int64[Tensor, " n"], original: Int64[Tensor, " n"]) -> float:
-    """Share of predictions equal to the original network's, in percent."""
-    return 100 - error_rate(predicted, original)
+@dataclass(frozen=True)
+class Case:
+    """What a metric compares.
+
+    Attributes:
+        outputs: The network's outputs.
+        labels: The label of every example, or its true outputs; None where there are none.
+        targets: The original network's outputs.
+        loss: The task's loss, which knows the kind of the outputs.
+    """
+
+    outputs: Float[Tensor, "n ..."]
+    labels: Shaped[Tensor, "n ..."] | None
+    targets: Float[Tensor, "n ..."]
+    loss: TaskLoss
+
+    def part(self, index: Int64[Tensor, " m"]) -> Case:
+        """Some of the examples."""
+        labels = None if self.labels is None else self.labels[index]
+        return Case(self.outputs[index], labels, self.targets[index], self.loss)
+
+    @property
+    def truth(self) -> Shaped[Tensor, "n ..."]:
+        """The labels, or else the original's outputs."""
+        return self.targets if self.labels is None else self.labels
 
 
-def _top5_error(outputs: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
-    best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
-    return 100 * float((best != labels[:, None]).all(dim=1).double().mean())
+@dataclass(frozen=True)
+class Metric:
+    """An error, the less the better.
+
+    Attributes:
+        of: Computes one error for each example, from 0 to 1, or a single number for all.
+        reads: ``labels`` where it cannot do without, else ``outputs``.
+        unit: ``%``, or nothing for a number in units of its own.
+    """
+
+    of: Callable[[Case], Tensor | float]
+    reads: Literal["labels", "outputs"] = "outputs"
+    unit: Literal["%", ""] = "%"
 
 
-def _balanced_error(outputs: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> float:
-    wrong = (outputs.argmax(dim=1) != labels).double()
-    return 100 * float(torch.stack([wrong[labels == label].mean() for label in labels.unique()]).mean())
+@dataclass(frozen=True)
+class Measured:
+    """An error and the interval that holds it with 95 %, both in the metric's unit."""
+
+    value: float
+    low: float
+    high: float
 
 
-Metric = Callable[[Float[Tensor, "n classes"], Int64[Tensor, " n"]], float]
+def _wrong(case: Case) -> Tensor:
+    assert case.labels is not None
+    return (case.outputs.argmax(dim=1) != case.labels).double().reshape(len(case.labels), -1).mean(dim=1)
+
+
+def _wrong_of_five(case: Case) -> Tensor:
+    assert case.labels is not None
+    best = case.outputs.topk(min(5, case.outputs.shape[1]), dim=1).indices
+    return (best != case.labels[:, None]).all(dim=1).double()
+
+
+def _wrong_by_class(case: Case) -> float:
+    assert case.labels is not None
+    wrong = _wrong(case)
+    return float(torch.stack([wrong[case.labels == label].mean() for label in case.labels.unique()]).mean())
+
+
+def _distance(case: Case) -> float:
+    return float((case.outputs - case.truth.to(case.outputs.dtype)).abs().double().mean())
+
+
+def _uncorrelated(case: Case) -> float:
+    found, truth = (values.double().reshape(len(values), -1) for values in (case.outputs, case.truth))
+    found, truth = found - found.mean(dim=0), truth - truth.mean(dim=0)
+    scale = found.norm(dim=0) * truth.norm(dim=0)
+    return 1 - float((found * truth).sum(dim=0)[scale > 0].div(scale[scale > 0]).mean())
+
+
+def _imprecise(case: Case) -> float:
+    """1 − average precision, mean over the labels that some example has; the original decides without labels."""
+    scores = case.loss.natural(case.outputs).double().reshape(len(case.outputs), -1)
+    if case.labels is None:
+        given = case.loss.natural(case.targets).reshape(scores.shape) > 0
+    else:
+        given = case.labels.reshape(scores.shape) > 0
+    found = []
+    for score, hit in zip(scores.T, given.T, strict=True):
+        if hit.any():
+            ordered = hit[score.argsort(descending=True, stable=True)].double()
+            precision = ordered.cumsum(dim=0) / torch.arange(1, len(ordered) + 1)
+            found.append(float((precision * ordered).sum() / ordered.sum()))
+    return 1 - sum(found) / len(found) if found else float("nan")
+
 
 METRICS: Mapping[str, Metric] = {
-    "error": lambda outputs, labels: error_rate(outputs.argmax(dim=1), labels),
-    "top5_error": _top5_error,
-    "balanced_error": _balanced_error,
+    "error": Metric(_wrong, "labels"),
+    "top5_error": Metric(_wrong_of_five, "labels"),
+    "balanced_error": Metric(_wrong_by_class, "labels"),
+    "agreement": Metric(lambda case: 1 - case.loss.agreements(case.outputs, case.targets)),
+    "output_error": Metric(lambda case: float(case.loss.relative_error(case.outputs, case.targets))),
+    "mean_absolute_error": Metric(_distance, unit=""),
+    "correlation": Metric(_uncorrelated),
+    "average_precision": Metric(_imprecise),
 }
-"""Errors in percent, the less the better: of the likeliest class, of the five likeliest, of the mean over classes."""
+"""The metrics by name. All are errors, the less the better, so that a floor means the same for each: of the likeliest
+class, of the five likeliest, of the mean over classes; what is missing to full agreement with the original (see
+`TaskLoss.agreements`); the squared error relative to the spread of the original's outputs; the mean distance, in units
+of the outputs; what is missing to a correlation, or an average precision, of 1. The last three compare with labels where
+there are some, else with the original."""
 
 
-def measure(metric: str, outputs: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], task: str) -> float:
-    """A task's error by a metric, in percent. Raises `InvalidConfig` if there is no such metric or it is no number."""
+def metric_of(metric: str | Callable[[Tensor, Tensor], float]) -> Metric:
+    """Look a metric up.
+
+    Args:
+        metric: A name from `METRICS`, or a function of outputs and labels (the original's outputs where there are no
+            labels) that returns an error, the less the better.
+
+    Returns:
+        The metric.
+
+    Raises:
+        InvalidConfig: There is no such metric.
+    """
+    if callable(metric):
+        return Metric(lambda case: metric(case.outputs, case.truth), unit="")
     if metric not in METRICS:
-        raise InvalidConfig(f"the metric of {task!r}, {metric!r}, is unknown. Metrics: {', '.join(METRICS)}.")
-    value = METRICS[metric](outputs, labels)
-    if not isfinite(value):
+        raise InvalidConfig(f"the metric {metric!r} is unknown. Metrics: {', '.join(METRICS)}.")
+    return METRICS[metric]
+
+
+def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
+    """Measure an error.
+
+    Args:
+        metric: The metric.
+        case: The outputs and what they are compared with.
+        task: The task's name, for errors.
+        seed: Seeds the resampling behind the interval, where the error is no mean over the examples.
+
+    Returns:
+        The error with an interval: Wilson's for a mean over the examples, else of the percentile bootstrap.
+
+    Raises:
+        InvalidConfig: The metric needs labels and there are none, or it is no finite number.
+    """
+    if metric.reads == "labels" and case.labels is None:
         raise InvalidConfig(
-            f"the metric {metric!r} of {task!r} is {value}. Check that there are labels, and outputs that are finite."
+            f"the metric of {task!r} needs labels, and its data have none. Give labels, or take a metric without: "
+            f"{', '.join(name for name, known in METRICS.items() if known.reads != 'labels')}."
         )
-    return value
+    found = metric.of(case)
+    factor = 100.0 if metric.unit == "%" else 1.0
+    if isinstance(found, Tensor) and found.ndim == 1 and len(found) == len(case.outputs):
+        value = _number(float(found.double().mean()), task)
+        low, high = _wilson(value, len(found))
+        return Measured(factor * value, factor * low, factor * high)
+    value = _number(found, task)
+    generator = torch.Generator().manual_seed(seed)
+    count = len(case.outputs)
+    again = []
+    for _ in range(_RESAMPLES):
+        other = metric.of(case.part(torch.randint(count, (count,), generator=generator)))
+        if isfinite(float(other)):  # a sample may leave a class or a label out
+            again.append(float(other))
+    spread = torch.tensor(again or [value], dtype=torch.float64)
+    low, high = (float(spread.quantile(share)) for share in (0.025, 0.975))
+    return Measured(factor * value, factor * min(low, value), factor * max(high, value))
+
+
+def _number(found: object, task: str) -> float:
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    if not isinstance(found, Real) or isinstance(found, bool):
+        raise InvalidConfig(f"the metric of {task!r} returns a {type(found).__name__}. Let it return a number.")
+    if not isfinite(found):
+        raise InvalidConfig(
+            f"the metric of {task!r} is {float(found)}. Check that outputs and labels are finite, and that the "
+            "examples show what it measures."
+        )
+    return float(found)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a mean of values from 0 to 1."""
+    least = 1 + _SURE**2 / count
+    centre = (share + _SURE**2 / (2 * count)) / least
+    reach = _SURE * sqrt(max(share * (1 - share), 0.0) / count + _SURE**2 / (4 * count**2)) / least
+    return max(centre - reach, 0.0), min(centre + reach, 1.0)
 
 
 def check_labels(labels: Shaped[Tensor, "..."], examples: int, classes: int, task: str) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
-from mtz_core.evaluation import METRICS, Classifier, agreement, check_labels, measure, outputs_of
+from mtz_core.evaluation import Case, Model, check_labels, measure, metric_of, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
 from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
@@ -65,12 +65,15 @@ class Evaluation:
     """How good a network is at one task.
 
     Attributes:
-        error: By the metric, in percent.
-        original_error: The original network's error, in percent; None where no originals are given.
-        agreement: Predictions equal to the original network's, in percent; None where no originals are given.
+        error: By the metric: in percent, or in the metric's own unit.
+        interval: The interval that holds the error with 95 %.
+        original_error: The original network's error; None where no originals are given.
+        agreement: How far outputs agree with the original network's, in percent; None where no originals are given. See
+            `mtz_core.task_loss.TaskLoss.agreements`.
     """
 
     error: float
+    interval: tuple[float, float]
     original_error: float | None = None
     agreement: float | None = None
 
@@ -208,28 +211,28 @@ def retrain(
 
 def evaluate(
     zipped: ZippedNetwork,
-    test: Mapping[str, Labelled],
+    test: Mapping[str, Labelled | Tensor | Iterable[Any]],
     *,
     originals: Mapping[str, nn.Module] | None = None,
-    metric: str = "error",
+    metric: str | Callable[[Tensor, Tensor], float] = "error",
 ) -> dict[str, Evaluation]:
-    """Measure the errors of a zipped network on examples with labels.
+    """Measure the errors of a zipped network.
 
     Args:
         zipped: The zipped network.
-        test: Examples and labels of each task that is to be measured.
+        test: Examples of each task that is to be measured, with labels where the metric needs them.
         originals: The original network of each of these tasks, to compare with.
-        metric: ``error`` (of the likeliest class), ``top5_error`` or ``balanced_error`` (mean over the classes).
+        metric: A name from `mtz_core.evaluation.METRICS`, such as ``error`` (of the likeliest class), ``agreement`` or
+            ``mean_absolute_error``; or a function of outputs and labels that returns an error, the less the better.
 
     Returns:
         What was measured, for each task in `test`.
 
     Raises:
-        InvalidConfig: A task or the metric is unknown, or an original is missing.
+        InvalidConfig: A task or the metric is unknown, an original is missing, or the metric is no finite number.
         InvalidCalibration: There are no examples, or labels that do not fit.
     """
-    if metric not in METRICS:
-        raise InvalidConfig(f"the metric {metric!r} is unknown. Metrics: {', '.join(METRICS)}.")
+    found_metric = metric_of(metric)
     for task in test:
         if task not in zipped.tasks:
             raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(zipped.tasks)}.")
@@ -238,18 +241,26 @@ def evaluate(
     found = {}
     with evaluation_mode(zipped):
         for task, data in test.items():
-            inputs, labels = _labelled(data, task)
+            needs_labels = found_metric.reads == "labels" or callable(metric)
+            inputs, labels = _labelled(data, task) if needs_labels else (_examples(data, task), None)
             batches = torch.split(inputs, _BATCH)
             outputs = _outputs(partial(zipped, task=task), batches, task)
-            check_labels(labels, len(inputs), outputs.shape[1], task)
-            error = measure(metric, outputs, labels, task)
-            if originals is None:
-                found[task] = Evaluation(error)
+            before = None
+            if originals is not None:
+                with evaluation_mode(originals[task]):
+                    before = _outputs(originals[task], batches, task)
+            elif found_metric.reads == "outputs" and not callable(metric):
+                raise InvalidConfig(f"the metric {metric!r} compares with the original networks. Give originals.")
+            if found_metric.reads == "labels" and labels is not None:
+                check_labels(labels, len(inputs), outputs.shape[1], task)
+            loss = zipped.loss_of(task, outputs if before is None else before)
+            error = measure(found_metric, Case(outputs, labels, outputs if before is None else before, loss), task)
+            interval = (error.low, error.high)
+            if before is None:
+                found[task] = Evaluation(error.value, interval)
                 continue
-            with evaluation_mode(originals[task]):
-                before = _outputs(originals[task], batches, task)
-            same = agreement(outputs.argmax(dim=1), before.argmax(dim=1))
-            found[task] = Evaluation(error, measure(metric, before, labels, task), same)
+            original = measure(found_metric, Case(before, labels, before, loss), task)
+            found[task] = Evaluation(error.value, interval, original.value, loss.agreement(outputs, before))
     return found
 
 
@@ -351,7 +362,7 @@ def _iteration(step: RetrainStep) -> str:
     return f"iteration {step.iteration}, validation loss {losses}"
 
 
-def _outputs(network: Classifier, batches: Sequence[Tensor], task: str) -> Tensor:
+def _outputs(network: Model, batches: Sequence[Tensor], task: str) -> Tensor:
     """Return outputs for test data, which may not be what the network is meant for."""
     try:
         outputs = outputs_of(network, batches)

@@ -191,32 +191,51 @@ class TaskLoss:
             score = 2 * torch.bernoulli(torch.full_like(natural, 0.5), generator=generator) - 1
         return score / self.information**0.5 if self.tells else score
 
-    def agreement(self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]) -> float:
-        """How far outputs agree with the original's, in percent, mean over the examples.
+    def agreements(
+        self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]
+    ) -> Float[Tensor, " batch"]:
+        """How far outputs agree with the original's, for every example.
 
-        Of logits and probabilities, the likeliest class; of labels, the intersection over the union of those that are
-        likelier than not; of numbers, those within the tolerance, or within a tenth of their spread; of directions,
-        their cosine.
+        Of logits and probabilities, whether the likeliest class is the same; of labels, the intersection over the union
+        of those that are likelier than not; of numbers, the share of those within the tolerance, or within a tenth of
+        their spread; of directions, their cosine.
 
         Args:
             outputs: The outputs.
             targets: The original's outputs for the same examples.
 
         Returns:
-            The agreement, 0 to 100; of directions that point apart, less.
+            The agreement of every example: 1 is full, 0 none.
         """
         if self.kind in _CATEGORICAL:
             same = outputs.argmax(dim=_axis(outputs)) == targets.argmax(dim=_axis(targets))
-            return 100 * float(same.double().mean())
+            return _mean(same.double())
         found, aim = self.natural(outputs), self.natural(targets)
         if self.kind == "embedding":
-            return 100 * float((found * aim).sum(dim=_axis(found)).double().mean())
+            return _mean((found * aim).sum(dim=_axis(found)).double().clamp_min(0))
         if self.kind == "multi-label":
             both, either = ((found > 0) & (aim > 0)), ((found > 0) | (aim > 0))
             common, union = (x.reshape(len(x), -1).sum(dim=1).double() for x in (both, either))
-            return 100 * float(torch.where(union > 0, common / union.clamp_min(1), 1.0).mean())
+            return torch.where(union > 0, common / union.clamp_min(1), 1.0)
         within = 1.0 if self.output.tolerance is not None else _WITHIN
-        return 100 * float(((found - aim).abs() <= within).double().mean())
+        return _mean(((found - aim).abs() <= within).double())
+
+    def agreement(self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]) -> float:
+        """The mean of `agreements`, in percent."""
+        return 100 * float(self.agreements(outputs, targets).mean())
+
+    def relative_error(self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]) -> float:
+        """``E‖η̂ − η‖² / E‖η − E η‖²``, with the mean over classes taken off logits, which says nothing."""
+        found, aim = (self.natural(values).double() for values in (outputs, targets))
+        if self.kind in _CATEGORICAL:
+            found, aim = (values - values.mean(dim=_axis(values), keepdim=True) for values in (found, aim))
+        spread = float((aim - aim.mean(dim=0)).square().sum())
+        return float((found - aim).square().sum()) / (spread or 1.0)
+
+
+def _mean(each: Tensor) -> Tensor:
+    """The mean over everything but the examples."""
+    return each.reshape(len(each), -1).mean(dim=1)
 
 
 def _axis(outputs: Tensor) -> int:

@@ -9,18 +9,18 @@ The best is taken: a mixture is chosen only where it does better than either mov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from math import exp, log
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.evaluation import check_labels, measure, outputs_of
+from mtz_core.evaluation import Case, check_labels, measure, metric_of, outputs_of
 from mtz_core.merging.judging import HELD_OUT, judge, targets_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
@@ -210,17 +210,17 @@ class BudgetSearch:
 
 @dataclass(frozen=True)
 class Validation:
-    """A task's validation data: labelled examples that were used for nothing else.
+    """A task's validation data: examples that were used for nothing else.
 
     Attributes:
         examples: The inputs.
-        labels: The class of every example.
-        metric: A metric of `mtz_core.evaluation.METRICS`.
+        labels: The class of every example, or its true outputs; None where there are none.
+        metric: A metric of `mtz_core.evaluation.METRICS`, or a function; see `mtz_core.evaluation.metric_of`.
     """
 
     examples: Shaped[Tensor, "n ..."]
-    labels: Int64[Tensor, " labels"]
-    metric: str = "error"
+    labels: Shaped[Tensor, "labels ..."] | None
+    metric: str | Callable[[Tensor, Tensor], float] = "error"
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,17 +284,24 @@ class FloorSearch:
         self._reweighed = 0
         self._floors = budget_search.budget.floors(tasks)
         self._originals, self._training = originals, training
-        self._before, examples = {}, {task: own.examples for task, own in validation.items()}
+        examples = {task: own.examples for task, own in validation.items()}
         outputs = {}
         networks = {task: own.network for task, own in budget_search.traced.items()}
         for task, network in networks.items():
             outputs[task] = outputs_of(partial(run, network.graph, network.state), torch.split(examples[task], 500))
-            check_labels(validation[task].labels, len(examples[task]), outputs[task].shape[1], task)
-            self._before[task] = measure(validation[task].metric, outputs[task], validation[task].labels, task)
+            labels = validation[task].labels
+            if labels is not None and metric_of(validation[task].metric).reads == "labels":
+                check_labels(labels, len(examples[task]), outputs[task].shape[1], task)
         self._targets = Targets(
             {t: outputs_of(partial(run, n.graph, n.state), torch.split(training[t], 500)) for t, n in networks.items()},
             outputs,
         )
+        self._before = {task: self._error(task, outputs[task]) for task in tasks}
+
+    def _error(self, task: str, outputs: Float[Tensor, "n ..."]) -> float:
+        own, loss = self._validation[task], self._budget_search.traced[task].loss
+        case = Case(outputs, own.labels, self._targets.validation[task], loss)
+        return measure(metric_of(own.metric), case, task).value
 
     def steps(self) -> Iterator[FloorCandidate]:
         """Try networks of different sizes.
@@ -352,7 +359,7 @@ class FloorSearch:
         lost = {}
         for task, own in self._validation.items():
             outputs = outputs_of(partial(zipped, task=task), torch.split(own.examples, 500))
-            lost[task] = measure(own.metric, outputs, own.labels, task) - self._before[task]
+            lost[task] = self._error(task, outputs) - self._before[task]
         size = plan.bytes / self._budget_search.planner.original_bytes
         kept = all(points <= self._floors[task] + 1e-9 for task, points in lost.items())
         return FloorCandidate(what, plan, size, lost, kept, iterations, zipped)
