@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -150,16 +149,16 @@ METRICS: Mapping[str, Metric] = {
 """The metrics by name. All are errors, the less the better, so that a floor means the same for each: of the likeliest
 class, of the five likeliest, of the mean over classes; what is missing to full agreement with the original (see
 `TaskLoss.agreements`); the squared error relative to the spread of the original's outputs; the mean distance, in units
-of the outputs; what is missing to a correlation, or an average precision, of 1. The last three compare with labels where
-there are some, else with the original."""
+of the outputs; what is missing to a correlation, or an average precision, of 1. The last three compare with labels
+where there are some, else with the original."""
 
 
-def metric_of(metric: str | Callable[[Tensor, Tensor], float]) -> Metric:
+def metric_of(metric: Metric | str | Callable[[Tensor, Tensor], float]) -> Metric:
     """Look a metric up.
 
     Args:
-        metric: A name from `METRICS`, or a function of outputs and labels (the original's outputs where there are no
-            labels) that returns an error, the less the better.
+        metric: A metric, a name from `METRICS`, or a function of outputs and labels (the original's outputs where there
+            are no labels) that returns an error, the less the better.
 
     Returns:
         The metric.
@@ -167,6 +166,8 @@ def metric_of(metric: str | Callable[[Tensor, Tensor], float]) -> Metric:
     Raises:
         InvalidConfig: There is no such metric.
     """
+    if isinstance(metric, Metric):
+        return metric
     if callable(metric):
         return Metric(lambda case: metric(case.outputs, case.truth), unit="")
     if metric not in METRICS:
@@ -216,7 +217,7 @@ def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
 def _number(found: object, task: str) -> float:
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
-    if not isinstance(found, Real) or isinstance(found, bool):
+    if not isinstance(found, (int, float)) or isinstance(found, bool):
         raise InvalidConfig(f"the metric of {task!r} returns a {type(found).__name__}. Let it return a number.")
     if not isfinite(found):
         raise InvalidConfig(

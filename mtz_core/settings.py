@@ -17,6 +17,12 @@ Kind = Literal["logits", "probabilities", "multi-label", "regression", "heatmap"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HAVE_TOLERANCE = ("regression", "heatmap")
 
+METRIC_NAMES = (
+    *("error", "top5_error", "balanced_error", "agreement", "output_error", "mean_absolute_error", "correlation"),
+    "average_precision",
+)
+"""Names of `mtz_core.evaluation.METRICS`."""
+
 DEFAULT_DAMPING = 5e-3
 Statistics = Literal["updated", "kept"]
 

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
-from mtz_core.settings import Budget, Kind, Output, RetrainConfig, ZipConfig
+from mtz_core.settings import METRIC_NAMES, Budget, Kind, Output, RetrainConfig, ZipConfig
 
 
 class InvalidParams(MtzError):
@@ -86,6 +86,28 @@ def importable_name(value: str) -> str:
     return value
 
 
+def metric_name(value: str) -> str:
+    """Return a metric's name if it is one of the core's, or has the form `package.module:function`.
+
+    Args:
+        value: The name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value in METRIC_NAMES:
+        return value
+    try:
+        return importable_name(value)
+    except ValueError:
+        raise ValueError(
+            f"{value!r} is no metric. Allowed: {', '.join(METRIC_NAMES)}, or a function, as 'package.module:function'"
+        ) from None
+
+
 class OutputParams(_Block):
     """What a network puts out. See `mtz_core.Output`."""
 
@@ -122,8 +144,12 @@ class ModelParams(_Block):
     output: Kind | OutputParams | None = None
     """What the network puts out: a kind, or `{kind: …, tolerance: …}`. Without it the kind is guessed from the
     network's last operator and its outputs for calibration data, and the report says so."""
-    metric: Literal["error", "top5_error", "balanced_error"] = "error"
-    """How errors of this model are counted."""
+    metric: Annotated[str, AfterValidator(metric_name)] | None = None
+    """How errors of this model are counted: `error`, `top5_error` or `balanced_error` (with labels); `agreement`,
+    `output_error`, `mean_absolute_error`, `correlation` or `average_precision` (with or without); or a function of your
+    own, `package.module:function`, of outputs and labels (the original's outputs without labels). All are given as
+    errors, the less the better. Without it: `error` with class labels, `mean_absolute_error` with other ones,
+    `agreement` without."""
 
     @property
     def declared_output(self) -> Output | None:
@@ -299,6 +325,9 @@ class RegisterParams(_Block):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Its name in the registry. Allowed: letters, digits, `_`, `.` and `-`."""
+    agreement: float = Field(default=50, ge=0, le=100)
+    """Percent of agreement with its original on the test split that every task must have. If one has less, it has lost
+    most of what it knew, and nothing is registered. Allowed: 0 to 100."""
     floors: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Percentage points of test error that a task may lose, `{task: points}`. If one loses more, nothing is
     registered. Allowed: 0 or more."""

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.evaluation import Case, check_labels, measure, metric_of, outputs_of
+from mtz_core.evaluation import Case, Metric, check_labels, measure, metric_of, outputs_of
 from mtz_core.merging.judging import HELD_OUT, judge, targets_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
@@ -215,12 +215,12 @@ class Validation:
     Attributes:
         examples: The inputs.
         labels: The class of every example, or its true outputs; None where there are none.
-        metric: A metric of `mtz_core.evaluation.METRICS`, or a function; see `mtz_core.evaluation.metric_of`.
+        metric: A metric, its name, or a function; see `mtz_core.evaluation.metric_of`.
     """
 
     examples: Shaped[Tensor, "n ..."]
     labels: Shaped[Tensor, "labels ..."] | None
-    metric: str | Callable[[Tensor, Tensor], float] = "error"
+    metric: Metric | str | Callable[[Tensor, Tensor], float] = "error"
 
 
 @dataclass(frozen=True, eq=False)

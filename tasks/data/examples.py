@@ -4,7 +4,7 @@ A split is `{split}.parquet` or `{split}.arrow` (an Arrow IPC file), with the co
 
     image: struct<bytes, path>            encoded images, which become values from 0 to 1, or
     input: fixed_shape_tensor<float>      anything else, taken as it is
-    label: int64                          class numbers from 0
+    label: int64                          class numbers from 0; or numbers, one or several for each example; or none
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -80,6 +80,35 @@ def read_examples(
     return _inputs(table, column, path, sample), torch.from_numpy(labels[sample].astype(np.int64))
 
 
+def read_labelled(folder: Path, split: str) -> tuple[Float[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]:
+    """Read the inputs of a split and their labels, if it has any.
+
+    Args:
+        folder: The data set's folder.
+        split: `train`, `validation` or `test`.
+
+    Returns:
+        The inputs, as `read_images` returns them, and class numbers (int64), other numbers (float32), or None.
+
+    Raises:
+        InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
+    """
+    path = file_of(folder, split)
+    if LABEL not in _columns(path):
+        return read_images(folder, split), None
+    table, column = _read(path, [LABEL])
+    labels = table.column(LABEL)
+    if pa.types.is_integer(labels.type):
+        return read_examples(folder, split)
+    inputs = _inputs(table, column, path, np.arange(len(table)))
+    if pa.types.is_floating(labels.type) and not labels.null_count:
+        numbers = torch.from_numpy(labels.to_numpy().astype(np.float32))
+        if bool(torch.isfinite(numbers).all()):
+            return inputs, numbers
+        raise InvalidData(f"{path} has labels that are not finite. Correct them or leave their examples out.")
+    return inputs, _tensors(labels, path, np.arange(len(table)), LABEL)
+
+
 def file_of(folder: Path, split: str) -> Path:
     """Return the file that holds a split.
 
@@ -103,6 +132,17 @@ def file_of(folder: Path, split: str) -> Path:
     if len(found) > 1:
         raise InvalidData(f"{found[0]} and {found[1].name} are both there. Remove the one that is not meant.")
     return found[0]
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names of a file's columns."""
+    try:
+        if path.suffix == ".parquet":
+            return list(pq.read_schema(path).names)
+        with pa.memory_map(str(path)) as source:
+            return list(pa.ipc.open_file(source).schema.names)
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidData(f"{path} cannot be read: {error}. {LAYOUT}") from error
 
 
 def _read(path: Path, columns: list[str]) -> tuple[pa.Table, str]:
@@ -148,11 +188,13 @@ def _inputs(table: pa.Table, column: str, path: Path, index: Int64[np.ndarray, "
     return read(table.column(column), path, index)
 
 
-def _tensors(column: pa.ChunkedArray, path: Path, index: Int64[np.ndarray, " n"]) -> Float[Tensor, "n ..."]:
+def _tensors(
+    column: pa.ChunkedArray, path: Path, index: Int64[np.ndarray, " n"], name: str = INPUT
+) -> Float[Tensor, "n ..."]:
     if not isinstance(column.type, pa.FixedShapeTensorType) or not pa.types.is_floating(column.type.value_type):
-        raise InvalidData(f"{path}: column {INPUT} is {column.type}. {LAYOUT}")
+        raise InvalidData(f"{path}: column {name} is {column.type}. {LAYOUT}")
     if column.null_count or any(chunk.storage.flatten().null_count for chunk in column.chunks):
-        raise InvalidData(f"{path}: column {INPUT} has rows without a value. Leave them out.")
+        raise InvalidData(f"{path}: column {name} has rows without a value. Leave them out.")
     parts, first = [], 0
     for chunk in column.chunks:
         within = index[(index >= first) & (index < first + len(chunk))]

@@ -13,7 +13,8 @@ from mtz_core.planning.search import Validation
 from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import Budget
 from tasks.artifacts.paths import Workspace
-from tasks.data.examples import InvalidData, read_examples
+from tasks.data.examples import InvalidData, read_labelled
+from tasks.models.metrics import find_metric
 from tasks.params import Params
 
 
@@ -60,12 +61,18 @@ def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget)
 
 def _validation(params: Params, workspace: Workspace, model: str, network: Network) -> Validation:
     settings = params.models[model]
-    images, labels = read_examples(workspace.root / settings.data, "validation")
+    images, labels = read_labelled(workspace.root / settings.data, "validation")
+    _, metric = find_metric(params, model, labels)
     if tuple(images.shape[1:]) != network.input_shape:
         raise InvalidData(
             f"models.{model}.data: validation images have shape {list(images.shape[1:])}, training images "
             f"{list(network.input_shape)}. Bring them to one."
         )
-    classes = run(network.graph, network.state, images[:1]).shape[1]
-    check_labels(labels, len(images), classes, model)
-    return Validation(images, labels, settings.metric)
+    if metric.reads == "labels":
+        if labels is None:
+            raise InvalidData(
+                f"models.{model}.data: the validation split has no labels, which the metric {settings.metric!r} needs "
+                "for a floor. Give labels, or another metric."
+            )
+        check_labels(labels, len(images), run(network.graph, network.state, images[:1]).shape[1], model)
+    return Validation(images, labels, metric)

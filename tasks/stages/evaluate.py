@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
-from mtz_core.evaluation import agreement, check_labels, measure, outputs_of
+from mtz_core.evaluation import Case, check_labels, measure, outputs_of
 from mtz_core.zipped.format import WEIGHTS
 from mtz_core.zipped.module import load
 from tasks.artifacts.paths import Workspace
-from tasks.data.examples import read_examples
+from tasks.data.examples import read_labelled
 from tasks.files import write_json, write_table
 from tasks.models.load import load_network
+from tasks.models.metrics import find_metric
 from tasks.params import Params
 from tasks.progress import show_progress
+
+_STATES = ("original", "zipped", "retrained")
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -28,26 +33,27 @@ def run(params: Params, workspace: Workspace) -> None:
         MtzError: A network or its test data cannot be used.
     """
     merged, retrained = load(workspace.merged), load(workspace.retrained)
-    tasks: dict[str, dict[str, float | str]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for model, block in params.models.items():
-        images, labels = read_examples(workspace.root / block.data, "test")
+        images, labels = read_labelled(workspace.root / block.data, "test")
+        name, metric = find_metric(params, model, labels)
         batches = torch.split(images, params.evaluate.batch_size)
         networks = (load_network(params, workspace, model), partial(merged, task=model), partial(retrained, task=model))
-        original, zipped, final = (outputs_of(network, batches) for network in networks)
-        check_labels(labels, len(images), original.shape[1], model)
-        before, after, later = (measure(block.metric, outputs, labels, model) for outputs in (original, zipped, final))
-        classes = original.argmax(dim=1)
-        tasks[model] = {
-            "metric": block.metric,
-            "error_original": before,
-            "error_zipped": after,
-            "error_retrained": later,
-            "agreement_zipped": agreement(zipped.argmax(dim=1), classes),
-            "agreement_retrained": agreement(final.argmax(dim=1), classes),
-        }
-        show_progress(
-            f"{model}: {block.metric} {before:.2f} % before, {after:.2f} % zipped, {later:.2f} % after light retraining"
-        )
+        outputs = dict(zip(_STATES, (outputs_of(network, batches) for network in networks), strict=True))
+        original = outputs["original"]
+        if metric.reads == "labels" and labels is not None:
+            check_labels(labels, len(images), original.shape[1], model)
+        loss = retrained.loss_of(model, original)
+        tasks[model] = {"metric": name, "output": loss.kind, "examples": len(images)}
+        for state, own in outputs.items():
+            error = measure(metric, Case(own, labels, original, loss), model)
+            tasks[model] |= {f"error_{state}": error.value, f"interval_{state}": [error.low, error.high]}
+            if state != "original":
+                tasks[model] |= {
+                    f"agreement_{state}": loss.agreement(own, original),
+                    f"lost_{state}": 100 * float(loss(own, original)),
+                }
+        show_progress(f"{model}: {_line(tasks[model], metric.unit)}")
     report = retrained.report
     write_json(
         workspace.metrics,
@@ -67,9 +73,17 @@ def run(params: Params, workspace: Workspace) -> None:
     write_table(
         workspace.plots / "errors.csv",
         ("network", "task", "error"),
-        [
-            (name, task, values[f"error_{name}"])
-            for name in ("original", "zipped", "retrained")
-            for task, values in tasks.items()
-        ],
+        [(name, task, values[f"error_{name}"]) for name in _STATES for task, values in tasks.items()],
+    )
+
+
+def _line(errors: Mapping[str, Any], unit: str) -> str:
+    """Return the errors of a task for people."""
+    before, after, later = (
+        f"{errors[f'error_{state}']:.2f} [{errors[f'interval_{state}'][0]:.2f}, {errors[f'interval_{state}'][1]:.2f}]"
+        for state in _STATES
+    )
+    return (
+        f"{errors['metric']}{f' in {unit}' if unit else ''} {before} before, {after} zipped, {later} after light "
+        f"retraining; {errors['agreement_retrained']:.1f} % agreement with the original"
     )

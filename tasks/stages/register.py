@@ -45,6 +45,12 @@ def _check_floors(params: Params, workspace: Workspace) -> None:
     tasks = read_json(workspace.metrics)["tasks"]
     lost = {task: tasks[task]["error_retrained"] - tasks[task]["error_original"] for task in params.register.floors}
     broken = [
+        f"{task} agrees with its original in {errors['agreement_retrained']:.1f} % of the test examples, and "
+        f"register.agreement is {params.register.agreement:g} %"
+        for task, errors in tasks.items()
+        if errors["agreement_retrained"] < params.register.agreement
+    ]
+    broken += [
         f"{task} loses {points:.2f} points of test error, and {params.register.floors[task]:g} are allowed"
         for task, points in lost.items()
         if points > params.register.floors[task]

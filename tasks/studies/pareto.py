@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtz_core.errors import MtzError
-from mtz_core.evaluation import Classifier, check_labels, measure, outputs_of
+from mtz_core.evaluation import Case, Metric, Model, check_labels, measure, outputs_of
 from mtz_core.merging.compatibility import check_compatible
 from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
@@ -30,10 +30,11 @@ from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.module import ZippedNetwork
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import read_traced
-from tasks.data.examples import read_examples
+from tasks.data.examples import read_labelled
 from tasks.files import InvalidArtifact, sha256, whole_file, write_table
 from tasks.home import find_home
 from tasks.models.load import calibration, load_traced, read_split
+from tasks.models.metrics import find_metric
 from tasks.params import Params
 from tasks.progress import show_progress
 from tasks.registry import mlflow_client, publish
@@ -248,6 +249,16 @@ def as_percent(fraction: float) -> str:
     return f"{ceil(1000 * fraction) / 10:g}"
 
 
+@dataclass(frozen=True)
+class _Test:
+    """The test data of a model, its metric with its name, and the original network's outputs."""
+
+    name: str
+    images: Tensor
+    metric: Metric
+    original: Case
+
+
 class _Group:
     """The networks of a group, their statistics, and the data that they are measured on."""
 
@@ -255,18 +266,16 @@ class _Group:
         self._params, self._workspace = params, workspace
         self.networks = {model: load_traced(params, workspace, model) for model in sorted(params.models)}
         check_compatible(self.networks)
-        self._tests = {model: self._read_test(model) for model in self.networks}
-        self._before = {
-            model: self._error(model, partial(run_network, network.graph, network.state))
-            for model, network in self.networks.items()
-        }
         self._traced = {
             model: replace(
                 read_traced(workspace, model, network),
                 batches=as_batches(calibration(params, workspace, model), model),
+                output=params.models[model].declared_output,
             )
             for model, network in self.networks.items()
         }
+        self._tests = {model: self._read_test(model) for model in self.networks}
+        self._before = {model: self._measure(test, test.original) for model, test in self._tests.items()}
 
     def budget_search(self, method: str) -> BudgetSearch:
         """Return the search that makes plans by a method."""
@@ -294,7 +303,7 @@ class _Group:
                     original_bytes=report.original_bytes,
                     stored_fraction=report.stored_bytes / report.original_bytes,
                     least_fraction=least,
-                    metric=self._params.models[task].metric,
+                    metric=self._tests[task].name,
                     error=error,
                     error_original=before,
                     rise=error - before,
@@ -328,15 +337,21 @@ class _Group:
         batches = torch.split(examples, self._params.evaluate.batch_size)
         return outputs_of(partial(run_network, network.graph, network.state), batches)
 
-    def _read_test(self, model: str) -> tuple[Tensor, Tensor]:
-        images, labels = read_examples(self._workspace.root / self._params.models[model].data, "test")
-        check_labels(labels, len(images), self._outputs(model, images[:1]).shape[1], model)
-        return images, labels
+    def _read_test(self, model: str) -> _Test:
+        images, labels = read_labelled(self._workspace.root / self._params.models[model].data, "test")
+        name, metric = find_metric(self._params, model, labels)
+        original = self._outputs(model, images)
+        if metric.reads == "labels" and labels is not None:
+            check_labels(labels, len(images), original.shape[1], model)
+        return _Test(name, images, metric, Case(original, labels, original, self._traced[model].loss))
 
-    def _error(self, model: str, network: Classifier) -> float:
-        images, labels = self._tests[model]
-        outputs = outputs_of(network, torch.split(images, self._params.evaluate.batch_size))
-        return measure(self._params.models[model].metric, outputs, labels, model)
+    def _error(self, model: str, network: Model) -> float:
+        test = self._tests[model]
+        outputs = outputs_of(network, torch.split(test.images, self._params.evaluate.batch_size))
+        return self._measure(test, replace(test.original, outputs=outputs))
+
+    def _measure(self, test: _Test, case: Case) -> float:
+        return measure(test.metric, case, test.name).value
 
 
 _COLUMNS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
