@@ -128,17 +128,9 @@ class OutputParams(_Block):
         return Output(self.kind, self.tolerance)
 
 
-class ModelParams(_Block):
-    """One pre-trained network of the group: how to build it, its weights and its data."""
+class ModelTraits(_Block):
+    """What zipping is told about a network."""
 
-    network: Annotated[str, AfterValidator(importable_name)]
-    """The function that builds the network, as `package.module:function`. It returns a `torch.nn.Module`."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments for that function."""
-    weights: Annotated[str, AfterValidator(_below("networks"))]
-    """The weights: a `state_dict` as safetensors. Allowed: a path below `networks/`."""
-    data: Annotated[str, AfterValidator(_below("data"))]
-    """The folder with `train`, `validation` and `test`, each `.parquet` or `.arrow`. Allowed: a path below `data/`."""
     keep_separate: list[str] = []
     """Paths of submodules that stay task-specific, whatever they do."""
     output: Kind | OutputParams | None = None
@@ -150,6 +142,19 @@ class ModelParams(_Block):
     own, `package.module:function`, of outputs and labels (the original's outputs without labels). All are given as
     errors, the less the better. Without it: `error` with class labels, `mean_absolute_error` with other ones,
     `agreement` without."""
+
+
+class ModelParams(ModelTraits):
+    """One pre-trained network of the group: how to build it, its weights and its data."""
+
+    network: Annotated[str, AfterValidator(importable_name)]
+    """The function that builds the network, as `package.module:function`. It returns a `torch.nn.Module`."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments for that function."""
+    weights: Annotated[str, AfterValidator(_below("networks"))]
+    """The weights: a `state_dict` as safetensors. Allowed: a path below `networks/`."""
+    data: Annotated[str, AfterValidator(_below("data"))]
+    """The folder with `train`, `validation` and `test`, each `.parquet` or `.arrow`. Allowed: a path below `data/`."""
 
     @property
     def declared_output(self) -> Output | None:

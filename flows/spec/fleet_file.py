@@ -22,7 +22,16 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from flows.spec.overrides import InvalidFleet, merge, parse_setting, suggest
 from tasks.files import whole_file
-from tasks.params import InvalidParams, Name, Params, importable_name, read_yaml, validate, with_present_names
+from tasks.params import (
+    InvalidParams,
+    ModelTraits,
+    Name,
+    Params,
+    importable_name,
+    read_yaml,
+    validate,
+    with_present_names,
+)
 
 FLEET_WIDE = ("storage", "tracking", "flow")
 """Blocks that say where and how, the same for all groups of a run."""
@@ -61,7 +70,7 @@ class Factory(_Block):
     """Keyword arguments for that function."""
 
 
-class Model(_Block):
+class Model(ModelTraits):
     """One pre-trained network of the fleet."""
 
     source: str | None = None
@@ -75,10 +84,6 @@ class Model(_Block):
     """Keyword arguments for `network`."""
     data: str | Splits | Factory
     """A folder with `train`, `validation` and `test`, local or `s3://…`; or a file for each split; or a function."""
-    keep_separate: list[str] = []
-    """Paths of submodules that stay task-specific, whatever they do."""
-    metric: Literal["error", "top5_error", "balanced_error"] = "error"
-    """How errors of this model are counted."""
     floor: Annotated[float, Field(ge=0)] | None = None
     """Percentage points of test error that the model may lose. If it loses more, its group is refused. Allowed: 0 or
     more."""
@@ -104,7 +109,7 @@ class Auto(_Block):
     similarity: float | None = Field(default=None, ge=0, le=1)
     """The least mean similarity of a model to the others of its group. Without it a measured value is taken, 0.6."""
     damage: float | None = Field(default=None, gt=0)
-    """The most loss, in nats, that sharing is predicted to cost any model. Without it there is no limit."""
+    """The largest share of its information that sharing is predicted to cost any model. Without it there is no limit."""
     separate: list[Name] = Field(default=[], validation_alias=AliasChoices("separate", "apart"))
     """Tags that all models of a group have, or none."""
 
@@ -254,7 +259,7 @@ def _as_params(name: str, model: Model) -> dict[str, Any]:
     if model.program is not None:
         built = {"network": "tasks.models.programs:exported", "arguments": {"program": f"networks/{name}.pt2"}}
     places = {"weights": f"networks/{name}.safetensors", "data": f"data/{name}"}
-    return {**built, **places, "keep_separate": model.keep_separate, "metric": model.metric}
+    return {**built, **places, **model.model_dump(include=set(ModelTraits.model_fields))}
 
 
 def read_fleet(params_file: Path, fleet_file: Path, settings: Sequence[str] = ()) -> Fleet:

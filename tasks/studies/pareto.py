@@ -275,7 +275,7 @@ class _Group:
             for model, network in self.networks.items()
         }
         self._tests = {model: self._read_test(model) for model in self.networks}
-        self._before = {model: self._measure(test, test.original) for model, test in self._tests.items()}
+        self._before = {model: self._measure(model, test.original) for model, test in self._tests.items()}
 
     def budget_search(self, method: str) -> BudgetSearch:
         """Return the search that makes plans by a method."""
@@ -348,10 +348,10 @@ class _Group:
     def _error(self, model: str, network: Model) -> float:
         test = self._tests[model]
         outputs = outputs_of(network, torch.split(test.images, self._params.evaluate.batch_size))
-        return self._measure(test, replace(test.original, outputs=outputs))
+        return self._measure(model, replace(test.original, outputs=outputs))
 
-    def _measure(self, test: _Test, case: Case) -> float:
-        return measure(test.metric, case, test.name).value
+    def _measure(self, model: str, case: Case) -> float:
+        return measure(self._tests[model].metric, case, model).value
 
 
 _COLUMNS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
