@@ -80,14 +80,14 @@ class Model(ModelTraits):
     program: str | None = None
     """An exported program in place of `network`: a path or `s3://BUCKET/KEY`. It holds the weights, too; a `source`
     replaces them."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default={})
     """Keyword arguments for `network`."""
     data: str | Splits | Factory
     """A folder with `train`, `validation` and `test`, local or `s3://…`; or a file for each split; or a function."""
     floor: Annotated[float, Field(ge=0)] | None = None
     """Percentage points of test error that the model may lose. If it loses more, its group is refused. Allowed: 0 or
     more."""
-    tags: list[Name] = []
+    tags: list[Name] = Field(default=[])
     """Labels for `auto.separate`."""
 
     @model_validator(mode="after")
@@ -109,7 +109,8 @@ class Auto(_Block):
     similarity: float | None = Field(default=None, ge=0, le=1)
     """The least mean similarity of a model to the others of its group. Without it a measured value is taken, 0.6."""
     damage: float | None = Field(default=None, gt=0)
-    """The largest share of its information that sharing is predicted to cost any model. Without it there is no limit."""
+    """The largest share of its information that sharing is predicted to cost any model. Without it there is no
+    limit."""
     separate: list[Name] = Field(default=[], validation_alias=AliasChoices("separate", "apart"))
     """Tags that all models of a group have, or none."""
 

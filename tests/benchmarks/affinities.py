@@ -23,15 +23,16 @@ from mtz_core import ZipConfig, zip_networks
 from mtz_core.grouping.affinity import Affinity, Comparer, Profile
 from mtz_core.grouping.groups import LEAST_SIMILARITY
 from mtz_core.network.tracing import trace
-from mtz_core.retraining import distillation_loss
 from mtz_core.statistics.calibration import as_batches, original_moments
-from mtz_core.statistics.sensitivity import TEMPERATURE, sensitivities
+from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.task_loss import TEMPERATURE
 from tasks.files import whole_file
 from tasks.models.example_networks import lenet_300_100
 from tests.benchmarks.fleets import ANCESTOR, fleet_networks, member_split
 from tests.benchmarks.full_data import Split, data_folder, read_split, test_error
 from tests.benchmarks.records import DOCS
 from tests.benchmarks.training import trained
+from tests.support.distillation import distillation_loss
 
 IMAGES, HELD_OUT, ZIPPED = 2000, 2000, 6
 """Calibration images of a model, images to judge it by, and pairs of each kind that are zipped."""

@@ -19,12 +19,12 @@ from mtz_core.retraining import (
     RetrainState,
     RetrainStep,
     Targets,
-    distillation_loss,
     original_outputs,
     retrain_steps,
 )
 from mtz_core.settings import RetrainConfig
 from mtz_core.zipped.structure import own_name
+from tests.support.distillation import distillation_loss
 from tests.support.networks import TASKS, Case, Residual, dropout, mlp, traced_pair, zip_traced
 
 pytestmark = pytest.mark.slow

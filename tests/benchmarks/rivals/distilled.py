@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core.network.tracing import evaluation_mode
-from mtz_core.retraining import distillation_loss
 from mtz_core.settings import RetrainConfig
 from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks.rivals.assemble import assemble, matrices_of, traced
 from tests.benchmarks.rivals.learning import draws, iterations, learn
 from tests.benchmarks.rivals.sizes import largest_below, stored_bytes
 from tests.benchmarks.training import Recipe
+from tests.support.distillation import distillation_loss
 
 
 def distilled(
@@ -29,7 +29,7 @@ def distilled(
     """Each network distilled to at most `fraction` of its bytes, for as many iterations as `recipe` has for its set.
 
     `builds[task]` makes an untrained network whose hidden widths are scaled by a fraction, as `sizes.scaling` does. The
-    largest that fits is trained by `mtz_core.retraining.distillation_loss` (Hinton, Vinyals, Dean 2015). Nothing is
+    largest that fits is trained by `distillation_loss` (Hinton, Vinyals, Dean 2015). Nothing is
     shared. Raises `InvalidConfig` if no network is that small.
     """
     students = {

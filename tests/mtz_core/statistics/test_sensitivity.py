@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidCalibration
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
-from mtz_core.retraining import distillation_loss
-from mtz_core.statistics.sensitivity import TEMPERATURE, sensitivities
+from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.task_loss import TEMPERATURE
+from tests.support.distillation import distillation_loss
 from tests.support.networks import CASES, Case, Residual, lenet5, mlp, traced_pair
 from tests.support.zoo.laws import traced as traced_zoo
 from tests.support.zoo.table import OWN
