@@ -155,7 +155,7 @@ class Matcher:
 
     def tuple_damages(
         self, name: str, pairings: Mapping[str, Pairing], tuples: Int64[np.ndarray, "k tasks"]
-    ) -> Float[np.ndarray, " k"]:
+    ) -> Float[np.ndarray, "k tasks"]:
         """Predict what sharing tuples of a group's neurons would cost the tasks.
 
         Args:
@@ -164,12 +164,12 @@ class Matcher:
             tuples: The neuron of every task in each tuple.
 
         Returns:
-            The damage of every tuple, in nats of the tasks' losses.
+            The damage that every tuple does to every task, in its loss.
 
         Raises:
             SingularHessian: If a Hessian cannot be factorised.
         """
-        damage = np.zeros(len(tuples))
+        damage = np.zeros(tuples.shape)
         for node in self.writers[name]:
             sensitivity = None
             if (known := self._sensitivity(node)) is not None:
@@ -234,19 +234,19 @@ def _tuple_costs(
     layers: _Layers,
     tuples: Int64[np.ndarray, "k tasks"],
     sensitivity: Sequence[Float[Tensor, "_neurons slots"]] | None = None,
-) -> Float[np.ndarray, " k"]:
-    """Predict the cost of tuples of neurons, one of each task: ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
+) -> Float[np.ndarray, "k tasks"]:
+    """Predict the cost of tuples of neurons, one of each task: ``½ α_t (s* − s_t)ᵀ M_t (s* − s_t)`` to task t.
 
     Args:
         layers: For every layer that writes the group, the view of every task.
         tuples: The neuron of every task in each tuple.
-        sensitivity: The sensitivity of every task's loss to the neurons' rows. With it, costs are in nats: the shared
-            weights are the same, but every row counts by its sensitivity.
+        sensitivity: The sensitivity of every task's loss to the neurons' rows. With it, costs are in these losses: the
+            shared weights are the same, but every row counts by its sensitivity.
 
     Returns:
-        The cost of every tuple.
+        The cost of every tuple to every task.
     """
-    costs = torch.zeros(len(tuples), dtype=torch.float64)
+    costs = torch.zeros(tuples.shape, dtype=torch.float64)
     for sides in layers:
         _, slots, inputs = sides[0].rows.shape
         if not inputs:
@@ -258,7 +258,7 @@ def _tuple_costs(
             for t, (side, own) in enumerate(zip(sides, rows, strict=True)):
                 losses = 0.5 * side.curvature.energies((centre - own).T).reshape(-1, slots)
                 weight = side.balance if sensitivity is None else sensitivity[t][torch.from_numpy(tuples[part, t])]
-                costs[part] += (weight * losses).sum(dim=1)
+                costs[part, t] += (weight * losses).sum(dim=1)
     return costs.numpy()
 
 
@@ -339,7 +339,7 @@ def _match_all(layers: _Layers, widths: Sequence[int], count: int, config: ZipCo
         tuples[:, t] = _partners(_pair_costs(layers, list(range(t)), [t], tuples), solve)
     if config.method == "refit":
         tuples = _settle(layers, tuples, config)
-    costs = _tuple_costs(layers, tuples)
+    costs = _tuple_costs(layers, tuples).sum(axis=1)
     cheapest = tuples[np.sort(np.argsort(costs, kind="stable")[:count])]
     if config.method == "refit" and 0 < count < most:
         cheapest = _settle(layers, cheapest, config)

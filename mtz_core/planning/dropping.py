@@ -141,23 +141,28 @@ def readers(
 
 
 def eliminate(
-    reading: Sequence[Sequence[Reader]], units: Int64[np.ndarray, "units tasks"], freed: Float64[np.ndarray, " units"]
-) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+    reading: Sequence[Sequence[Reader]],
+    units: Int64[np.ndarray, "units tasks"],
+    freed: Float64[np.ndarray, " units"],
+    balance: Float64[np.ndarray, " tasks"] | None = None,
+) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, "n tasks"]]:
     """Drop units one after the other until no task has more than `LEAST` of them left.
 
     Args:
         reading: For every task, the layers that read the group. They are not modified.
         units: The neuron of every task in each unit, or `NOT_A_MEMBER`.
         freed: The bytes that dropping each unit frees.
+        balance: How much the damage to each task counts; alike if it is left out.
 
     Returns:
-        The units in the order in which they are dropped, and the damage that each adds, in nats.
+        The units in the order in which they are dropped, and the damage that each adds to every task.
     """
+    balance = np.ones(units.shape[1]) if balance is None else balance
     reading = [[reader.copy() for reader in task] for task in reading]
     owned = units >= 0
     alive, costs = np.ones(len(units), dtype=bool), np.zeros(units.shape)
     order: list[int] = []
-    damage: list[float] = []
+    damage: list[np.ndarray] = []
     stale = set(range(units.shape[1]))
     while True:
         for t in stale:
@@ -166,19 +171,19 @@ def eliminate(
             costs[mine, t] = sum(reader.damages(neurons).clamp(min=0).numpy() for reader in reading[t])
         spare = owned[alive].sum(axis=0) > LEAST
         candidates = np.flatnonzero(alive & ~(owned & ~spare).any(axis=1))
-        price = costs[candidates].sum(axis=1) / freed[candidates]
+        price = costs[candidates] @ balance / freed[candidates]
         cheapest = candidates[np.argsort(price, kind="stable")[: max(1, int(AT_ONCE * len(candidates)))]]
         left = owned[alive].sum(axis=0) - owned[cheapest].cumsum(axis=0)
         chosen = cheapest[(left >= LEAST).all(axis=1)]
         if not len(chosen):
-            return np.array(order, dtype=np.int64), np.array(damage)
+            return np.array(order, dtype=np.int64), np.array(damage).reshape(-1, units.shape[1])
         alive[chosen] = False
         stale = set(np.flatnonzero(owned[chosen].any(axis=0)).tolist())
-        together = 0.0
+        spent = np.zeros((len(chosen), units.shape[1]))
         for t in stale:
-            neurons = torch.from_numpy(units[chosen[owned[chosen, t]], t])
-            together += sum(reader.drop(neurons) for reader in reading[t])
-        alone = costs[chosen].sum(axis=1)
+            mine = owned[chosen, t]
+            together = sum(reader.drop(torch.from_numpy(units[chosen[mine], t])) for reader in reading[t])
+            alone = costs[chosen[mine], t]
+            spent[mine, t] = together * (alone / alone.sum() if alone.sum() > 0 else 1 / len(alone))
         order += chosen.tolist()
-        parts = alone / alone.sum() if alone.sum() > 0 else np.full(len(chosen), 1 / len(chosen))
-        damage += (together * parts).tolist()
+        damage += list(spent)

@@ -1,9 +1,10 @@
 """What can be done to one neuron group to save bytes, and at what damage: *share* tuples of neurons, *drop* units.
 
-Both moves are counted in nats of the tasks' losses (`mtz_core.statistics.sensitivity`). The damage of sharing a tuple
-is what the changes of its members' outputs cost, ``Σ_t ½ f_t (s* − s_t)ᵀ M_t (s* − s_t)``. The damage of dropping a
-unit is what the layers that read it cannot make up for (`mtz_core.planning.dropping`). An *option* is a state that a
-group can be brought to: some tuples are shared, then units are dropped, shared ones in all networks at once.
+Both moves are counted in the tasks' losses (`mtz_core.statistics.sensitivity`), task by task. The damage that sharing a
+tuple does to task t is what the change of its neuron's outputs costs, ``½ f_t (s* − s_t)ᵀ M_t (s* − s_t)``. The damage
+of dropping a unit is what the layers that read it cannot make up for (`mtz_core.planning.dropping`). An *option* is a
+state that a group can be brought to: some tuples are shared, then units are dropped, shared ones in all networks at
+once.
 """
 
 from __future__ import annotations
@@ -33,19 +34,34 @@ class DropPath:
 
     Attributes:
         units: The neuron of every task in each unit, shared units first.
-        sharing: The damage of sharing each unit, in nats; 0 for a neuron alone.
+        sharing: The damage that sharing each unit does to every task; 0 for a neuron alone.
         order: The units in the order in which they are dropped.
-        dropping: The damage that each of these adds, in nats.
+        dropping: The damage that each of these adds to every task.
     """
 
     units: Int64[np.ndarray, "units tasks"]
-    sharing: Float64[np.ndarray, " units"]
+    sharing: Float64[np.ndarray, "units tasks"]
     order: Int64[np.ndarray, " dropped"]
-    dropping: Float64[np.ndarray, " dropped"]
+    dropping: Float64[np.ndarray, "dropped tasks"]
 
     def members(self, gone: int) -> Int64[np.ndarray, "left tasks"]:
         """The units that are left when the first `gone` of the order are dropped."""
         return np.delete(self.units, self.order[:gone], axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """How damage counts.
+
+    Attributes:
+        tasks: The factor of the damage to every task.
+        sharing: The factor of damage by sharing.
+        dropping: The factor of damage by dropping.
+    """
+
+    tasks: Float64[np.ndarray, " tasks"]
+    sharing: float = 1.0
+    dropping: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +74,8 @@ class Options:
         gone: The number of units that are dropped in every state.
         kept: The number of neurons that each task keeps in every state.
         shared: The number of neurons that all tasks share in every state.
-        sharing: The damage by sharing in every state, in nats.
-        dropping: The damage by dropping in every state, in nats.
+        sharing: The damage that sharing does to every task in every state.
+        dropping: The damage that dropping does to every task in every state.
     """
 
     paths: Sequence[DropPath]
@@ -67,8 +83,8 @@ class Options:
     gone: Int64[np.ndarray, " states"]
     kept: Int64[np.ndarray, "tasks states"]
     shared: Int64[np.ndarray, " states"]
-    sharing: Float64[np.ndarray, " states"]
-    dropping: Float64[np.ndarray, " states"]
+    sharing: Float64[np.ndarray, "tasks states"]
+    dropping: Float64[np.ndarray, "tasks states"]
 
     @classmethod
     def along(cls, paths: Sequence[DropPath]) -> Options:
@@ -80,24 +96,20 @@ class Options:
             gone = np.arange(len(path.order) + 1)
             lost = np.concatenate([np.zeros((1, owned.shape[1]), dtype=np.int64), owned[path.order].cumsum(axis=0)])
             unshared = np.concatenate([[0], common[path.order].cumsum()])
-            regained = np.concatenate([[0.0], path.sharing[path.order].cumsum()])
-            left = np.maximum(path.sharing.sum() - regained, 0.0)
-            spent = np.concatenate([[0.0], path.dropping.cumsum()])
+            nothing = np.zeros((1, owned.shape[1]))
+            regained = np.concatenate([nothing, path.sharing[path.order].cumsum(axis=0)])
+            left = np.maximum(path.sharing.sum(axis=0) - regained, 0.0)
+            spent = np.concatenate([nothing, path.dropping.cumsum(axis=0)])
             kept = owned.sum(axis=0) - lost
-            columns.append((np.full(len(gone), number), gone, kept.T, common.sum() - unshared, left, spent))
+            columns.append((np.full(len(gone), number), gone, kept.T, common.sum() - unshared, left.T, spent.T))
         return cls(paths, *(np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True)))
 
-    def damage(self, sharing: float = 1.0, dropping: float = 1.0) -> Float64[np.ndarray, " states"]:
-        """Compute the weighted damage of every state.
-
-        Args:
-            sharing: The factor of the damage by sharing.
-            dropping: The factor of the damage by dropping.
-
-        Returns:
-            The damage of every state, in nats.
-        """
-        return sharing * self.sharing + dropping * self.dropping
+    def damage(self, prices: Prices) -> Float64[np.ndarray, " states"]:
+        """Compute the weighted damage of every state, over all tasks."""
+        found: Float64[np.ndarray, " states"] = prices.tasks @ (
+            prices.sharing * self.sharing + prices.dropping * self.dropping
+        )
+        return found
 
     def members(self, state: int) -> Int64[np.ndarray, "left tasks"]:
         """The units that are left in a state, by the originals' neurons."""
@@ -111,6 +123,7 @@ def options(
     reading: Sequence[Sequence[Reader]],
     sizes: Sizes,
     moves: Sequence[Move],
+    balance: Float64[np.ndarray, " tasks"],
 ) -> Options:
     """List the states that a group can be brought to.
 
@@ -121,18 +134,19 @@ def options(
         reading: For every task, the layers that read the group; empty if the group cannot lose neurons.
         sizes: The stored bytes, given counts.
         moves: The moves that are allowed.
+        balance: How much the damage to each task counts where the order of moves is decided.
 
     Returns:
         The states.
     """
     widths = [own[name] for own in sizes.widths]
     complete = np.zeros((0, len(widths)), dtype=np.int64)
-    damage = np.zeros(0)
+    damage = np.zeros(complete.shape)
     if "share" in moves:
         members = pairings[name].members
         complete = members[(members >= 0).all(axis=1)]
         damage = matcher.tuple_damages(name, pairings, complete)
-        cheapest = np.argsort(damage, kind="stable")
+        cheapest = np.argsort(damage @ balance, kind="stable")
         complete, damage = complete[cheapest], damage[cheapest]
     most = len(complete)
     drop = "drop" in moves and all(len(task) > 0 for task in reading)
@@ -144,23 +158,26 @@ def options(
             # The best pairs of two networks can be found exactly, if by a cost that is not quite the damage.
             exact = matcher.tuples(name, pairings, count)
             damage_of_exact = matcher.tuple_damages(name, pairings, exact)
-            if damage_of_exact.sum() < sharing.sum():
+            if (damage_of_exact @ balance).sum() < (sharing @ balance).sum():
                 tuples, sharing = exact, damage_of_exact
         units, sharing = _with_own(matcher.tasks, widths, tuples, sharing)
-        order, dropping = np.zeros(0, dtype=np.int64), np.zeros(0)
+        order, dropping = np.zeros(0, dtype=np.int64), np.zeros((0, len(widths)))
         if drop and count in starts:
-            order, dropping = eliminate(reading, units, _freed(name, units, sizes, count / max(most, 1)))
+            order, dropping = eliminate(reading, units, _freed(name, units, sizes, count / max(most, 1)), balance)
         paths.append(DropPath(units, sharing, order, dropping))
     return Options.along(paths)
 
 
 def _with_own(
-    tasks: tuple[str, ...], widths: Sequence[int], tuples: Int64[np.ndarray, "k tasks"], sharing: np.ndarray
-) -> tuple[Int64[np.ndarray, "units tasks"], Float64[np.ndarray, " units"]]:
+    tasks: tuple[str, ...],
+    widths: Sequence[int],
+    tuples: Int64[np.ndarray, "k tasks"],
+    sharing: Float64[np.ndarray, "k tasks"],
+) -> tuple[Int64[np.ndarray, "units tasks"], Float64[np.ndarray, "units tasks"]]:
     """Tuples and, behind them, every other neuron alone, with the damage of sharing."""
     units = Pairing.from_tuples(tasks, widths, tuples).members
     alone = units[(units < 0).any(axis=1)]
-    return np.concatenate([tuples, alone]), np.concatenate([sharing, np.zeros(len(alone))])
+    return np.concatenate([tuples, alone]), np.concatenate([sharing, np.zeros(alone.shape)])
 
 
 def _freed(

@@ -1,9 +1,10 @@
 """Choose, for every neuron group, how much is shared and what is dropped: least damage within the budget of bytes.
 
-Damage adds up over groups. Bytes do not, since two neighbouring groups save more when both are shared
+Damage adds up over groups and tasks. Bytes do not, since two neighbouring groups save more when both are shared
 (`mtz_core.planning.sizes`). So the plan for a price λ per byte is found by coordinate descent: group by group, the
 state of least ``damage + λ · bytes`` is chosen given the other groups' states, from several starts. The price is
-bisected until the bytes fit.
+bisected until the bytes fit. Then the damage to each task is counted for more where it is large, and for less where it
+is small, and the plan is made again: of these the one is taken that costs least to the task that loses most.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from mtz_core.merging.matching import Matcher, match
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
-from mtz_core.planning.options import Options, options
+from mtz_core.planning.options import Options, Prices, options
 from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
 
 _BISECTIONS = 28
 _ANY_PRICE = 1e30
-"""A price per byte, in nats, at which nothing but bytes counts."""
+"""A price per byte at which nothing but bytes counts."""
+
+_ROUNDS, _EVEN, _LEAST = 6, 1.1, 1e-3
+"""How often a plan is made again to even out what tasks lose, the ratio of losses at which that ends, and the least
+loss, relative to the largest, that counts in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +43,9 @@ class Plan:
         keep: For every task and group, the neurons that are kept, ascending.
         pairings: The pairing of every group. It numbers the neurons that are kept.
         bytes: The size of the zipped network, in bytes.
-        sharing: The expected damage by sharing in every group, in nats.
-        dropping: The expected damage by dropping in every group, in nats.
+        sharing: The expected damage by sharing in every group, over all tasks.
+        dropping: The expected damage by dropping in every group, over all tasks.
+        damages: The expected damage by both in every group, to every task.
     """
 
     keep: Mapping[str, Keep]
@@ -47,10 +53,16 @@ class Plan:
     bytes: int
     sharing: Mapping[str, float]
     dropping: Mapping[str, float]
+    damages: Mapping[str, Mapping[str, float]]
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """The share of its information that each task is expected to lose."""
+        return {task: sum(damage[task] for damage in self.damages.values()) for task in self.keep}
 
     @property
     def damage(self) -> float:
-        """The expected damage of all moves, in nats."""
+        """The expected damage of all moves to all tasks."""
         return sum(self.sharing.values()) + sum(self.dropping.values())
 
     def same(self, other: Plan) -> bool:
@@ -64,9 +76,6 @@ class Plan:
 
 States = dict[str, int]
 """The chosen state of every group."""
-
-Prices = tuple[float, float]
-"""The factors of the damage by sharing and by dropping."""
 
 NEVER = 1e12
 """A factor at which no move is worth its damage."""
@@ -105,6 +114,7 @@ class Planner:
         self.networks = {task: own.network for task, own in traced.items()}
         self.tasks = tuple(traced)
         self.sizes = Sizes(self.networks)
+        self._balance = len(traced) * np.array(config.balance_of(self.tasks))
         matcher = Matcher(traced, config)
         pairings = {m.group: m.pairing for m in match(traced, config)} if "share" in moves else {}
         droppable = _droppable(traced.values()) if "drop" in moves else set()
@@ -116,7 +126,7 @@ class Planner:
                     readers(own.network, name, own.moments, own.sensitivity or {}, config.fixed_damping)
                     for own in traced.values()
                 ]
-            self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves)
+            self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves, self._balance)
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
         self._bytes_around: dict[tuple[str, tuple[int, ...]], Int64[np.ndarray, " states"]] = {}
 
@@ -145,16 +155,23 @@ class Planner:
     @property
     def least_bytes(self) -> int:
         """The least size that any plan has, in bytes."""
-        return min(self._bytes(states) for states in self._descents(_ANY_PRICE, (1.0, 1.0), []))
+        return min(self._bytes(states) for states in self._descents(_ANY_PRICE, Prices(self._balance), []))
 
-    def plan(self, size: float, sharing: float = 1.0, dropping: float = 1.0) -> Plan:
-        """Make the plan of least damage that fits a size.
+    def plan(
+        self,
+        size: float,
+        sharing: float = 1.0,
+        dropping: float = 1.0,
+        counted: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """Make the plan that fits a size and costs least to the task that loses most.
 
         Args:
             size: The most that is stored, relative to the originals' bytes.
             sharing: The factor of the damage that sharing is expected to do. `NEVER` leaves out all sharing that costs
                 anything.
             dropping: The same factor for dropping.
+            counted: The factor of the damage to each task; the configured balance if it is left out.
 
         Returns:
             The plan.
@@ -162,7 +179,23 @@ class Planner:
         Raises:
             InvalidConfig: If no plan is that small.
         """
-        prices = sharing, dropping
+        own = self._balance if counted is None else np.array([counted[task] for task in self.tasks])
+        weights, least = own.copy(), np.inf
+        for _ in range(_ROUNDS):
+            states = self._cheapest(size, Prices(weights, sharing, dropping))
+            lost = own * sum(
+                sharing * table.sharing[:, states[name]] + dropping * table.dropping[:, states[name]]
+                for name, table in self.options.items()
+            )
+            if lost.max() < least:
+                best, least = states, lost.max()
+            if lost.max() <= _EVEN * lost.min():
+                break
+            weights = weights * np.sqrt(np.maximum(lost / lost.max(), _LEAST))
+        return self._plan(best)
+
+    def _cheapest(self, size: float, prices: Prices) -> States:
+        """The states of least damage that fit a size. Raises `InvalidConfig` if none do."""
         budget = int(size * self.original_bytes + 1e-6)
         low, high = 1e-16, 1e4
         best: States | None = None
@@ -183,7 +216,7 @@ class Planner:
                 f"budget.size: {size:g} is impossible: the least that these networks can be stored in is "
                 f"{least:.3f} of their bytes ({self.least_bytes:,})."
             )
-        return self._plan(self._fill(best, budget, prices))
+        return self._fill(best, budget, prices)
 
     def stepped_back(self, plan: Plan, to: Plan) -> Iterator[tuple[str, Plan]]:
         """Bring ever more groups of a plan into the state that they have in another plan.
@@ -213,6 +246,7 @@ class Planner:
                     self.sizes.stored(kept, shared),
                     {name: part.sharing[name] for name, part in parts.items()},
                     {name: part.dropping[name] for name, part in parts.items()},
+                    {name: part.damages[name] for name, part in parts.items()},
                 ),
             )
 
@@ -224,8 +258,8 @@ class Planner:
         """Local optima of coordinate descent.
 
         Args:
-            price: The price of a byte, in nats.
-            prices: The factors of the damage by sharing and by dropping.
+            price: The price of a byte.
+            prices: How damage counts.
             tried: Further states to start from.
 
         Returns:
@@ -243,7 +277,7 @@ class Planner:
         while changed:
             changed = False
             for name, table in self.options.items():
-                cost = table.damage(*prices) + price * self._around(name, table, states)
+                cost = table.damage(prices) + price * self._around(name, table, states)
                 choice = int(np.argmin(cost))
                 if cost[choice] < cost[states[name]] - 1e-12 * abs(cost[states[name]]):
                     states[name], changed = choice, True
@@ -256,7 +290,7 @@ class Planner:
             best, most = None, 0.0
             spare = budget - self._bytes(states)
             for name, table in self.options.items():
-                bytes_, damage = self._around(name, table, states), table.damage(*prices)
+                bytes_, damage = self._around(name, table, states), table.damage(prices)
                 now = states[name]
                 gain = np.where(bytes_ - bytes_[now] <= spare, damage[now] - damage, -np.inf)
                 choice = int(np.argmax(gain))
@@ -288,7 +322,7 @@ class Planner:
         return self.sizes.stored(*self._counts(states))
 
     def _objective(self, states: States, price: float, prices: Prices) -> float:
-        damage = sum(float(table.damage(*prices)[states[name]]) for name, table in self.options.items())
+        damage = sum(float(table.damage(prices)[states[name]]) for name, table in self.options.items())
         return damage + price * self._bytes(states)
 
     def _plan(self, states: States) -> Plan:
@@ -307,8 +341,12 @@ class Planner:
             keep,
             pairings,
             self._bytes(states),
-            {name: float(table.sharing[i]) for name, (table, i) in chosen.items()},
-            {name: float(table.dropping[i]) for name, (table, i) in chosen.items()},
+            {name: float(table.sharing[:, i].sum()) for name, (table, i) in chosen.items()},
+            {name: float(table.dropping[:, i].sum()) for name, (table, i) in chosen.items()},
+            {
+                name: dict(zip(self.tasks, (table.sharing[:, i] + table.dropping[:, i]).tolist(), strict=True))
+                for name, (table, i) in chosen.items()
+            },
         )
 
 

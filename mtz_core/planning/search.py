@@ -1,10 +1,11 @@
 """Spend a budget: make plans, verify them on data, keep the best; or find the smallest network that keeps a floor.
 
-Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds it can be far off,
-because it misses errors that meet in later layers and errors that cancel. So several plans are made for one size: with
-one move alone, and with the damage of sharing counted for more or for less, as long as this improves the result. Each
-plan is merged on most of the calibration data and measured on the rest, by the tasks' losses against the originals.
-The best is taken: a mixture is chosen only where it does better than either move alone.
+Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds, and between tasks,
+it can be far off, because it misses errors that meet in later layers and errors that cancel. So several plans are made
+for one size: with one move alone, with the damage of sharing counted for more or for less, as long as this improves the
+result, and at last with the damage to each task corrected by what it has really lost. Each plan is merged on most of
+the calibration data and measured on the rest. A plan costs what it costs the task that loses most; the cheapest is
+taken. So a mixture is chosen only where it does better than either move alone, and no task is sacrificed for another.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ from mtz_core.zipped.report import LayerReport, TaskReport
 STEP = 4.0
 """The factor by which the damage of sharing counts for more or less from plan to plan; near the best, its root."""
 
+CORRECTIONS, EVEN = 2, 1.5
+"""How often the damage to each task is corrected by what was measured, and the ratio of losses at which it need not."""
+
+NEGLIGIBLE, FURTHEST = 1e-4, 16.0
+"""A share of a task's information that makes no difference, and the largest correction."""
+
 LEAST_FACTOR = 4.0**-5
 """The least factor of the damage of sharing; the greatest is its inverse."""
 
@@ -52,11 +59,13 @@ class Candidate:
         name: How the plan was made, in words.
         plan: The plan.
         judged: How well every task came through, on examples that are held out.
+        factors: By which the damage of sharing and of dropping was multiplied.
     """
 
     name: str
     plan: Plan
     judged: Mapping[str, TaskReport]
+    factors: tuple[float, float] = (1.0, 1.0)
 
     @property
     def loss(self) -> dict[str, float]:
@@ -73,7 +82,7 @@ class BudgetSearch:
         budget: The budget.
         fitting: The part of the calibration data on which plans are merged.
         held_out: The examples by which they are measured.
-        weights: The weight of every task's loss.
+        weights: The weight of every task's loss: its balance, and what the search for a floor makes of it.
         planner: Makes the plans.
     """
 
@@ -122,16 +131,12 @@ class BudgetSearch:
                 )
         self._targets = targets_of(traced, self.held_out)
         balance = config.balance_of(tuple(traced))
-        self.reweigh({task: len(traced) * weight for task, weight in zip(traced, balance, strict=True)})
+        self.weights = {task: len(traced) * weight for task, weight in zip(traced, balance, strict=True)}
+        self.planner = Planner(traced, config, budget.moves)
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Count the losses of the tasks with these weights from now on."""
         self.weights = dict(weights)
-        weighed = {
-            task: replace(own, sensitivity={n: weights[task] * rows for n, rows in (own.sensitivity or {}).items()})
-            for task, own in self.traced.items()
-        }
-        self.planner = Planner(weighed, self.config, self.budget.moves)
 
     def candidates(self, size: float) -> Iterator[Candidate]:
         """Make, merge and measure plans for a size.
@@ -148,18 +153,19 @@ class BudgetSearch:
         moves = set(self.budget.moves)
         done: list[Candidate] = []
 
+        counted = self.weights
+
         def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Candidate]:
-            plan = self.planner.plan(size, sharing, dropping)
+            plan = self.planner.plan(size, sharing, dropping, counted)
             known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
-            done.append(known or Candidate(name, plan, self._judged(plan)))
+            done.append(known or Candidate(name, plan, self._judged(plan), (sharing, dropping)))
             if known is None:
                 yield done[-1]
 
         def mixed(factor: float) -> Iterator[Candidate]:
             yield from attempt(f"sharing counted {factor:.3g} times", factor)
 
-        def loss(candidate: Candidate) -> float:
-            return self.weighted(candidate.loss)
+        cost = self.cost
 
         if "drop" in moves and self.planner.reaches(size, "drop"):
             yield from attempt("drop only", NEVER)
@@ -173,15 +179,22 @@ class BudgetSearch:
                 while LEAST_FACTOR <= factor * step <= 1 / LEAST_FACTOR:
                     yield from mixed(factor * step)
                     same = done[-1] is best  # where nothing is shared yet, sharing may have to count for much less
-                    if loss(done[-1]) >= loss(best) and not (same and step == 1 / STEP):
+                    if cost(done[-1]) >= cost(best) and not (same and step == 1 / STEP):
                         break
                     factor, best = factor * step, done[-1]
+        for number in range(CORRECTIONS if done else 0):
+            best = self.best_of(done)
+            if self._even(best):
+                break
+            counted = self._corrected(best)
+            sharing, dropping = best.factors
+            yield from attempt(f"{best.name}, corrected {number + 1} times", sharing, dropping)
         if not done:
             self.planner.plan(size)  # raises an error that names the least size
 
     def ranked(self, size: float) -> list[Candidate]:
         """The candidates for a size, the one with the least held-out loss first."""
-        return sorted(self.candidates(size), key=lambda candidate: self.weighted(candidate.loss))
+        return sorted(self.candidates(size), key=self.cost)
 
     def best(self, size: float) -> Plan:
         """The plan for a size with the least held-out loss."""
@@ -189,7 +202,7 @@ class BudgetSearch:
 
     def best_of(self, candidates: Iterable[Candidate]) -> Candidate:
         """The candidate with the least held-out loss; of equal ones the first."""
-        return min(candidates, key=lambda candidate: self.weighted(candidate.loss))
+        return min(candidates, key=self.cost)
 
     def zip(self, plan: Plan) -> ZippedNetwork:
         """Merge by a plan, on all calibration data."""
@@ -203,9 +216,22 @@ class BudgetSearch:
         zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep))
         return judge(zipped, self.traced, self.held_out, self._targets)
 
-    def weighted(self, losses: Mapping[str, float]) -> float:
-        """The weighted sum of the tasks' losses."""
-        return sum(self.weights[task] * loss for task, loss in losses.items())
+    def cost(self, candidate: Candidate) -> tuple[float, float]:
+        """The weighted loss of the task that loses most, and that of all tasks, which decides between equal ones."""
+        losses = [self.weights[task] * loss for task, loss in candidate.loss.items()]
+        return max(losses), sum(losses)
+
+    def _even(self, candidate: Candidate) -> bool:
+        losses = [self.weights[task] * loss for task, loss in candidate.loss.items()]
+        return max(losses) <= EVEN * max(min(losses), NEGLIGIBLE)
+
+    def _corrected(self, candidate: Candidate) -> dict[str, float]:
+        """Weights under which the plan's expected damage to each task is as large as what was measured."""
+        ratios = {
+            task: max(loss, NEGLIGIBLE) / max(candidate.plan.lost[task], NEGLIGIBLE)
+            for task, loss in candidate.loss.items()
+        }
+        return {task: self.weights[task] * min(max(ratio, 1 / FURTHEST), FURTHEST) for task, ratio in ratios.items()}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def plans(
 ) -> Iterator[tuple[str, Candidate, BudgetSearch]]:
     """The plans of every method that reaches a size (relative to the bytes of all originals)."""
     candidates = list(ours.candidates(size))
-    yield MIXTURE, min(candidates, key=lambda candidate: ours.weighted(candidate.loss)), ours
+    yield MIXTURE, ours.best_of(candidates), ours
     for name in (DROP, SHARE):
         yield from ((name, candidate, ours) for candidate in candidates if candidate.name == name)
     try:

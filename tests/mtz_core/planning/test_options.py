@@ -12,7 +12,7 @@ from mtz_core.merging.matching import Matcher, match
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.dropping import Reader, readers
-from mtz_core.planning.options import STARTS, DropPath, Options
+from mtz_core.planning.options import STARTS, DropPath, Options, Prices
 from mtz_core.settings import Move
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from tests.support.fleets import BOTH, CONFIG, FLEETS, droppable, planner, statistics, traced_fleet
@@ -45,7 +45,7 @@ def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> 
                 assert set(own.tolist()) <= set(range(width))
         assert (table.path[0], table.gone[0], table.shared[0]) == (0, 0, 0)
         assert table.kept[:, 0].tolist() == widths
-        assert table.sharing[0] == table.dropping[0] == 0
+        assert not table.sharing[:, 0].any() and not table.dropping[:, 0].any()
 
 
 @on_all_fleets
@@ -74,13 +74,16 @@ def test_damage_adds_up_along_a_path_and_never_falls_by_dropping(name: str) -> N
             own = np.flatnonzero(table.path == number)
             assert table.gone[own].tolist() == list(range(len(path.order) + 1))
             assert bool((path.dropping >= 0).all() and (path.sharing >= 0).all())
-            np.testing.assert_allclose(table.dropping[own], np.cumsum([0.0, *path.dropping]))
-            assert bool((np.diff(table.dropping[own]) >= 0).all())
-            assert bool((np.diff(table.sharing[own]) <= 1e-15 + 1e-9 * path.sharing.sum()).all())
+            nothing = np.zeros((1, len(table.kept)))
+            spent = np.cumsum(np.concatenate([nothing, path.dropping]), axis=0)
+            np.testing.assert_allclose(table.dropping[:, own], spent.T)
+            assert bool((np.diff(table.dropping[:, own]) >= 0).all())
+            assert bool((np.diff(table.sharing[:, own]) <= 1e-15 + 1e-9 * path.sharing.sum()).all())
             assert bool((np.diff(table.kept[:, own]) <= 0).all())
             assert bool((np.diff(table.kept[:, own].sum(axis=0)) < 0).all())
-        np.testing.assert_allclose(table.damage(3.0, 0.5), 3.0 * table.sharing + 0.5 * table.dropping)
-        np.testing.assert_allclose(table.damage(), table.sharing + table.dropping)
+        weights = np.arange(1.0, 1.0 + len(table.kept))
+        expected = weights @ (3.0 * table.sharing + 0.5 * table.dropping)
+        np.testing.assert_allclose(table.damage(Prices(weights, 3.0, 0.5)), expected)
 
 
 @on_all_fleets
@@ -92,8 +95,8 @@ def test_the_damage_of_sharing_is_that_of_the_tuples_that_are_left(name: str) ->
         for state in list(states(table))[:: max(1, len(states(table)) // 15)]:
             members = table.members(state)
             shared = members[(members >= 0).all(axis=1)]
-            expected = float(matcher.tuple_damages(group, pairings, shared).sum())
-            assert table.sharing[state] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+            expected = matcher.tuple_damages(group, pairings, shared).sum(axis=0)
+            np.testing.assert_allclose(table.sharing[:, state], expected, rtol=1e-6, atol=1e-12)
 
 
 @on_all_fleets
@@ -110,12 +113,12 @@ def test_the_damage_of_dropping_is_that_of_all_the_neurons_that_are_gone(name: s
         ]
         for state in list(states(table))[:: max(1, len(states(table)) // 9)]:
             members = table.members(state)
-            expected = 0.0
+            expected = np.zeros(len(networks))
             for t, network in enumerate(networks.values()):
                 lost = np.setdiff1d(np.arange(network.graph.widths[group]), members[:, t])
                 if len(lost):
-                    expected += sum(reader.copy().drop(torch.from_numpy(lost)) for reader in found[t])
-            assert table.dropping[state] == pytest.approx(expected, rel=1e-5, abs=1e-12)
+                    expected[t] = sum(reader.copy().drop(torch.from_numpy(lost)) for reader in found[t])
+            np.testing.assert_allclose(table.dropping[:, state], expected, rtol=1e-5, atol=1e-12)
 
 
 @on_all_fleets
@@ -139,7 +142,7 @@ def test_shares_between_the_starts_are_the_cheapest_tuples_of_all(name: str) -> 
     for table in planner(name, ("share",)).options.values():
         whole = table.paths[-1]
         most = int((whole.units >= 0).all(axis=1).sum())
-        costs = np.sort(whole.sharing[:most])
+        costs = np.sort(whole.sharing[:most].sum(axis=1))
         for path in table.paths:
             count = int((path.units >= 0).all(axis=1).sum())
             if count not in {round(start * most) for start in STARTS}:
@@ -148,7 +151,7 @@ def test_shares_between_the_starts_are_the_cheapest_tuples_of_all(name: str) -> 
 
 def test_pairs_at_the_starts_cost_no_more_than_the_cheapest_of_all() -> None:
     for table in planner("two mlps", ("share",)).options.values():
-        costs = np.cumsum([0.0, *np.sort(table.paths[-1].sharing)])
+        costs = np.cumsum([0.0, *np.sort(table.paths[-1].sharing.sum(axis=1))])
         for path in table.paths:
             count = int((path.units >= 0).all(axis=1).sum())
             assert path.sharing.sum() <= costs[count] * (1 + 1e-9)
@@ -164,9 +167,9 @@ def test_states_of_any_path_are_what_their_members_say(shared: int, own: list[in
     widths = [shared + extra for extra in own]
     tuples = np.stack([generator.permutation(width)[:shared] for width in widths], axis=1)
     units = Pairing.from_tuples(tasks, widths, tuples).members
-    sharing = np.where((units >= 0).all(axis=1), generator.random(len(units)), 0.0)
+    sharing = np.where((units >= 0).all(axis=1), generator.random(len(units)), 0.0)[:, None] * np.ones(len(own))
     order = generator.permutation(len(units))[: generator.integers(0, len(units) + 1)]
-    path = DropPath(units, sharing, order, generator.random(len(order)))
+    path = DropPath(units, sharing, order, generator.random((len(order), len(own))))
     table = Options.along([path, path])
     assert table.path.tolist() == [0] * (len(order) + 1) + [1] * (len(order) + 1)
     for state in states(table):
@@ -176,5 +179,5 @@ def test_states_of_any_path_are_what_their_members_say(shared: int, own: list[in
         assert np.array_equal(table.members(state), members)
         assert table.kept[:, state].tolist() == (members != NOT_A_MEMBER).sum(axis=0).tolist()
         assert table.shared[state] == (members != NOT_A_MEMBER).all(axis=1).sum()
-        assert table.sharing[state] == pytest.approx(sharing[left].sum())
-        assert table.dropping[state] == pytest.approx(path.dropping[:gone].sum())
+        np.testing.assert_allclose(table.sharing[:, state], sharing[left].sum(axis=0), atol=1e-12)
+        np.testing.assert_allclose(table.dropping[:, state], path.dropping[:gone].sum(axis=0))

@@ -14,6 +14,7 @@ from mtz_core import ZippedNetwork
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.narrowing import LEAST
+from mtz_core.planning.options import Prices
 from mtz_core.planning.planner import NEVER, Plan, Planner
 from mtz_core.settings import Move
 from mtz_core.statistics.calibration import as_batches
@@ -53,6 +54,18 @@ def planned(name: str, size: float = 0.5) -> Plan:
     return own.plan(max(size, size_of(own, own.least_bytes)))
 
 
+def alike(own: Planner) -> Prices:
+    """The damage to all tasks counts alike."""
+    return Prices(np.ones(len(own.tasks)))
+
+
+@cache
+def summed(name: str, size: float = 0.5) -> Plan:
+    """The plan of least damage to all tasks together, however uneven."""
+    own = planner(name)
+    return own._plan(own._cheapest(max(size, size_of(own, own.least_bytes)), alike(own)))
+
+
 @cache
 def merged(name: str) -> ZippedNetwork:
     plan = planned(name)
@@ -79,6 +92,7 @@ def test_a_plan_fits_its_budget_and_says_how_many_bytes_it_stores(name: str) -> 
         assert plan.bytes <= max(size * own.original_bytes, own.least_bytes)
         assert plan.bytes == own.sizes.stored(*counts(plan))
         assert plan.damage == sum(plan.sharing.values()) + sum(plan.dropping.values())
+        assert plan.damage == pytest.approx(sum(plan.lost.values()))
         assert all(value >= -1e-15 for value in (*plan.sharing.values(), *plan.dropping.values()))
 
 
@@ -87,12 +101,12 @@ def test_no_unit_can_be_taken_back(name: str) -> None:
     """No state of any group that does less damage fits: not even one unit more."""
     own = planner(name)
     for size in SIZES:
-        plan = planned(name, size)
+        plan = summed(name, size)
         budget = max(size * own.original_bytes, own.least_bytes)
         kept, shared = counts(plan)
         for group, table in own.options.items():
             damage = plan.sharing[group] + plan.dropping[group]
-            better = table.damage() < damage * (1 - 1e-9) - 1e-12
+            better = table.damage(alike(own)) < damage * (1 - 1e-9) - 1e-12
             others = [{**mine, group: column[better]} for mine, column in zip(kept, table.kept, strict=True)]
             around = own.sizes.around(group, others, {**shared, group: table.shared[better]})
             more = around - own.sizes.around(group, kept, shared)
@@ -101,7 +115,7 @@ def test_no_unit_can_be_taken_back(name: str) -> None:
 
 @on_all_fleets
 def test_larger_budgets_do_no_more_damage(name: str) -> None:
-    damages = [planned(name, size).damage for size in (*sorted(SIZES), 1.0)]
+    damages = [summed(name, size).damage for size in (*sorted(SIZES), 1.0)]
     assert all(after <= before * 1.02 for before, after in itertools.pairwise(damages))
     assert damages[-1] == pytest.approx(0, abs=1e-12)
 
@@ -201,7 +215,7 @@ def least_damage(own: Planner, size: float) -> float:
     for i, j in ((0, 0), (3, 7), (len(one.gone) - 1, 5)):
         both = [{first: int(one.kept[t, i]), second: int(two.kept[t, j])} for t in tasks]
         assert own.sizes.stored(both, {first: int(one.shared[i]), second: int(two.shared[j])}) == stored[i, j]
-    damage = one.damage()[:, None] + two.damage()[None]
+    damage = one.damage(alike(own))[:, None] + two.damage(alike(own))[None]
     return float(damage[stored <= size * own.original_bytes].min())
 
 
@@ -211,11 +225,29 @@ def test_a_plan_does_hardly_more_damage_than_the_best_of_all(name: str) -> None:
     assert len(own.options) == 2
     excess = []
     for size in np.linspace(1.02 * own.least_bytes / own.original_bytes, 0.97, 8):
-        found, best = own.plan(float(size)).damage, least_damage(own, float(size))
+        found = own._plan(own._cheapest(float(size), alike(own))).damage
+        best = least_damage(own, float(size))
         assert found >= best * (1 - 1e-9)
         excess.append(found / max(best, 1e-12))
     assert max(excess) < 1.15
     assert np.mean(excess) < 1.03
+
+
+@on_all_fleets
+def test_no_task_is_sacrificed_for_another(name: str) -> None:
+    for size in SIZES:
+        plan, best = planned(name, size), summed(name, size)
+        assert max(plan.lost.values()) <= max(best.lost.values()) * (1 + 1e-9)
+
+
+def test_balance_moves_what_tasks_lose() -> None:
+    own = planner("two mlps")
+    first, second = own.tasks
+    even = own.plan(0.4).lost
+    assert max(even.values()) < 2 * min(even.values())
+    for favoured, other in ((first, second), (second, first)):
+        lost = own.plan(0.4, counted={favoured: 4.0, other: 1.0}).lost
+        assert 2 < lost[other] / lost[favoured] < 8
 
 
 # Merged
