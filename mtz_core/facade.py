@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,9 +20,10 @@ from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task
 from mtz_core.network.tracing import evaluation_mode
+from mtz_core.planning.planner import Planner
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.retraining import Retraining, RetrainStep, Targets
-from mtz_core.settings import RetrainConfig, ZipConfig
+from mtz_core.settings import Budget, Move, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
@@ -31,6 +32,10 @@ from mtz_core.zipped.report import LayerReport, ZipReport
 Labelled = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 """Examples with labels: a pair of tensors, or batches of pairs, as a ``DataLoader`` gives them."""
 
+RUINED = 0.5
+"""The share of its information whose loss a warning tells."""
+
+_HARDLY = 0.05
 _BATCH = 500
 _MOST_HELD_OUT = 200
 _log = logging.getLogger("mtz_core")
@@ -114,7 +119,8 @@ def zip_networks(
         InvalidConfig: A setting is impossible. All of these come before any work where they can be known.
 
     Warns:
-        ZipWarning: Layers that were to be shared stay separate, or calibration data is too little for some.
+        ZipWarning: A task has lost most of what it knew, layers that were to be shared stay separate, or calibration
+            data is too little for some.
     """
     config = config or ZipConfig()
     budget = config.budget
@@ -171,6 +177,9 @@ def zip_networks(
     if not zipped.report.tasks or retraining is not None:
         zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
+    ruined = [task for task, judged in zipped.report.tasks.items() if judged.lost > RUINED]
+    if ruined:
+        _warn_of_ruin(zipped.report, ruined, traced, config)
     return zipped
 
 
@@ -399,6 +408,27 @@ def _labelled(data: Any, task: str) -> tuple[Shaped[Tensor, "_ ..."], Shaped[Ten
         raise InvalidCalibration(f"there are no examples with labels for {task!r}. Give at least one.")
     inputs, labels = (torch.cat([pair[part] for pair in pairs]) for part in (0, 1))
     return inputs, labels.long() if not labels.is_floating_point() else labels
+
+
+def _warn_of_ruin(report: ZipReport, ruined: Sequence[str], traced: Mapping[str, Traced], config: ZipConfig) -> None:
+    """Warn of tasks that have lost most of what they knew, and say what is expected to keep them."""
+    moves: tuple[Move, ...] = ("share",) if config.method == "paper" else ("share", "drop")
+    whole = replace(config, share=None, budget=Budget(size=1.0, moves=moves))
+    size = Planner(traced, whole, moves).size_for(_HARDLY)
+    remedy = (
+        "These networks have too little in common: leave one out"
+        if size is None
+        else f"Store more: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"
+    )
+    for task in ruined:
+        judged = report.tasks[task]
+        warnings.warn(
+            f"{task!r} has lost {100 * judged.lost:.0f} % of what it knew ({judged.agreement:.1f} % agreement with its "
+            f"original, on {judged.examples} held-out examples; its outputs are {judged.output}"
+            f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {remedy}.",
+            ZipWarning,
+            stacklevel=3,
+        )
 
 
 def _warn(report: ZipReport, wanted: bool) -> None:

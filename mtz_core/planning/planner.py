@@ -194,6 +194,21 @@ class Planner:
             weights = weights * np.sqrt(np.maximum(lost / lost.max(), _LEAST))
         return self._plan(best)
 
+    def size_for(self, lost: float) -> float | None:
+        """Find the least size, in steps of 5 %, at which no task is expected to lose more than a share of information.
+
+        Args:
+            lost: The share.
+
+        Returns:
+            The size relative to the originals' bytes; None if only the originals themselves are large enough.
+        """
+        least = self.least_bytes / self.original_bytes
+        for size in (step / 20 for step in range(1, 20)):
+            if size >= least and max(self.plan(size).lost.values()) <= lost:
+                return size
+        return None
+
     def _cheapest(self, size: float, prices: Prices) -> States:
         """The states of least damage that fit a size. Raises `InvalidConfig` if none do."""
         budget = int(size * self.original_bytes + 1e-6)
