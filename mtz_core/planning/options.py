@@ -24,6 +24,9 @@ from mtz_core.settings import Move
 STARTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """The fractions of a group's tuples that are shared before units are dropped."""
 
+TILTS = tuple(2.0**power for power in (-6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6))
+"""How much more or less the damage to one task counts on other paths on which nothing is shared."""
+
 SHARES = 64
 """The steps from nothing to everything in which a group can be shared when none of it is dropped."""
 
@@ -162,10 +165,46 @@ def options(
                 tuples, sharing = exact, damage_of_exact
         units, sharing = _with_own(matcher.tasks, widths, tuples, sharing)
         order, dropping = np.zeros(0, dtype=np.int64), np.zeros((0, len(widths)))
+        if drop and count == 0:
+            paths += _separate_paths(reading, units, sharing, _freed(name, units, sizes, 0.0), balance)
+            continue
         if drop and count in starts:
             order, dropping = eliminate(reading, units, _freed(name, units, sizes, count / max(most, 1)), balance)
         paths.append(DropPath(units, sharing, order, dropping))
     return Options.along(paths)
+
+
+def _separate_paths(
+    reading: Sequence[Sequence[Reader]],
+    units: Int64[np.ndarray, "units tasks"],
+    sharing: Float64[np.ndarray, "units tasks"],
+    freed: Float64[np.ndarray, " units"],
+    balance: Float64[np.ndarray, " tasks"],
+) -> list[DropPath]:
+    """The paths on which nothing is shared, first the one on which damage counts as the balance says.
+
+    What one task drops makes no difference to another. So each has a sequence of its own, and a path is a merger of
+    these: its price per byte decides which task is next. On the other paths the damage to one task counts for more or
+    for less.
+    """
+    sequences = []
+    for t in range(units.shape[1]):
+        own = np.flatnonzero(units[:, t] >= 0)
+        order, damage = eliminate([reading[t]], units[own][:, [t]], freed[own])
+        sequences.append((own[order], damage * (np.arange(len(balance)) == t)))
+    orders = np.concatenate([order for order, _ in sequences])
+    damages = np.concatenate([damage for _, damage in sequences])
+    ends = np.cumsum([len(order) for order, _ in sequences])[:-1]
+    tilted = range(1) if len(balance) == 2 else range(len(balance))  # of two tasks only the ratio counts
+    tilts = [np.ones(len(balance))]
+    tilts += [np.where(np.arange(len(balance)) == t, tilt, 1.0) for t in tilted for tilt in TILTS]
+    paths = []
+    for tilt in tilts:
+        price = damages @ (tilt * balance) / freed[orders]
+        keys = np.concatenate([np.maximum.accumulate(own) for own in np.split(price, ends)])  # sequences stay in order
+        following = np.argsort(keys, kind="stable")
+        paths.append(DropPath(units, sharing, orders[following], damages[following]))
+    return paths
 
 
 def _with_own(

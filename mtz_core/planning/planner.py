@@ -26,7 +26,10 @@ from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
 
-_BISECTIONS = 28
+_PRICES, _CLOSE, _NEAR = (1e-16, 1e4), 1.0001, 64.0
+"""Between which prices of a byte a plan is looked for, how close to each other they come, and how near to the last price
+the next one is looked for first."""
+
 _ANY_PRICE = 1e30
 """A price per byte at which nothing but bytes counts."""
 
@@ -127,6 +130,7 @@ class Planner:
                     for own in traced.values()
                 ]
             self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves, self._balance)
+        self._stored: dict[tuple[int, ...], int] = {}
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
         self._bytes_around: dict[tuple[str, tuple[int, ...]], Int64[np.ndarray, " states"]] = {}
 
@@ -180,9 +184,10 @@ class Planner:
             InvalidConfig: If no plan is that small.
         """
         own = self._balance if counted is None else np.array([counted[task] for task in self.tasks])
-        weights, least = own.copy(), np.inf
+        weights, least, bracket = own.copy(), np.inf, _PRICES
         for _ in range(_ROUNDS):
-            states = self._cheapest(size, Prices(weights, sharing, dropping))
+            states, price = self._cheapest(size, Prices(weights, sharing, dropping), bracket)
+            bracket = price / _NEAR, price * _NEAR
             lost = own * sum(
                 sharing * table.sharing[:, states[name]] + dropping * table.dropping[:, states[name]]
                 for name, table in self.options.items()
@@ -209,13 +214,25 @@ class Planner:
                 return size
         return None
 
-    def _cheapest(self, size: float, prices: Prices) -> States:
-        """The states of least damage that fit a size. Raises `InvalidConfig` if none do."""
+    def _cheapest(self, size: float, prices: Prices, bracket: tuple[float, float] = _PRICES) -> tuple[States, float]:
+        """The states of least damage that fit a size, and the price of a byte that led to them.
+
+        Args:
+            size: The most that is stored, relative to the originals' bytes.
+            prices: How damage counts.
+            bracket: Between which prices to look first.
+
+        Returns:
+            The states and the price.
+
+        Raises:
+            InvalidConfig: If no states fit.
+        """
         budget = int(size * self.original_bytes + 1e-6)
-        low, high = 1e-16, 1e4
+        low, high = bracket
         best: States | None = None
         tried: list[States] = []
-        for _ in range(_BISECTIONS):
+        while high > low * _CLOSE:
             price = exp((log(low) + log(high)) / 2)
             states = min(self._descents(price, prices, tried), key=lambda s: self._objective(s, price, prices))
             tried = [states]
@@ -225,13 +242,15 @@ class Planner:
             high = price
             if best is None or self._objective(states, 0.0, prices) < self._objective(best, 0.0, prices):
                 best = states
+        if best is None and bracket != _PRICES:
+            return self._cheapest(size, prices)
         if best is None:
             least = ceil(1000 * self.least_bytes / self.original_bytes) / 1000
             raise InvalidConfig(
                 f"budget.size: {size:g} is impossible: the least that these networks can be stored in is "
                 f"{least:.3f} of their bytes ({self.least_bytes:,})."
             )
-        return self._fill(best, budget, prices)
+        return self._fill(best, budget, prices), high
 
     def stepped_back(self, plan: Plan, to: Plan) -> Iterator[tuple[str, Plan]]:
         """Bring ever more groups of a plan into the state that they have in another plan.
@@ -334,7 +353,10 @@ class Planner:
         return kept, {name: int(self.options[name].shared[state]) for name, state in states.items()}
 
     def _bytes(self, states: States) -> int:
-        return self.sizes.stored(*self._counts(states))
+        key = tuple(states.values())
+        if key not in self._stored:
+            self._stored[key] = self.sizes.stored(*self._counts(states))
+        return self._stored[key]
 
     def _objective(self, states: States, price: float, prices: Prices) -> float:
         damage = sum(float(table.damage(prices)[states[name]]) for name, table in self.options.items())

@@ -63,7 +63,7 @@ def alike(own: Planner) -> Prices:
 def summed(name: str, size: float = 0.5) -> Plan:
     """The plan of least damage to all tasks together, however uneven."""
     own = planner(name)
-    return own._plan(own._cheapest(max(size, size_of(own, own.least_bytes)), alike(own)))
+    return own._plan(own._cheapest(max(size, size_of(own, own.least_bytes)), alike(own))[0])
 
 
 @cache
@@ -225,7 +225,7 @@ def test_a_plan_does_hardly_more_damage_than_the_best_of_all(name: str) -> None:
     assert len(own.options) == 2
     excess = []
     for size in np.linspace(1.02 * own.least_bytes / own.original_bytes, 0.97, 8):
-        found = own._plan(own._cheapest(float(size), alike(own))).damage
+        found = own._plan(own._cheapest(float(size), alike(own))[0]).damage
         best = least_damage(own, float(size))
         assert found >= best * (1 - 1e-9)
         excess.append(found / max(best, 1e-12))
