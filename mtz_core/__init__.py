@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from mtz_core.network.tracing import trace
     from mtz_core.planning.search import Validation
     from mtz_core.retraining import RetrainStep, Targets
-    from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+    from mtz_core.settings import Budget, Output, RetrainConfig, ZipConfig
     from mtz_core.statistics.linalg import SingularHessian
     from mtz_core.zipped.module import ZippedNetwork, load
-    from mtz_core.zipped.report import LayerReport, ZipReport
+    from mtz_core.zipped.report import LayerReport, TaskReport, ZipReport
 
     __version__: str
 
@@ -43,11 +43,13 @@ _HOMES = {
     "LayerReport": "zipped.report",
     "MtzError": "errors",
     "Operation": "network.operations",
+    "Output": "settings",
     "Progress": "facade",
     "RetrainConfig": "settings",
     "RetrainStep": "retraining",
     "SingularHessian": "statistics.linalg",
     "Targets": "retraining",
+    "TaskReport": "zipped.report",
     "UnsupportedModule": "errors",
     "Validation": "planning.search",
     "ZipConfig": "settings",
@@ -79,11 +81,13 @@ __all__ = [
     "LayerReport",
     "MtzError",
     "Operation",
+    "Output",
     "Progress",
     "RetrainConfig",
     "RetrainStep",
     "SingularHessian",
     "Targets",
+    "TaskReport",
     "UnsupportedModule",
     "Validation",
     "ZipConfig",

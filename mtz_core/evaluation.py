@@ -16,6 +16,9 @@ from mtz_core.task_loss import TaskLoss
 
 Model = Callable[[Shaped[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]
 
+Function = Callable[[Float[Tensor, "n ..."], Shaped[Tensor, "n ..."]], float]
+"""A metric of one's own: of outputs and labels, or the original's outputs where there are no labels."""
+
 _SURE = 1.959964
 """The 97.5 % quantile of the normal distribution: intervals hold with 95 %."""
 
@@ -78,7 +81,7 @@ class Metric:
         unit: ``%``, or nothing for a number in units of its own.
     """
 
-    of: Callable[[Case], Tensor | float]
+    of: Callable[[Case], Float[Tensor, " n"] | float]
     reads: Literal["labels", "outputs"] = "outputs"
     unit: Literal["%", ""] = "%"
 
@@ -153,7 +156,7 @@ of the outputs; what is missing to a correlation, or an average precision, of 1.
 where there are some, else with the original."""
 
 
-def metric_of(metric: Metric | str | Callable[[Tensor, Tensor], float]) -> Metric:
+def metric_of(metric: Metric | str | Function) -> Metric:
     """Look a metric up.
 
     Args:

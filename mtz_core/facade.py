@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
-from mtz_core.evaluation import Case, Model, check_labels, measure, metric_of, outputs_of
+from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
+from mtz_core.evaluation import Case, Function, Model, check_labels, measure, metric_of, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
 from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task
+from mtz_core.network.graph import Network
 from mtz_core.network.tracing import evaluation_mode
 from mtz_core.planning.planner import Planner
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
@@ -136,8 +137,10 @@ def zip_networks(
         raise InvalidConfig(
             "retraining.labels: zipping retrains by distillation. Set it to 0, or use `retrain` with labels afterwards."
         )
+    for task in config.outputs or {}:
+        if task not in networks:
+            raise InvalidConfig(f"outputs: names {task!r}, but the tasks are {sorted(networks)}.")
     batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
-    config.balance_of(tuple(batches))
     labelled = {task: _validation(data, task) for task, data in (validation or {}).items()} if floor else {}
     held_out = _held_out(batches, validation)
     if retraining is not None and not floor:
@@ -152,7 +155,7 @@ def zip_networks(
     check_compatible(graphs)
     shared_counts(graphs, config)
     traced = {
-        task: Traced.measured(network, batches[task], config, config.output_of(task))
+        task: _measured(task, network, batches[task], config)
         for task, network in steps.count("measure", graphs.items(), len(graphs), lambda item: item[0])
     }
     if budget is None:
@@ -223,7 +226,7 @@ def evaluate(
     test: Mapping[str, Labelled | Tensor | Iterable[Any]],
     *,
     originals: Mapping[str, nn.Module] | None = None,
-    metric: str | Callable[[Tensor, Tensor], float] = "error",
+    metric: str | Function = "error",
 ) -> dict[str, Evaluation]:
     """Measure the errors of a zipped network.
 
@@ -317,6 +320,13 @@ def _share(traced: Mapping[str, Traced], config: ZipConfig, steps: _Steps) -> Zi
     return steps.merged(merge(traced, pairings, config, descent(matches)), traced)
 
 
+def _measured(task: str, network: Network, batches: Sequence[Tensor], config: ZipConfig) -> Traced:
+    try:
+        return Traced.measured(network, batches, config, config.output_of(task))
+    except MtzError as error:
+        raise type(error)(f"the network of {task!r}: {error}") from error
+
+
 def _held_out(
     batches: Mapping[str, list[Tensor]], validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None
 ) -> dict[str, list[Tensor]]:
@@ -344,7 +354,7 @@ def _held_out(
 
 
 def _check_held_out(batches: Mapping[str, list[Tensor]], held_out: Mapping[str, list[Tensor]]) -> None:
-    for task in batches.keys() - held_out.keys():
+    for task in sorted(batches.keys() - held_out.keys()):
         raise InvalidCalibration(
             f"{task!r} has {sum(map(len, batches[task]))} calibration examples; light retraining holds one in "
             f"{HELD_OUT} out to validate. Give at least {HELD_OUT}, or validation data."

@@ -73,7 +73,6 @@ class TaskLoss:
         targets: Float[Tensor, "examples ..."],
         declared: Output | None = None,
         ending: str = "",
-        task: str = "the network",
     ) -> TaskLoss:
         """Make the loss of a task.
 
@@ -81,7 +80,6 @@ class TaskLoss:
             targets: The original network's outputs.
             declared: What they mean; guessed from the values and the last operator if it is left out.
             ending: The ATen operator that computes them, if it is known.
-            task: What to call the network in errors.
 
         Returns:
             The loss.
@@ -96,7 +94,7 @@ class TaskLoss:
         problem = _contradiction(output, targets)
         if problem:
             raise InvalidCalibration(
-                f"the outputs of {task} are declared as {output.kind}, but {problem}. Declare what they are."
+                f"its outputs are declared as {output.kind}, but {problem}. Declare what they are."
             )
         loss = cls(output, why, squashed, _scale(output, targets), 0.0)
         return replace(loss, information=loss.information_in(targets))

@@ -181,11 +181,21 @@ def _separate_paths(
     freed: Float64[np.ndarray, " units"],
     balance: Float64[np.ndarray, " tasks"],
 ) -> list[DropPath]:
-    """The paths on which nothing is shared, first the one on which damage counts as the balance says.
+    """List the paths on which nothing is shared, first the one on which damage counts as the balance says.
 
     What one task drops makes no difference to another. So each has a sequence of its own, and a path is a merger of
     these: its price per byte decides which task is next. On the other paths the damage to one task counts for more or
     for less.
+
+    Args:
+        reading: For every task, the layers that read the group.
+        units: The neurons, each alone.
+        sharing: The damage by sharing, none.
+        freed: The bytes that dropping each neuron frees.
+        balance: How much the damage to each task counts.
+
+    Returns:
+        The paths.
     """
     sequences = []
     for t in range(units.shape[1]):

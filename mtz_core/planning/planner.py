@@ -27,8 +27,8 @@ from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
 
 _PRICES, _CLOSE, _NEAR = (1e-16, 1e4), 1.0001, 64.0
-"""Between which prices of a byte a plan is looked for, how close to each other they come, and how near to the last price
-the next one is looked for first."""
+"""Between which prices of a byte a plan is looked for, how close to each other they come, and how near to the last
+price the next one is looked for first."""
 
 _ANY_PRICE = 1e30
 """A price per byte at which nothing but bytes counts."""

@@ -10,7 +10,7 @@ taken. So a mixture is chosen only where it does better than either move alone, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.evaluation import Case, Metric, check_labels, measure, metric_of, outputs_of
+from mtz_core.evaluation import Case, Function, Metric, check_labels, measure, metric_of, outputs_of
 from mtz_core.merging.judging import HELD_OUT, judge, targets_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
@@ -246,7 +246,7 @@ class Validation:
 
     examples: Shaped[Tensor, "n ..."]
     labels: Shaped[Tensor, "labels ..."] | None
-    metric: Metric | str | Callable[[Tensor, Tensor], float] = "error"
+    metric: Metric | str | Function = "error"
 
 
 @dataclass(frozen=True, eq=False)

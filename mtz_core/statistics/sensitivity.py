@@ -73,19 +73,13 @@ def sensitivities(
 
 
 @torch.no_grad()
-def loss_of(
-    network: Network,
-    batches: Iterable[Shaped[Tensor, "_ ..."]],
-    declared: Output | None = None,
-    task: str = "the network",
-) -> TaskLoss:
+def loss_of(network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], declared: Output | None = None) -> TaskLoss:
     """Make a task's loss from its original network's outputs.
 
     Args:
         network: The network.
         batches: Its calibration data.
         declared: What its outputs mean; guessed if it is left out.
-        task: What to call the network in errors.
 
     Returns:
         The loss.
@@ -93,11 +87,12 @@ def loss_of(
     Raises:
         InvalidCalibration: If there are no examples, or if outputs contradict what is declared.
     """
-    targets = [run(network.graph, network.state, part) for given in batches for part in torch.split(given, _BATCH)]
+    parts = [part for given in batches for part in torch.split(given, _BATCH) if len(part)]
+    targets = [run(network.graph, network.state, part) for part in parts]
     if not targets:
         raise InvalidCalibration("there are no calibration examples. Give at least one.")
     ending = next((node.kind for node in network.graph.nodes if node.name == network.graph.output), "")
-    return TaskLoss.of(torch.cat(targets), declared, ending, task)
+    return TaskLoss.of(torch.cat(targets), declared, ending)
 
 
 def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Tensor:

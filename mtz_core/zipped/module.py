@@ -72,7 +72,7 @@ class ZippedNetwork(nn.Module):
         judged = self.report.tasks.get(task)
         graph = self.structure.networks[task].graph
         ending = next((node.kind for node in graph.nodes if node.name == graph.output), "")
-        return TaskLoss.of(targets, None if judged is None else judged.declared, ending, repr(task))
+        return TaskLoss.of(targets, None if judged is None else judged.declared, ending)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every stored tensor by its name, detached."""

@@ -83,13 +83,14 @@ class TaskReport:
         """What the outputs mean."""
         return Output(self.output, self.tolerance)
 
+    def brief(self) -> str:
+        """Return the figures in a few words."""
+        return f"{self.agreement:.1f} % agreement, {100 * self.lost:.2g} % lost"
+
     def __str__(self) -> str:
         """Return a line for people."""
-        guessed = f" (guessed: {self.guessed})" if self.guessed else ""
-        return (
-            f"{self.agreement:.1f} % agreement, {100 * self.lost:.2g} % of its information lost, on {self.examples} "
-            f"examples; {self.output}{guessed}"
-        )
+        guessed = f", guessed, as {self.guessed}" if self.guessed else ""
+        return f"{self.brief()}, on {self.examples} held-out examples; outputs are {self.output}{guessed}"
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,7 @@ class ZipReport:
             yield f"ranges: from the least to the largest of {len(tasks)} tasks"
         elif tasks:
             yield f"tasks, in this order: {', '.join(tasks)}"
-        for task, report in self.tasks.items():
-            yield f"{task}: {report}"
+        yield from self._agreements()
         for title, found in (
             ("separate", [layer.layer for layer in self.layers if layer.note]),
             ("few rows", [layer.layer for layer in self.layers if layer.few_rows]),
@@ -154,6 +154,15 @@ class ZipReport:
             if found:
                 more = f" and {len(found) - 1} more" if len(found) > 1 else ""
                 yield f"{title}: {_shortened(found[0])}{more}"
+
+    def _agreements(self) -> Iterator[str]:
+        """How well the tasks came through; of many, the one that lost most."""
+        if len(self.tasks) > _NAMED:
+            task = max(self.tasks, key=lambda task: self.tasks[task].lost)
+            yield f"most lost by {_shortened(task)}: {self.tasks[task].brief()}"
+            return
+        for task, judged in self.tasks.items():
+            yield f"{_shortened(task)}: {judged.brief()}"
 
 
 _Row = tuple[str, str, str, str, str, str]

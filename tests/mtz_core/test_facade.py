@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mtz_core as mtz
 from mtz_core.facade import Labelled
-from mtz_core.zipped.report import ROWS
+from mtz_core.zipped.report import ROWS, TaskReport
 from tests.support.networks import lenet5
 
 TASKS = ("a", "b")
@@ -48,7 +49,8 @@ def calibration() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def zipped_once() -> mtz.ZippedNetwork:
     generator = torch.Generator().manual_seed(0)
-    return mtz.zip_networks(networks(), {task: torch.rand(60, 6, generator=generator) for task in TASKS})
+    data = {task: torch.rand(60, 6, generator=generator) for task in TASKS}
+    return mtz.zip_networks(networks(), data, mtz.ZipConfig(outputs=dict.fromkeys(TASKS, mtz.Output("logits"))))
 
 
 @pytest.fixture
@@ -231,7 +233,40 @@ def test_layers_that_stay_separate_are_warned_of_where_they_were_to_be_shared() 
 def test_all_is_quiet_where_all_is_well(calibration: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mtz.zip_networks(networks(), calibration)
+        mtz.zip_networks(networks(), calibration, mtz.ZipConfig(budget=mtz.Budget(size=0.8)))
+
+
+def test_a_ruined_task_is_named_and_the_remedy_keeps_it(calibration: dict[str, Tensor]) -> None:
+    with pytest.warns(mtz.ZipWarning, match=r"'a' has lost \d+ % of what it knew .*held-out examples") as told:
+        zipped = mtz.zip_networks(networks(), calibration)
+    assert zipped.report.tasks["a"].lost > 0.5 and zipped.report.tasks["a"].examples == 12
+    (size,) = {float(found) for one in told for found in re.findall(r"Budget\(size=([\d.]+)\)", str(one.message))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = mtz.zip_networks(networks(), calibration, mtz.ZipConfig(budget=mtz.Budget(size=size)))
+    assert all(judged.lost < 0.25 for judged in kept.report.tasks.values())
+
+
+def test_outputs_are_declared_or_guessed(calibration: dict[str, Tensor]) -> None:
+    declared = mtz.ZipConfig(share=0.0, outputs={"a": "logits", "b": mtz.Output("regression", tolerance=0.1)})
+    tasks = mtz.zip_networks(networks(), calibration, declared).report.tasks
+    assert [(one.output, one.tolerance, one.guessed) for one in tasks.values()] == [
+        ("logits", None, ""),
+        ("regression", 0.1, ""),
+    ]
+    guessed = mtz.zip_networks(networks(), calibration, mtz.ZipConfig(share=0.0)).report.tasks
+    assert all(one.guessed for one in guessed.values())
+    with pytest.raises(mtz.InvalidCalibration, match="network of 'a': its outputs are declared as"):
+        mtz.zip_networks(networks(), calibration, mtz.ZipConfig(outputs={"a": "probabilities"}))
+    with pytest.raises(mtz.InvalidConfig, match="outputs: names 'c'"):
+        mtz.zip_networks(networks(), calibration, mtz.ZipConfig(outputs={"c": "logits"}))
+
+
+def test_a_budget_needs_outputs_that_depend_on_the_inputs(calibration: dict[str, Tensor]) -> None:
+    pair = networks()
+    torch.nn.init.zeros_(pair["b"][4].weight)  # type: ignore[index]
+    with pytest.raises(mtz.InvalidCalibration, match="the network of 'b' puts out the same for all"):
+        mtz.zip_networks(pair, calibration, mtz.ZipConfig(budget=mtz.Budget(size=0.5)))
 
 
 # Tables
@@ -259,7 +294,7 @@ def test_a_deep_network_prints_its_first_and_last_layers(count: int, zipped: mtz
     names = [path.format(number) for number in range(count)]
     report = replace(zipped.report, layers=tuple(replace(layer, layer=name, note="n") for name in names))
     lines = str(report).splitlines()
-    assert len(lines) <= ROWS + 6
+    assert len(lines) <= ROWS + 8
     assert max(map(len, lines)) <= 88
     assert lines[2].startswith("backbone.stages…projection.dense ")
     assert (f"… {count - ROWS + 1} more layers …" in str(report)) == (count > ROWS)
@@ -289,6 +324,7 @@ def test_a_report_is_plain_values(zipped: mtz.ZippedNetwork) -> None:
                 **values,
                 "layers": tuple(mtz.LayerReport(**layer) for layer in values["layers"]),
                 "descent": tuple(values["descent"]),
+                "tasks": {task: TaskReport(**judged) for task, judged in values["tasks"].items()},
             }
         )
         == zipped.report
@@ -419,6 +455,7 @@ def test_evaluate_compares_with_the_originals(zipped: mtz.ZippedNetwork) -> None
     for task in TASKS:
         assert found[task].original_error == 0.0
         assert found[task].agreement == pytest.approx(100 - found[task].error)
+        assert found[task].interval[0] <= found[task].error + 1e-9 < found[task].interval[1]
     assert mtz.evaluate(zipped, {"a": test["a"]}) == {"a": mtz.Evaluation(found["a"].error, found["a"].interval)}
     assert mtz.evaluate(zipped, test, metric="top5_error")["a"].error == 0.0
 

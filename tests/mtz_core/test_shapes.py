@@ -17,7 +17,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import mtz_core
-from mtz_core.evaluation import error_rate, outputs_of
+from mtz_core.evaluation import error_rate, predict
 from mtz_core.merging.pairing import Pairing, assign
 from mtz_core.network.graph import Axis
 from mtz_core.statistics.linalg import DenseHessian, RowsHessian, invert
@@ -40,7 +40,7 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "a method's argument": lambda: DenseHessian(torch.eye(2)).select(torch.zeros(1, 1).long()),
     "an argument that does not fit the object": lambda: Moments(3, conv_groups=2).add(torch.zeros(4, 3)),
     "a class method's argument": lambda: Moments.from_rows(torch.zeros(3)),
-    "what a function returns, under torch.no_grad": lambda: outputs_of(lambda x: x[..., None], [torch.zeros(2, 3)]),
+    "what a function returns": lambda: predict(lambda x: x[..., None], [torch.zeros(2, 3)]),
     "a field of a dataclass": lambda: RowsHessian(torch.zeros(3), 1.0),
     "fields that do not fit each other": lambda: Axis(("g",), np.zeros(2, dtype=np.int64), np.arange(3)),
     "a value of a mapping": lambda: Segment(("a",), {"a": np.zeros((2, 2), dtype=np.int64)}),

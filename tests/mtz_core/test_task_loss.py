@@ -174,8 +174,8 @@ def test_kinds_are_guessed_and_the_reason_is_told(targets: Tensor, ending: str, 
     ],
 )
 def test_a_kind_that_does_not_fit_is_refused(kind: Kind, targets: Tensor, reason: str) -> None:
-    with pytest.raises(InvalidCalibration, match=f"the outputs of 'a' are declared as {kind}, but .*{reason}"):
-        TaskLoss.of(targets, Output(kind), task="'a'")
+    with pytest.raises(InvalidCalibration, match=f"its outputs are declared as {kind}, but .*{reason}"):
+        TaskLoss.of(targets, Output(kind))
 
 
 def test_impossible_declarations_are_refused() -> None:

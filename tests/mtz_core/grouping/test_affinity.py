@@ -150,9 +150,9 @@ def test_rows_that_are_fewer_than_inputs_give_what_their_dense_hessian_does() ->
     dense = compare(
         *(replace(many, sensitivity=one.sensitivity, stake=one.stake) for many, one in zip(twice, few, strict=True))
     )
-    assert found.similarity == pytest.approx(dense.similarity, abs=0.02)
+    assert found.similarity == pytest.approx(dense.similarity, abs=0.03)
     mixed = compare(few[0], replace(twice[1], sensitivity=few[1].sensitivity, stake=few[1].stake))
-    assert mixed.similarity == pytest.approx(dense.similarity, abs=0.02)
+    assert mixed.similarity == pytest.approx(dense.similarity, abs=0.03)
     assert compare(few[0], few[0]).similarity == pytest.approx(1.0, abs=1e-3)
 
 

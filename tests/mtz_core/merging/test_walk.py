@@ -121,7 +121,8 @@ def test_zipping_twice_gives_equal_blocks_and_changes_no_input(case: Case) -> No
     modes = {task: [part.training for part in network.modules()] for task, network in networks.items()}
     data = {task: x.clone() for task, x in calibration.items()}
     config = ZipConfig(share=0.6, patches=3)
-    first, second = zip_networks(networks, calibration, config), zip_traced(traced_pair(case), calibration, config)
+    first = zip_networks(networks, calibration, config, validation=calibration)
+    second = zip_traced(traced_pair(case), calibration, config).judged(first.report.tasks)
     assert first.report == second.report
     assert first.tensors().keys() == second.tensors().keys()
     assert all(torch.equal(block, second.tensors()[name]) for name, block in first.tensors().items())
@@ -146,7 +147,9 @@ def test_how_calibration_data_are_split_makes_no_difference(case: Case, method: 
     networks, calibration = case.pair(), case.calibration(50)
     config = ZipConfig(method=method, share=0.7, patches=4)
     whole = zip_traced(traced_pair(case), calibration, config)
-    split = zip_networks(networks, {task: iter(torch.split(x, 13)) for task, x in calibration.items()}, config)
+    split = zip_networks(
+        networks, {task: iter(torch.split(x, 13)) for task, x in calibration.items()}, config, validation=calibration
+    )
     for name, block in whole.tensors().items():
         torch.testing.assert_close(block, split.tensors()[name], rtol=1e-6, atol=1e-8)
 
@@ -161,7 +164,7 @@ def test_permuting_neurons_changes_no_output(case: Case, share: float, method: M
     torch.testing.assert_close(changed(x), networks[TASKS[1]](x))
     config = ZipConfig(method=method, share=share)
     zipped = zip_traced(traced_pair(case), calibration, config)
-    again = zip_networks(networks | {TASKS[1]: changed}, calibration, config)
+    again = zip_networks(networks | {TASKS[1]: changed}, calibration, config, validation=calibration)
     for task in TASKS:
         torch.testing.assert_close(again(x, task), zipped(x, task), rtol=1e-6, atol=1e-8)
 
@@ -174,9 +177,9 @@ def test_the_order_of_the_tasks_makes_no_difference_and_their_names_change_no_ou
     networks, calibration, x = traced_pair(case), case.calibration(20), case.examples(7, seed=99)
     config = ZipConfig(method=method, share=0.7, balance={TASKS[0]: 2.0, TASKS[1]: 1.0})
     zipped = zip_traced(networks, calibration, config)
-    again = zip_networks(dict(reversed(case.pair().items())), calibration, config)
+    again = zip_networks(dict(reversed(case.pair().items())), calibration, config, validation=calibration)
     assert again.tasks == zipped.tasks == TASKS
-    assert again.report == zipped.report
+    assert again.report == zipped.judged(again.report.tasks).report
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in zipped.tensors().items())
     other = dict(zip(TASKS, reversed(TASKS), strict=True))
     config = replace(config, balance={TASKS[0]: 1.0, TASKS[1]: 2.0})

@@ -260,4 +260,4 @@ def test_a_task_that_feels_nothing_loses_neurons_for_free() -> None:
     silent = {layer: 0 * rows for layer, rows in sensitivity.items()}
     order, damage = eliminate([readers(network, "0", moments, silent, 0.1)], alone(9), np.ones(9))
     assert len(order) == 9 - LEAST
-    assert damage.tolist() == [0.0] * len(order)
+    assert damage.tolist() == [[0.0]] * len(order)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mtz_core.errors import InvalidCalibration
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
-from mtz_core.statistics.sensitivity import sensitivities
+from mtz_core.settings import Kind, Output
+from mtz_core.statistics.sensitivity import loss_of, sensitivities
 from mtz_core.task_loss import TEMPERATURE
 from tests.support.distillation import distillation_loss
 from tests.support.networks import CASES, Case, Residual, lenet5, mlp, traced_pair
@@ -101,10 +102,12 @@ def expected(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def test_the_mean_over_many_drawn_classes_approaches_the_expectation(name: str) -> None:
     network, traced = given_network(name)
     x = SHAPES[name].examples(5)
-    found = sensitivities(traced, [x.repeat(800, *(1 for _ in x.shape[1:]))], seed=2)
+    loss = loss_of(traced, [x], Output("logits"))
+    found = sensitivities(traced, [x.repeat(800, *(1 for _ in x.shape[1:]))], seed=2, loss=loss)
     exact = expected(network, x)
     assert found.keys() == exact.keys()
     for layer, rows in exact.items():
+        rows = rows / loss.information
         torch.testing.assert_close(found[layer], rows, rtol=0.08, atol=1e-3 * float(rows.max()))
 
 
@@ -113,12 +116,26 @@ def test_it_is_the_curvature_of_the_distillation_loss() -> None:
     network, traced = given_network("mlp")
     x = SHAPES["mlp"].examples(6)
     logits = network(x).detach()
-    found = sensitivities(traced, [x.repeat(800, 1)])["4"]
+    loss = loss_of(traced, [x], Output("logits"))
+    found = sensitivities(traced, [x.repeat(800, 1)], loss=loss)["4"]
     for row in range(3):
         change = torch.zeros(3, dtype=torch.float64)
         change[row] = 1e-3
-        loss = distillation_loss(logits + change, logits, TEMPERATURE)
-        assert float(loss) == pytest.approx(0.5e-6 * float(found[row]), rel=0.05)
+        lost = distillation_loss(logits + change, logits, TEMPERATURE) / loss.information
+        assert float(lost) == pytest.approx(0.5e-6 * float(found[row]), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi-label", "embedding"])
+def test_other_outputs_have_the_curvature_of_their_loss(kind: Kind) -> None:
+    network, traced = given_network("mlp")
+    x = SHAPES["mlp"].examples(6)
+    outputs = network(x).detach()
+    loss = loss_of(traced, [x], Output(kind))
+    found = sensitivities(traced, [x.repeat(800, 1)], loss=loss)["4"]
+    for row in range(3):
+        change = torch.zeros(3, dtype=torch.float64)
+        change[row] = 1e-4
+        assert float(loss(outputs + change, outputs)) == pytest.approx(0.5e-8 * float(found[row]), rel=0.05)
 
 
 # Laws
