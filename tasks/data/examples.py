@@ -157,7 +157,9 @@ def files_of(folder: Path, split: str) -> list[Path]:
         InvalidData: There is none, there is more than one place, or a file of the folder is missing.
     """
     candidates = [*(folder / f"{split}{suffix}" for suffix in SUFFIXES), folder / split]
-    found = [path for path in candidates if path.exists()]
+    found = [
+        path for path in candidates if path.is_file() or any(path.glob(f"*{SAVED}")) or (path / SAVED_STATE).exists()
+    ]
     if not found:
         raise InvalidData(
             f"{candidates[0]}: there is no such file, and no {candidates[1].name} either. Put the data set there, or "
@@ -174,10 +176,9 @@ def _saved(folder: Path) -> list[Path]:
     state = read_json(folder / SAVED_STATE) if (folder / SAVED_STATE).exists() else {}
     named = [entry["filename"] for entry in state["_data_files"]] if "_data_files" in state else there
     if not named or sorted(named) != there:
-        missing = min(set(named) ^ set(there), default=f"data{SAVED}")
+        wrong = min(set(named) ^ set(there), default="every file")
         raise InvalidData(
-            f"{folder}: {missing} is missing, or {SAVED_STATE} does not name it. Write the folder again with "
-            "save_to_disk."
+            f"{folder}: {wrong} is missing, or {SAVED_STATE} does not name it. Write it again with save_to_disk."
         )
     return [folder / name for name in named]
 

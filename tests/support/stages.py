@@ -47,6 +47,11 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, 6))
 
 
+def wide(inputs: int) -> nn.Module:
+    """A network whose inputs are much larger than all else of it."""
+    return nn.Sequential(nn.Linear(inputs, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
 class TokenClassifier(nn.Module):
     """A small network for texts of any length, in tokens, in three classes."""
 
