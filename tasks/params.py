@@ -155,7 +155,8 @@ class ModelParams(ModelTraits):
     """The weights, a `state_dict` as safetensors: a file, or a folder of several with or without an index. Allowed: a
     path below `networks/`."""
     data: Annotated[str, AfterValidator(_below("data"))]
-    """The folder with `train`, `validation` and `test`, each `.parquet` or `.arrow`. Allowed: a path below `data/`."""
+    """The folder with `train`, `validation` and `test`, each `.parquet`, `.arrow` or a folder of Arrow streams.
+    Allowed: a path below `data/`."""
 
     @property
     def declared_output(self) -> Output | None:

@@ -220,13 +220,11 @@ def test_a_version_that_holds_an_exported_program(
 
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(5, 3)
-    example = torch.randn(2, 3).numpy()
     mlflow.pytorch.save_model(
         network,
         tmp_path / "logged",
         serialization_format="pt2",
-        input_example=example,
-        signature=mlflow.models.infer_signature(example, network(torch.from_numpy(example)).detach().numpy()),
+        input_example=torch.randn(2, 3).numpy(),
         pip_requirements=["torch"],
     )
     files = {file.relative_to(tmp_path / "logged").as_posix(): file for file in (tmp_path / "logged").rglob("*.*")}
