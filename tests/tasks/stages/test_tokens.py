@@ -35,21 +35,35 @@ def write_texts(folder: Path, seed: int) -> None:
         (place / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
 
 
+def write_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write weights as `save_pretrained` of transformers does."""
+    folder.mkdir()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(state)}
+    for file in set(places.values()):
+        save_file({name: tensor for name, tensor in state.items() if places[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of two classifiers of texts; the weights of one have a prefix, those of the other are halves."""
+    """A project of two classifiers of texts; the weights of one are in two files, those of the other are halves."""
     root = tmp_path_factory.mktemp("template")
     (root / "networks").mkdir()
     for seed, name in enumerate("ab"):
         write_texts(root / "data" / name, seed)
         torch.manual_seed(seed)
         state = TokenClassifier(WORDS).state_dict()
-        state = {f"module.{n}": t for n, t in state.items()} if name == "a" else {n: t.half() for n, t in state.items()}
-        save_file(state, root / "networks" / f"{name}.safetensors")
+        if name == "a":
+            write_shards({f"module.{n}": tensor for n, tensor in state.items()}, root / "networks" / "a")
+        else:
+            save_file({n: tensor.half() for n, tensor in state.items()}, root / "networks" / "b.safetensors")
     model = {"network": "tests.support.stages:TokenClassifier", "arguments": {"words": WORDS}}
     params = {
         "group": "texts",
-        "models": {name: model | {"weights": f"networks/{name}.safetensors", "data": f"data/{name}"} for name in "ab"},
+        "models": {
+            "a": model | {"weights": "networks/a", "data": "data/a"},
+            "b": model | {"weights": "networks/b.safetensors", "data": "data/b"},
+        },
         "collect": {"images": 50},
         "match": {"share": 0.5},
         "retrain": {"iterations": 4, "validate_every": 2, "batch_size": 16},
@@ -63,9 +77,10 @@ def test_texts_go_through_all_stages(project: Path, capsys: pytest.CaptureFixtur
     for stage in STAGES:
         assert main(list(stage)) == 0
     said = capsys.readouterr().out
-    assert "networks/a.safetensors: all names begin with 'module.', which is left out" in said
+    assert "networks/a: all names begin with 'module.', which is left out" in said
     assert "networks/b.safetensors: torch.float16 becomes torch.float32, exactly" in said
     metrics = json.loads(Path("metrics.json").read_text())
+    assert metrics["stored"]["original_bytes"] == sum(f.stat().st_size for f in Path("networks").rglob("*.safetensors"))
     assert all(metrics["tasks"][task]["examples"] == SIZES["test"] for task in "ab")
     tokens = read_images(project / "data" / "a", "test")
     assert tokens.dtype == torch.int64
