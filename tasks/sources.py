@@ -304,21 +304,20 @@ def _folder(name: str, location: str, access: Access) -> dict[str, str]:
     with _errors_named(f"{name}: {location}"):
         if location.startswith(_S3):
             bucket, prefix = _bucket_and_key(location)
-            there = set(access.store.elsewhere(bucket).names(prefix))
+            there = {name for name in access.store.elsewhere(bucket).names(prefix) if name.count("/") < 2}
         else:
             folder = access.project / location
             if not folder.is_dir():
                 raise SourceError(
                     f"there is no such folder in {access.project}. Put the data there, or correct the path."
                 )
-            there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+            there = {file.relative_to(folder).as_posix() for depth in ("*", "*/*") for file in folder.glob(depth)}
         files: list[str] = []
         for split in SPLITS:
             wanted = [f"{split}{suffix}" for suffix in SUFFIXES]
             found = [file for file in wanted if file in there]
-            saved = sorted(
-                file for file in there if file.startswith(f"{split}/") and file.endswith((SAVED, SAVED_STATE))
-            )
+            inner = {file.removeprefix(f"{split}/") for file in there if file.startswith(f"{split}/")}
+            saved = sorted(f"{split}/{file}" for file in inner if file.endswith(SAVED) or file == SAVED_STATE)
             if len(found) + bool(saved) != 1:
                 has = " and ".join([*found, *([f"{split}/"] if saved else [])])
                 raise SourceError(
