@@ -152,9 +152,11 @@ class ModelParams(ModelTraits):
     arguments: dict[str, Any] = {}
     """Keyword arguments for that function."""
     weights: Annotated[str, AfterValidator(_below("networks"))]
-    """The weights: a `state_dict` as safetensors. Allowed: a path below `networks/`."""
+    """The weights, a `state_dict` as safetensors: a file, or a folder of several with or without an index. Allowed: a
+    path below `networks/`."""
     data: Annotated[str, AfterValidator(_below("data"))]
-    """The folder with `train`, `validation` and `test`, each `.parquet` or `.arrow`. Allowed: a path below `data/`."""
+    """The folder with `train`, `validation` and `test`, each `.parquet`, `.arrow` or a folder of Arrow streams.
+    Allowed: a path below `data/`."""
 
     @property
     def declared_output(self) -> Output | None:

@@ -126,7 +126,7 @@ def _missing_file(project: Path, plan: GroupPlan) -> str | None:
         where = f"group '{plan.name}', models.{name}"
         if not (project / model.data).exists():
             return f"{where}.data: there is no {model.data} in {project}. Put the data there, or name another folder."
-        if name not in plan.params.pretrain and not (project / model.weights).is_file():
+        if name not in plan.params.pretrain and not (project / model.weights).exists():
             return (
                 f"{where}.weights: there is no {model.weights} in {project}. Put the weights there, "
                 f"or let pretrain.{name} make them."
@@ -146,7 +146,7 @@ def _check_networks(project: Path, params: Params) -> None:
     from mtz_core.merging.compatibility import check_compatible, shared_counts
     from tasks.artifacts.paths import Workspace
     from tasks.models.factories import build_network
-    from tasks.models.load import load_network, trace_on_own_image
+    from tasks.models.load import check_tokens, load_network, trace_on_own_image
     from tasks.stages.budget_checks import check_budget
 
     workspace = Workspace(project)
@@ -155,6 +155,7 @@ def _check_networks(project: Path, params: Params) -> None:
         pretrained = name not in params.pretrain
         network = load_network(params, workspace, name) if pretrained else build_network(params, name)
         traced[name] = trace_on_own_image(params, workspace, name, network)
+        check_tokens(params, workspace, name, traced[name])
     if len(traced) > 1:
         check_compatible(traced)
         shared_counts(traced, params.zip_config())

@@ -74,12 +74,13 @@ class Model(ModelTraits):
     """One pre-trained network of the fleet."""
 
     source: str | None = None
-    """The file of the weights: a path, `s3://BUCKET/KEY`, or `models:/NAME@ALIAS` of the registry."""
+    """The weights: a path, `s3://BUCKET/KEY`, or `models:/NAME@ALIAS` of the registry. Of several files, their folder
+    or index."""
     network: Annotated[str, AfterValidator(importable_name)] | None = None
     """The function that builds the network, as `package.module:function`."""
     program: str | None = None
-    """An exported program in place of `network`: a path or `s3://BUCKET/KEY`. It holds the weights, too; a `source`
-    replaces them."""
+    """An exported program in place of `network`: a path, `s3://BUCKET/KEY` or `models:/NAME@ALIAS`. It holds the
+    weights, too; a `source` replaces them."""
     arguments: dict[str, Any] = Field(default={})
     """Keyword arguments for `network`."""
     data: str | Splits | Factory

@@ -17,7 +17,7 @@ import yaml
 
 from flows.spec.fleet_file import FLEET_WIDE, GroupPlan
 from mtz_core.errors import MtzError
-from tasks.sources import Access, resolve_data, resolve_file
+from tasks.sources import Access, resolve_data, resolve_program, resolve_weights
 from tasks.storage.contents import Contents
 
 CODE = ("mtz_core", "tasks")
@@ -213,9 +213,9 @@ def sources_of(plan: GroupPlan, access: Access) -> dict[str, str]:
     for name, model in plan.models.items():
         where = f"models.{name}"
         if model.program is not None:
-            placed[f"networks/{name}.pt2"] = resolve_file(f"{where}.program", model.program, access)
+            placed[f"networks/{name}.pt2"] = resolve_program(f"{where}.program", model.program, access)
         if model.source is not None:
-            placed[f"networks/{name}.safetensors"] = resolve_file(f"{where}.source", model.source, access)
+            placed[f"networks/{name}.safetensors"] = resolve_weights(f"{where}.source", model.source, access)
         elif model.program is not None:
             placed[f"networks/{name}.safetensors"] = weights_of_program(placed[f"networks/{name}.pt2"], access.contents)
         spec = model.data if isinstance(model.data, str) else model.data.model_dump()

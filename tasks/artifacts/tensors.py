@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -23,9 +26,31 @@ def read_tensors(path: Path, ending: str = "") -> dict[str, Tensor]:
     Raises:
         InvalidArtifact: The file is missing, or is no safetensors file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The metadata, which may be empty.
+
+    Raises:
+        InvalidArtifact: The file is missing, or is no safetensors file.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118
+            yield file
     except OSError as error:
         raise InvalidArtifact(f"{path}: {error.strerror or error}. Make or fetch the file first.") from error
     except SafetensorError as error:

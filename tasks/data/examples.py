@@ -1,27 +1,34 @@
-"""Reading examples: a file per split with labels and either encoded images or tensors.
+"""Reading examples: a table per split with labels and either encoded images, tensors or tokens.
 
-A split is `{split}.parquet` or `{split}.arrow` (an Arrow IPC file), with the columns
+A split is `{split}.parquet`; `{split}.arrow`, an Arrow IPC file or stream; or a folder `{split}` of such streams, as
+`save_to_disk` of Hugging Face datasets writes it. Its columns are
 
     image: struct<bytes, path>            encoded images, which become values from 0 to 1, or
-    input: fixed_shape_tensor<float>      anything else, taken as it is
+    input: fixed_shape_tensor or lists    anything else, taken as it is: floating-point numbers, or tokens
     label: int64                          class numbers from 0; or numbers, one or several for each example; or none
+
+Tables are read in pieces, so they may be larger than memory where only a sample or a batch at a time is wanted.
 """
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int64, Shaped
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import MtzError
-from tasks.data.layout import IMAGE, INPUT, LABEL, SUFFIXES
+from tasks.data.images import InvalidImage, pixels_of
+from tasks.data.layout import IMAGE, INPUT, LABEL, SAVED, SAVED_STATE, SUFFIXES
+from tasks.files import read_json
 
 
 class InvalidData(MtzError):
@@ -29,12 +36,21 @@ class InvalidData(MtzError):
 
 
 LAYOUT = (
-    "Expected are the columns image: struct<bytes, path> with encoded images, or input: fixed_shape_tensor<float>; and "
-    "label: int64."
+    "Expected are the columns image: struct<bytes, path> with encoded images, or input: fixed_shape_tensor (or lists "
+    "of one length) of floating-point numbers, or of whole ones for tokens; and label: int64."
 )
 
+_ROWS = 128
+"""The most rows that are held at a time, beside those that are wanted."""
 
-def read_images(folder: Path, split: str, count: int | None = None, seed: int = 0) -> Float[Tensor, "n ..."]:
+_FILE = b"ARROW1"
+"""What an Arrow IPC file begins with; a stream does not."""
+
+_Piece = tuple[np.ndarray, np.ndarray | None]
+"""Inputs, and their labels."""
+
+
+def read_images(folder: Path, split: str, count: int | None = None, seed: int = 0) -> Shaped[Tensor, "n ..."]:
     """Read the inputs of a split; labels stay unread.
 
     Args:
@@ -44,19 +60,19 @@ def read_images(folder: Path, split: str, count: int | None = None, seed: int = 
         seed: The seed of the sample.
 
     Returns:
-        The inputs, float32. Images are `[n, channels, height, width]` with values from 0 to 1.
+        The inputs, float32, or int64 if they are tokens. Images are `[n, channels, height, width]` with values from 0
+        to 1.
 
     Raises:
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
-    path = file_of(folder, split)
-    table, column = _read(path, [])
-    return _inputs(table, column, path, _sample(len(table), count, seed))
+    table = _Table.of(folder, split)
+    return table.read(_sample(table.rows, count, seed), labelled=False)[0]
 
 
 def read_examples(
     folder: Path, split: str, count: int | None = None, seed: int = 0
-) -> tuple[Float[Tensor, "n ..."], Int64[Tensor, " n"]]:
+) -> tuple[Shaped[Tensor, "n ..."], Int64[Tensor, " n"]]:
     """Read the inputs of a split and their labels.
 
     Args:
@@ -71,16 +87,17 @@ def read_examples(
     Raises:
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
-    path = file_of(folder, split)
-    table, column = _read(path, [LABEL])
-    labels = table.column(LABEL).to_numpy()
-    if table.column(LABEL).null_count or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise InvalidData(f"{path} has labels that are no class numbers from 0. {LAYOUT}")
-    sample = _sample(len(table), count, seed)
-    return _inputs(table, column, path, sample), torch.from_numpy(labels[sample].astype(np.int64))
+    table = _Table.of(folder, split)
+    if not table.labelled:
+        raise InvalidData(f"{table.path} has no column {LABEL!r}. {LAYOUT}")
+    if not pa.types.is_integer(table.schema.field(LABEL).type):
+        raise InvalidData(f"{table.path} has labels that are no class numbers from 0. {LAYOUT}")
+    inputs, labels = table.read(_sample(table.rows, count, seed), labelled=True)
+    assert labels is not None
+    return inputs, labels
 
 
-def read_labelled(folder: Path, split: str) -> tuple[Float[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]:
+def read_labelled(folder: Path, split: str) -> tuple[Shaped[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]:
     """Read the inputs of a split and their labels, if it has any.
 
     Args:
@@ -93,37 +110,56 @@ def read_labelled(folder: Path, split: str) -> tuple[Float[Tensor, "n ..."], Sha
     Raises:
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
-    path = file_of(folder, split)
-    if LABEL not in _columns(path):
-        return read_images(folder, split), None
-    table, column = _read(path, [LABEL])
-    labels = table.column(LABEL)
-    if pa.types.is_integer(labels.type):
-        return read_examples(folder, split)
-    inputs = _inputs(table, column, path, np.arange(len(table)))
-    if pa.types.is_floating(labels.type) and not labels.null_count:
-        numbers = torch.from_numpy(labels.to_numpy().astype(np.float32))
-        if bool(torch.isfinite(numbers).all()):
-            return inputs, numbers
-        raise InvalidData(f"{path} has labels that are not finite. Correct them or leave their examples out.")
-    return inputs, _tensors(labels, path, np.arange(len(table)), LABEL)
+    table = _Table.of(folder, split)
+    return table.read(np.arange(table.rows), table.labelled)
 
 
-def file_of(folder: Path, split: str) -> Path:
-    """Return the file that holds a split.
+def read_batches(
+    folder: Path, split: str, size: int, labelled: bool = True
+) -> Iterator[tuple[Shaped[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]]:
+    """Read a split batch by batch, so that no more than a batch of it is in memory.
+
+    Args:
+        folder: The data set's folder.
+        split: `train`, `validation` or `test`.
+        size: Examples in each batch but the last.
+        labelled: Whether labels are read, if there are any.
+
+    Yields:
+        What `read_labelled` returns, in batches.
+
+    Raises:
+        InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
+    """
+    table = _Table.of(folder, split)
+    held: list[_Piece] = []
+    for piece in table.pieces(np.arange(table.rows), labelled and table.labelled):
+        held.append(piece)
+        while sum(len(inputs) for inputs, _ in held) >= size:
+            inputs, labels = _together(held)
+            yield _tensors(inputs[:size], None if labels is None else labels[:size])
+            held = [(inputs[size:], None if labels is None else labels[size:])]
+    if any(len(inputs) for inputs, _ in held):
+        yield _tensors(*_together(held))
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files that hold a split.
 
     Args:
         folder: The data set's folder.
         split: `train`, `validation` or `test`.
 
     Returns:
-        The Parquet or Arrow file.
+        The Parquet or Arrow file, or the Arrow files of the split's folder.
 
     Raises:
-        InvalidData: There is no such file, or there are two.
+        InvalidData: There is none, there is more than one place, or a file of the folder is missing.
     """
-    candidates = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
-    found = [path for path in candidates if path.is_file()]
+    candidates = [*(folder / f"{split}{suffix}" for suffix in SUFFIXES), folder / split]
+    found = [
+        path for path in candidates if path.is_file() or any(path.glob(f"*{SAVED}")) or (path / SAVED_STATE).exists()
+    ]
     if not found:
         raise InvalidData(
             f"{candidates[0]}: there is no such file, and no {candidates[1].name} either. Put the data set there, or "
@@ -131,49 +167,218 @@ def file_of(folder: Path, split: str) -> Path:
         )
     if len(found) > 1:
         raise InvalidData(f"{found[0]} and {found[1].name} are both there. Remove the one that is not meant.")
-    return found[0]
+    return _saved(found[0]) if found[0].is_dir() else found
 
 
-def _columns(path: Path) -> list[str]:
-    """Return the names of a file's columns."""
-    try:
-        if path.suffix == ".parquet":
-            return list(pq.read_schema(path).names)
-        with pa.memory_map(str(path)) as source:
-            return list(pa.ipc.open_file(source).schema.names)
-    except (OSError, pa.ArrowException) as error:
-        raise InvalidData(f"{path} cannot be read: {error}. {LAYOUT}") from error
+def _saved(folder: Path) -> list[Path]:
+    """Return the files of a split's folder, in order."""
+    there = sorted(file.name for file in folder.iterdir() if file.name.endswith(SAVED))
+    state = read_json(folder / SAVED_STATE) if (folder / SAVED_STATE).exists() else {}
+    named = [entry["filename"] for entry in state["_data_files"]] if "_data_files" in state else there
+    if not named or sorted(named) != there:
+        wrong = min(set(named) ^ set(there), default="every file")
+        raise InvalidData(
+            f"{folder}: {wrong} is missing, or {SAVED_STATE} does not name it. Write it again with save_to_disk."
+        )
+    return [folder / name for name in named]
 
 
-def _read(path: Path, columns: list[str]) -> tuple[pa.Table, str]:
-    """Return a table of the inputs and the given other columns, and the name of the inputs' column."""
-    try:
-        if path.suffix == ".parquet":
-            file = pq.ParquetFile(path)
-            names, read = file.schema_arrow.names, file.read
-        else:
-            source = pa.memory_map(str(path))
-            names, read = pa.ipc.open_file(source).schema.names, lambda wanted: _arrow_columns(source, wanted)
-        inputs = [name for name in (IMAGE, INPUT) if name in names]
-        if len(inputs) != 1:
+@dataclass(frozen=True)
+class _Table:
+    """A split.
+
+    Attributes:
+        path: Its file or folder, for errors.
+        files: Its files.
+        schema: The columns of each file.
+        rows: How many rows it has.
+        column: The name of the inputs' column.
+    """
+
+    path: Path
+    files: Sequence[Path]
+    schema: pa.Schema
+    rows: int
+    column: str
+
+    @classmethod
+    def of(cls, folder: Path, split: str) -> _Table:
+        """Find a split and look at its columns; nothing else is read."""
+        files = files_of(folder, split)
+        path = files[0] if files[0].parent == folder else files[0].parent
+        with _readable(path):
+            schemas, counts = zip(*(_outline(file) for file in files), strict=True)
+        columns = [name for name in (IMAGE, INPUT) if name in schemas[0].names]
+        if len(columns) != 1:
             raise InvalidData(
-                f"{path} has {'both columns' if inputs else 'no column'} {IMAGE!r} or {INPUT!r}. {LAYOUT}"
+                f"{path} has {'both columns' if columns else 'no column'} {IMAGE!r} or {INPUT!r}. {LAYOUT}"
             )
-        missing = [column for column in columns if column not in names]
+        for file, schema in zip(files, schemas, strict=True):
+            if not schema.equals(schemas[0]):
+                raise InvalidData(f"{file} has other columns than {files[0].name}. Bring them to one.")
+        kind = schemas[0].field(columns[0]).type
+        known = _is_image(kind) if columns[0] == IMAGE else _is_numbers(kind)
+        if not known:
+            raise InvalidData(f"{path}: column {columns[0]} is {kind}. {LAYOUT}")
+        if not sum(counts):
+            raise InvalidData(f"{path} is empty. Give at least one example.")
+        return cls(path, files, schemas[0], sum(counts), columns[0])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels."""
+        return LABEL in self.schema.names
+
+    def read(
+        self, index: Int64[np.ndarray, " n"], labelled: bool
+    ) -> tuple[Shaped[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]:
+        """Return the inputs of some rows, and their labels if they are wanted."""
+        return _tensors(*_together(self.pieces(index, labelled), len(index)))
+
+    def pieces(self, index: Int64[np.ndarray, " n"], labelled: bool) -> Iterator[_Piece]:
+        """Yield the inputs of some rows in ascending order, and their labels if they are wanted, a few at a time."""
+        first, shape = 0, None
+        for batch in self._batches([self.column, *([LABEL] if labelled else [])]):
+            labels = self._labels(batch.column(LABEL)) if labelled else None
+            within = index[slice(*np.searchsorted(index, (first, first + len(batch))))] - first
+            inputs = self._inputs(batch.column(self.column), within, first)
+            first += len(batch)
+            if len(within):
+                shape = shape or inputs.shape[1:]
+                if inputs.shape[1:] != shape:
+                    raise self._mixed()
+                yield inputs, None if labels is None else labels[within]
+
+    def _batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield all rows, few at a time."""
+        with _readable(self.path):
+            for file in self.files:
+                for batch in _batches(file, columns):
+                    for start in range(0, len(batch), _ROWS):
+                        yield batch.slice(start, _ROWS)
+
+    def _inputs(self, column: pa.Array, within: Int64[np.ndarray, " n"], first: int) -> np.ndarray:
+        if self.column == IMAGE:
+            return self._pixels(column.field("bytes"), within, first)
+        values = self._numbers(column, INPUT)[within]
+        if values.dtype == np.float32:
+            finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+            if not finite.all():
+                raise InvalidData(
+                    f"{self.path}, row {first + within[~finite][0]} has NaN or infinite values. Correct it or leave it "
+                    "out."
+                )
+        return values
+
+    def _pixels(self, encoded: pa.Array, within: Int64[np.ndarray, " n"], first: int) -> np.ndarray:
+        decoded = []
+        for row in within.tolist():
+            try:
+                decoded.append(pixels_of(encoded[row].as_py()).transpose(2, 0, 1))
+            except InvalidImage as error:
+                raise InvalidData(f"{self.path}, image {first + row} {error}") from error
+        if len({pixels.shape for pixels in decoded}) > 1:
+            raise self._mixed()
+        return np.stack(decoded) if decoded else np.empty(0, np.float32)
+
+    def _labels(self, column: pa.Array) -> np.ndarray:
+        """Return labels: class numbers, or numbers, one or several for each example."""
+        if pa.types.is_integer(column.type):
+            if column.null_count or pc.min(column).as_py() < 0:
+                raise InvalidData(f"{self.path} has labels that are no class numbers from 0. {LAYOUT}")
+            return column.to_numpy().astype(np.int64)
+        if _is_numbers(column.type) or pa.types.is_floating(column.type):
+            labels = self._numbers(column, LABEL)
+            if np.isfinite(labels).all():
+                return labels
+            raise InvalidData(f"{self.path} has labels that are not finite. Correct them or leave their examples out.")
+        raise InvalidData(f"{self.path}: column {LABEL} is {column.type}. {LAYOUT}")
+
+    def _numbers(self, column: pa.Array, name: str) -> np.ndarray:
+        """Return a column of numbers as one array, `[rows, …]`, float32 or int64."""
+        shape = [len(column)]
+        if isinstance(column.type, pa.FixedShapeTensorType):
+            missing = column.null_count or column.storage.flatten().null_count
+            values = column if missing else column.to_numpy_ndarray()
+        else:
+            missing = column.null_count
+            while not missing and _is_list(column.type):
+                lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+                if len(lengths) > 1:
+                    raise InvalidData(
+                        f"{self.path}: column {name} has lists of {min(lengths)} and {max(lengths)} values. Pad "
+                        "them to one length."
+                    )
+                shape += lengths
+                column = column.flatten()
+                missing = column.null_count
+            values = column if missing else column.to_numpy(zero_copy_only=False).reshape(shape)
         if missing:
-            raise InvalidData(f"{path} has no column {missing[0]!r}. {LAYOUT}")
-        table = read([*inputs, *columns])
+            raise InvalidData(f"{self.path}: column {name} has rows without a value. Leave them out.")
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
+
+    def _mixed(self) -> InvalidData:
+        what = "images of different sizes or colours" if self.column == IMAGE else "examples of different shapes"
+        return InvalidData(f"{self.path} mixes {what}. Bring them to one.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowException) as error:
         raise InvalidData(f"{path} cannot be read: {error}. {LAYOUT}") from error
-    if not table.num_rows:
-        raise InvalidData(f"{path} is empty. Give at least one example.")
-    return table, inputs[0]
 
 
-def _arrow_columns(source: pa.MemoryMappedFile, columns: list[str]) -> pa.Table:
-    """Return columns of an Arrow IPC file; nothing is read before it is used."""
-    with pa.ipc.open_file(source) as reader:
-        return reader.read_all().select(columns)
+def _outline(file: Path) -> tuple[pa.Schema, int]:
+    """Return the columns of a file, and how many rows it has."""
+    if file.suffix == ".parquet":
+        table = pq.ParquetFile(file)
+        return table.schema_arrow, table.metadata.num_rows
+    with pa.memory_map(str(file)) as source:
+        reader = _reader(source)
+        return reader.schema, sum(len(batch) for batch in _from(reader))
+
+
+def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    if file.suffix == ".parquet":
+        yield from pq.ParquetFile(file, memory_map=True).iter_batches(_ROWS, columns=list(columns))
+        return
+    with pa.memory_map(str(file)) as source:
+        for batch in _from(_reader(source)):
+            yield batch.select(list(columns))
+
+
+def _reader(source: pa.MemoryMappedFile) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
+    """Open an Arrow IPC file or stream; what is not used is not read from the disk."""
+    begins = source.read(len(_FILE))
+    source.seek(0)
+    return pa.ipc.open_file(source) if begins == _FILE else pa.ipc.open_stream(source)
+
+
+def _from(reader: pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader) -> Iterator[pa.RecordBatch]:
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+    else:
+        yield from reader
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_numbers(kind: pa.DataType) -> bool:
+    """Return whether a column holds tensors of numbers, or lists of them."""
+    if not isinstance(kind, pa.FixedShapeTensorType) and not _is_list(kind):
+        return False
+    while isinstance(kind, pa.FixedShapeTensorType) or _is_list(kind):
+        kind = kind.value_type
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def _sample(total: int, count: int | None, seed: int) -> Int64[np.ndarray, " n"]:
@@ -183,49 +388,23 @@ def _sample(total: int, count: int | None, seed: int) -> Int64[np.ndarray, " n"]
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
-def _inputs(table: pa.Table, column: str, path: Path, index: Int64[np.ndarray, " n"]) -> Float[Tensor, "n ..."]:
-    read = _decode if column == IMAGE else _tensors
-    return read(table.column(column), path, index)
+def _together(pieces: Iterable[_Piece], count: int | None = None) -> _Piece:
+    """Return the rows of all pieces in one array each; with their count, they are held once only."""
+    if count is None:
+        pieces = list(pieces)
+        count = sum(len(inputs) for inputs, _ in pieces)
+    inputs, labels, first = np.empty(0), None, 0
+    for some, own in pieces:
+        if first == 0:
+            inputs = np.empty((count, *some.shape[1:]), some.dtype)
+            labels = None if own is None else np.empty((count, *own.shape[1:]), own.dtype)
+        part = slice(first, first + len(some))
+        inputs[part] = some
+        if labels is not None:
+            labels[part] = own
+        first += len(some)
+    return inputs, labels
 
 
-def _tensors(
-    column: pa.ChunkedArray, path: Path, index: Int64[np.ndarray, " n"], name: str = INPUT
-) -> Float[Tensor, "n ..."]:
-    if not isinstance(column.type, pa.FixedShapeTensorType) or not pa.types.is_floating(column.type.value_type):
-        raise InvalidData(f"{path}: column {name} is {column.type}. {LAYOUT}")
-    if column.null_count or any(chunk.storage.flatten().null_count for chunk in column.chunks):
-        raise InvalidData(f"{path}: column {name} has rows without a value. Leave them out.")
-    parts, first = [], 0
-    for chunk in column.chunks:
-        within = index[(index >= first) & (index < first + len(chunk))]
-        mapped = chunk.to_numpy_ndarray()
-        values = (mapped if len(within) == len(chunk) else mapped[within - first]).astype(np.float32, copy=False)
-        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-        if not finite.all():
-            raise InvalidData(
-                f"{path}, row {within[~finite][0]} has NaN or infinite values. Correct it or leave it out."
-            )
-        parts.append(values)
-        first += len(chunk)
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def _decode(column: pa.ChunkedArray, path: Path, index: Int64[np.ndarray, " n"]) -> Float[Tensor, "n ..."]:
-    images = column.combine_chunks()
-    if not pa.types.is_struct(images.type) or images.type.get_field_index("bytes") < 0:
-        raise InvalidData(f"{path}: column image is {images.type}. {LAYOUT}")
-    encoded = images.field("bytes")
-    decoded = [_pixels(encoded[i].as_py(), f"{path}, image {i}") for i in index.tolist()]
-    if len({pixels.shape for pixels in decoded}) != 1:
-        raise InvalidData(f"{path} mixes images of different sizes or colours. Bring them to one.")
-    pixels = torch.from_numpy(np.stack(decoded))
-    return pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).contiguous()
-
-
-def _pixels(encoded: bytes | None, where: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(encoded or b"")) as image:
-            grey = image.mode in ("1", "L", "I;16")
-            return np.asarray(image.convert("L" if grey else "RGB")).reshape(image.height, image.width, -1)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise InvalidData(f"{where} is not a readable image: {error}. Make the data set again.") from error
+def _tensors(inputs: np.ndarray, labels: np.ndarray | None) -> tuple[Tensor, Tensor | None]:
+    return torch.from_numpy(inputs), None if labels is None else torch.from_numpy(labels)

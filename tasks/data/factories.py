@@ -2,8 +2,8 @@
 
 FACTORY is `package.module:function`. For each of train, validation and test, `function(split, **arguments)` returns
 either `(inputs, labels)` or a `torch.utils.data.Dataset` of such pairs. Inputs are tensors or arrays `[n, …]` of
-floating-point numbers, labels are class numbers from 0, `[n]`. Labels of train may be None. Each split becomes the file
-`{split}.arrow`, see `tasks.data.examples`.
+floating-point numbers, or of whole ones for tokens. Labels are class numbers from 0, `[n]`; those of train may be None.
+Each split becomes the file `{split}.arrow`, see `tasks.data.examples`.
 
 The random number generators of torch, numpy and Python are seeded before each call, so that the files are the same each
 time.
@@ -185,7 +185,7 @@ def _write(path: Path, where: str, batches: Iterator[Batch], labelled: bool) -> 
     row = 0
     for inputs, labels in batches:
         _check(where, inputs, labels, row, labelled)
-        values = np.ascontiguousarray(inputs, dtype=np.float32)
+        values = np.ascontiguousarray(inputs, np.float32 if np.issubdtype(inputs.dtype, np.floating) else np.int64)
         columns = {INPUT: pa.FixedShapeTensorArray.from_numpy_ndarray(values)}
         if labels is not None:
             columns[LABEL] = pa.array(labels.astype(np.int64))
@@ -205,8 +205,8 @@ def _write(path: Path, where: str, batches: Iterator[Batch], labelled: bool) -> 
 def _check(
     where: str, inputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None, row: int, labelled: bool
 ) -> None:
-    if not np.issubdtype(inputs.dtype, np.floating):
-        raise InvalidDataset(f"{where}: inputs are {inputs.dtype}, not floating-point numbers. Convert them.")
+    if not np.issubdtype(inputs.dtype, np.floating) and not np.issubdtype(inputs.dtype, np.integer):
+        raise InvalidDataset(f"{where}: inputs are {inputs.dtype}, not numbers. Convert them.")
     finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
     if not finite.all():
         bad = row + int(np.flatnonzero(~finite)[0])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mtz_core.errors import InvalidWeights, MtzError
-from mtz_core.network.graph import Network
+from mtz_core.errors import MtzError
+from mtz_core.network.graph import INPUT, Network
 from mtz_core.network.tracing import trace
 from tasks.artifacts.paths import Workspace
-from tasks.artifacts.tensors import read_tensors
-from tasks.data.examples import read_examples, read_images
+from tasks.data.examples import InvalidData, read_batches, read_examples, read_images
+from tasks.data.layout import SPLITS
 from tasks.models.factories import build_network
+from tasks.models.weights import read_weights, state_for
 from tasks.params import Params
+from tasks.progress import show_progress
+
+_SCANNED = 1000
+"""Texts whose tokens are looked at at a time."""
 
 
 def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:
@@ -33,16 +38,11 @@ def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:
     """
     settings = params.models[model]
     network = build_network(params, model)
-    state, given = network.state_dict(), read_tensors(workspace.root / settings.weights)
-    for name in sorted(state.keys() | given.keys()):
-        expected = tuple(state[name].shape) if name in state else None
-        found = tuple(given[name].shape) if name in given else None
-        if expected != found:
-            raise InvalidWeights(
-                f"{settings.weights} does not fit {settings.network}: {name!r} should have shape {expected}, "
-                f"but has {found} (None: not there). Name the factory and arguments that the weights were trained with."
-            )
-    network.load_state_dict(given)
+    weights = read_weights(workspace.root / settings.weights)
+    state, notes = state_for(network, weights, f"{settings.weights} does not fit {settings.network}")
+    network.load_state_dict(state)
+    for note in notes:
+        show_progress(f"{settings.weights}: {note}")
     return network.eval()
 
 
@@ -83,6 +83,33 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
         return trace(network, example, params.models[model].keep_separate)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
+
+
+def check_tokens(params: Params, workspace: Workspace, model: str, network: Network) -> None:
+    """Check that a network of texts knows all tokens of its data; other networks are left alone.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        model: The model's name.
+        network: The model's network, traced.
+
+    Raises:
+        InvalidData: A split holds a token that has no row in the network's embedding.
+    """
+    tables = [n for n in network.graph.nodes if n.kind == "embedding" and {"value": INPUT} in n.arguments.values()]
+    if not tables:
+        return
+    known = min(len(network.state[table.weight]) for table in tables)
+    folder = workspace.root / params.models[model].data
+    for split in SPLITS:
+        for inputs, _ in read_batches(folder, split, _SCANNED, labelled=False):
+            least, most = int(inputs.min()), int(inputs.max())
+            if least < 0 or most >= known:
+                raise InvalidData(
+                    f"models.{model}.data: {split} holds token {least if least < 0 else most}, but the network knows "
+                    f"0 to {known - 1}. Use the vocabulary that it was trained with."
+                )
 
 
 def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tensor:

@@ -41,7 +41,7 @@ def gather(params: Params, workspace: Workspace) -> Release:
     metrics = read_json(workspace.metrics)
     plan, limit = read_plan(workspace)
     network = _files(workspace.retrained)
-    sources = {task: _file_digest(root / model.weights) for task, model in models.items()}
+    sources = {task: _weights_digest(root / model.weights) for task, model in models.items()}
     data = {task: _folder_digest(root / model.data) for task, model in models.items()}
     settings = {name: block for name, block in params.model_dump().items() if name not in _PLACES}
     lock = _upstream_lock(root / "dvc.lock")
@@ -149,6 +149,10 @@ def _folder_digest(folder: Path, pattern: str = "*") -> str:
     if not files:
         raise InvalidArtifact(f"{folder} is missing or empty. Restore or fetch it first.")
     return _digest({name: _file_digest(file) for name, file in files.items()})
+
+
+def _weights_digest(path: Path) -> str:
+    return _folder_digest(path) if path.is_dir() else _file_digest(path)
 
 
 def _file_digest(file: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import mtz_core
+from mtz_core.zipped.structure import TaskStructure
 from tasks.registry.mlflow_client import (
     TrackingError,
     TrackingSettings,
@@ -199,10 +200,12 @@ def _log_model(mlflow: Any, release: Release) -> Any:
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     network = mtz_core.load(release.network)
-    shapes = [network.structure.networks[task].input_shape for task in network.tasks]
+    originals = [network.structure.networks[task] for task in network.tasks]
+    shapes = [original.input_shape for original in originals]
+    example = _example(originals[0])
     common = (sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *common))]),
+        inputs=Schema([TensorSpec(example.dtype, (-1, *common))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1))]),
         params=ParamSchema([ParamSpec("task", "string", network.tasks[0])]),
     )
@@ -216,7 +219,7 @@ def _log_model(mlflow: Any, release: Release) -> Any:
             code_paths=[str(code)],
             pip_requirements=[f"{name}=={installed(name)}" for name in _SERVING_PACKAGES],
             signature=signature,
-            input_example=(_example(shapes[0]), {"task": network.tasks[0]}),
+            input_example=(example, {"task": network.tasks[0]}),
         )
 
 
@@ -238,15 +241,19 @@ def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as copy:
         served = mlflow.pyfunc.load_model(model_uri, dst_path=copy)
         for task in network.tasks:
-            x = _example(network.structure.networks[task].input_shape)
+            x = _example(network.structure.networks[task])
             with torch.inference_mode():
                 expected = network(torch.from_numpy(x), task=task).numpy()
             if not np.array_equal(served.predict(x, params={"task": task}), expected):
                 raise TrackingError(f"The logged model gives other outputs for task '{task}' than {folder}. Run again.")
 
 
-def _example(shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(0).random((_EXAMPLE_ROWS, *shape), dtype=np.float32)
+def _example(original: TaskStructure) -> np.ndarray[Any, Any]:
+    """Return inputs that any network of this structure takes: numbers, or tokens that every vocabulary has."""
+    shape = (_EXAMPLE_ROWS, *original.input_shape)
+    if not original.input_dtype.is_floating_point:
+        return np.zeros(shape, np.int64)
+    return np.random.default_rng(0).random(shape, dtype=np.float32)
 
 
 def _experiment(client: Any, settings: TrackingSettings, store: Storage) -> str:

@@ -15,7 +15,7 @@ from mtz_core.task_loss import TaskLoss
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
-from tasks.models.load import calibration, load_traced
+from tasks.models.load import calibration, check_tokens, load_traced
 from tasks.params import Params
 from tasks.progress import show_progress
 
@@ -39,6 +39,7 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
         MtzError: The network or its calibration images cannot be used.
     """
     network = load_traced(params, workspace, model)
+    check_tokens(params, workspace, model, network)
     batches = as_batches(calibration(params, workspace, model), model)
     with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
         writers = {

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mtz_core.evaluation import Case, check_labels, measure, outputs_of
+from mtz_core.evaluation import Case, Model, check_labels, measure, outputs_of
 from mtz_core.zipped.format import WEIGHTS
 from mtz_core.zipped.module import load
 from tasks.artifacts.paths import Workspace
-from tasks.data.examples import read_labelled
+from tasks.data.examples import read_batches
 from tasks.files import write_json, write_table
 from tasks.models.load import load_network
 from tasks.models.metrics import find_metric
+from tasks.models.shards import weight_files
 from tasks.params import Params
 from tasks.progress import show_progress
 
@@ -35,16 +37,15 @@ def run(params: Params, workspace: Workspace) -> None:
     merged, retrained = load(workspace.merged), load(workspace.retrained)
     tasks: dict[str, dict[str, Any]] = {}
     for model, block in params.models.items():
-        images, labels = read_labelled(workspace.root / block.data, "test")
-        name, metric = find_metric(params, model, labels)
-        batches = torch.split(images, params.evaluate.batch_size)
         networks = (load_network(params, workspace, model), partial(merged, task=model), partial(retrained, task=model))
-        outputs = dict(zip(_STATES, (outputs_of(network, batches) for network in networks), strict=True))
+        batches = read_batches(workspace.root / block.data, "test", params.evaluate.batch_size)
+        outputs, labels = _outputs(dict(zip(_STATES, networks, strict=True)), batches)
+        name, metric = find_metric(params, model, labels)
         original = outputs["original"]
         if metric.reads == "labels" and labels is not None:
-            check_labels(labels, len(images), original.shape[1], model)
+            check_labels(labels, len(original), original.shape[1], model)
         loss = retrained.loss_of(model, original)
-        tasks[model] = {"metric": name, "output": loss.kind, "examples": len(images)}
+        tasks[model] = {"metric": name, "output": loss.kind, "examples": len(original)}
         for state, own in outputs.items():
             error = measure(metric, Case(own, labels, original, loss), model)
             tasks[model] |= {f"error_{state}": error.value, f"interval_{state}": [error.low, error.high]}
@@ -65,7 +66,9 @@ def run(params: Params, workspace: Workspace) -> None:
                 "fraction": report.stored_fraction,
                 "bytes": (workspace.retrained / WEIGHTS).stat().st_size,
                 "original_bytes": sum(
-                    (workspace.root / block.weights).stat().st_size for block in params.models.values()
+                    file.stat().st_size
+                    for block in params.models.values()
+                    for file in weight_files(workspace.root / block.weights)
                 ),
             },
         },
@@ -75,6 +78,19 @@ def run(params: Params, workspace: Workspace) -> None:
         ("network", "task", "error"),
         [(name, task, values[f"error_{name}"]) for name in _STATES for task, values in tasks.items()],
     )
+
+
+def _outputs(
+    networks: Mapping[str, Model], batches: Iterable[tuple[Tensor, Tensor | None]]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return what each network puts out, and the labels; of the inputs, one batch at a time is in memory."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in networks}
+    labels: list[Tensor] = []
+    for inputs, own in batches:
+        for name, network in networks.items():
+            outputs[name].append(outputs_of(network, [inputs]))
+        labels += [] if own is None else [own]
+    return {name: torch.cat(parts) for name, parts in outputs.items()}, torch.cat(labels) if labels else None
 
 
 def _line(errors: Mapping[str, Any], unit: str) -> str:

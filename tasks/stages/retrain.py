@@ -19,9 +19,10 @@ from mtz_core.retraining import Retraining, RetrainState, RetrainStep, Targets
 from mtz_core.zipped.module import load
 from tasks.artifacts.paths import Workspace
 from tasks.code import code_digest
-from tasks.data.examples import file_of
+from tasks.data.examples import files_of
 from tasks.files import sha256, whole_file, whole_folder, write_table
 from tasks.models.load import load_network, read_split
+from tasks.models.shards import weight_files
 from tasks.params import Params
 from tasks.progress import show_progress
 
@@ -71,8 +72,8 @@ def _digest(params: Params, workspace: Workspace) -> str:
     settings = params.model_dump()
     files = sorted(workspace.merged.iterdir())
     for block in params.models.values():
-        files.append(workspace.root / block.weights)
-        files += [file_of(workspace.root / block.data, split) for split in ("train", "validation")]
+        files += weight_files(workspace.root / block.weights)
+        files += [file for split in ("train", "validation") for file in files_of(workspace.root / block.data, split)]
     content = {
         "files": [sha256(file) for file in files],
         "settings": {name: settings[name] for name in ("models", "runtime", "retrain")},

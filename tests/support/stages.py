@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tasks.__main__ import main
 from tasks.models.example_networks import lenet_300_100
@@ -45,6 +45,26 @@ def perceptron() -> nn.Module:
     """A small network for images of 6 × 6 in six classes."""
     hidden = (nn.Linear(36, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU())
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, 6))
+
+
+def wide(inputs: int) -> nn.Module:
+    """A network whose inputs are much larger than all else of it."""
+    return nn.Sequential(nn.Linear(inputs, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+class TokenClassifier(nn.Module):
+    """A small network for texts of any length, in tokens, in three classes."""
+
+    def __init__(self, words: int = 40) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, 12)
+        self.body = nn.Sequential(nn.Linear(12, 16), nn.ReLU())
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits for tokens `[n, length]`."""
+        logits: Tensor = self.head(self.body(self.words(x)).mean(1))
+        return logits
 
 
 def write_images(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
 
 from tasks.faults import ServiceFault
+from tasks.models.programs import exported
 from tasks.registry import mlflow_client
-from tasks.sources import Access, SourceError, resolve_data, resolve_file
+from tasks.sources import Access, SourceError, resolve_data, resolve_file, resolve_program, resolve_weights
 from tasks.storage import s3
 from tasks.storage.contents import Contents
 from tasks.storage.s3 import Storage
@@ -113,7 +118,7 @@ def test_one_of_several_files_of_a_version(access: Access, store: Storage, clien
     assert resolve_file(NAME, f"models:/{model}/1#deep/b.safetensors", access) == digest_of(b"b")
     with pytest.raises(SourceError, match=rf"one \.safetensors .*a\.safetensors, deep/b\..*models:/{model}/1#path"):
         resolve_file(NAME, f"models:/{model}/1", access)
-    with pytest.raises(SourceError, match="no such object"):
+    with pytest.raises(SourceError, match=r"has no file c\.safetensors\. It has a\.safetensors, deep/b\.safetensors"):
         resolve_file(NAME, f"models:/{model}/1#c.safetensors", access)
 
 
@@ -132,6 +137,129 @@ def test_a_model_without_safetensors(access: Access, store: Storage, client: Any
     register(client, model, store.url(f"{model}/run"))
     with pytest.raises(SourceError, match=r"has none among 2 files\. Register one"):
         resolve_file(NAME, f"models:/{model}/1", access)
+
+
+TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2), "c": torch.zeros(1, dtype=torch.bfloat16)}
+INDEX = "model.safetensors.index.json"
+
+
+def shards() -> dict[str, bytes]:
+    """Weights in two files, with their index."""
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    places = {"a": first, "b": second, "c": first}
+    return {
+        first: save({"a": TENSORS["a"], "c": TENSORS["c"]}, {"format": "pt"}),
+        second: save({"b": TENSORS["b"]}),
+        INDEX: json.dumps({"weight_map": places}).encode(),
+    }
+
+
+def whole(access: Access, digest: str) -> bool:
+    found = load(access.contents.read(digest))
+    return found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+@pytest.mark.parametrize("where", ["project", "s3"])
+def test_weights_in_several_files_become_one(access: Access, store: Storage, where: str) -> None:
+    if where == "s3":
+        store.put_files("sharded", {**shards(), "README.md": b"", "deeper/b.safetensors": b"?"})
+        folder = store.url("sharded")
+    else:
+        folder = "networks/sharded"
+        (access.project / folder).mkdir(parents=True)
+        for name, content in {**shards(), "README.md": b""}.items():
+            (access.project / folder / name).write_bytes(content)
+    digest = resolve_weights(NAME, f"{folder}/", access)
+    assert whole(access, digest)
+    assert resolve_weights(NAME, f"{folder}/{INDEX}", access) == digest
+    one = f"{folder}/model-00002-of-00002.safetensors"
+    assert resolve_weights(NAME, one, access) == resolve_file(NAME, one, access) != digest
+
+
+def test_weights_in_several_files_of_a_version(access: Access, store: Storage, client: Any, model: str) -> None:
+    store.put_files(f"{model}/run", {"MLmodel": b"", **{f"data/{name}": content for name, content in shards().items()}})
+    register(client, model, store.url(f"{model}/run"), "champion")
+    for location in (f"models:/{model}@champion", f"models:/{model}/1#data/{INDEX}"):
+        assert whole(access, resolve_weights(NAME, location, access))
+
+
+@pytest.mark.parametrize(
+    ("changes", "location", "said"),
+    [
+        ({INDEX: b"[]"}, "many/", rf"{INDEX} is no index of safetensors files"),
+        (
+            {"model-00001-of-00002.safetensors": None},
+            "many",
+            r"model-00001-of-00002\.safetensors: there is no such file",
+        ),
+        ({"model-00001-of-00002.safetensors": None}, f"many/{INDEX}", r"00001-of-00002\.safetensors: there is no such"),
+        ({"model-00001-of-00002.safetensors": save({"a": TENSORS["a"]})}, "many/", "'c' is in None, but"),
+        ({"other.safetensors": save({"d": TENSORS["a"]})}, "many/", r"does not name other\.safetensors"),
+        ({}, f"none/{INDEX}", "there is no such file"),
+        ({}, "s3://mtz-tests/none/", "has no .safetensors file"),
+    ],
+)
+def test_files_that_are_not_all_of_the_weights(
+    access: Access, changes: dict[str, bytes | None], location: str, said: str
+) -> None:
+    (access.project / "many").mkdir()
+    for name, content in {**shards(), **changes}.items():
+        if content is not None:
+            (access.project / "many" / name).write_bytes(content)
+    with pytest.raises(SourceError, match=said) as caught:
+        resolve_weights(NAME, location, access)
+    assert str(caught.value).startswith(f"{NAME}: {location}")
+    assert "/tmp" not in str(caught.value).replace(str(access.project), "")
+
+
+def test_a_version_that_holds_an_exported_program(
+    access: Access, store: Storage, client: Any, model: str, tmp_path: Path
+) -> None:
+    """As MLflow's flavour for torch logs it."""
+    import mlflow
+
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(5, 3)
+    mlflow.pytorch.save_model(
+        network,
+        tmp_path / "logged",
+        serialization_format="pt2",
+        input_example=torch.randn(2, 3).numpy(),
+        pip_requirements=["torch"],
+    )
+    files = {file.relative_to(tmp_path / "logged").as_posix(): file for file in (tmp_path / "logged").rglob("*.*")}
+    store.put_files(f"{model}/run", {name: file.read_bytes() for name, file in files.items() if file.is_file()})
+    register(client, model, store.url(f"{model}/run"), "champion")
+    digest = resolve_program("models.a.program", f"models:/{model}@champion", access)
+    assert torch.equal(exported(str(access.contents.path(digest)))(x), network(x))
+    advice = rf"an exported program, data/model\.pt2\. Write program: (models:/{model}/1#data/model\.pt2) in place of"
+    with pytest.raises(SourceError, match=advice) as caught:
+        resolve_weights(NAME, f"models:/{model}@champion", access)
+    advised = str(caught.value).partition("program: ")[2].partition(" ")[0]
+    assert resolve_program("models.a.program", advised, access) == digest
+
+
+def test_a_version_without_a_program(access: Access, store: Storage, client: Any, model: str) -> None:
+    store.put_files(f"{model}/run", {"MLmodel": b"", "data/model.pth": b"pickled"})
+    register(client, model, store.url(f"{model}/run"))
+    with pytest.raises(SourceError, match=r"should have one \.pt2 file, an exported program \(.*serialization_format"):
+        resolve_program("models.a.program", f"models:/{model}/1", access)
+
+
+def test_data_in_folders_of_a_folder(access: Access, store: Storage) -> None:
+    """As `save_to_disk` of Hugging Face datasets writes them."""
+    files = {f"{split}/data-00000-of-00001.arrow": split.encode() for split in ("train", "validation")}
+    files |= {f"{split}/state.json": b"{}" for split in ("train", "validation")} | {"test.parquet": b"3"}
+    for name, content in {**files, "train/dataset_info.json": b"", "dataset_dict.json": b""}.items():
+        (access.project / "saved" / name).parent.mkdir(parents=True, exist_ok=True)
+        (access.project / "saved" / name).write_bytes(content)
+        store.put(f"sets/saved/{name}", content)
+    expected = {name: digest_of(content) for name, content in files.items()}
+    assert resolve_data("models.a.data", "saved", access) == expected
+    assert resolve_data("models.a.data", f"{store.url('sets/saved')}/", access) == expected
+    (access.project / "saved" / "train.parquet").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"has train\.parquet and train/ for train"):
+        resolve_data("models.a.data", "saved", access)
 
 
 def test_data_in_a_folder(access: Access, store: Storage) -> None:

@@ -137,6 +137,14 @@ def test_everything_is_told_as_it_is_found_right(project: Path, registries: list
     assert registries == ["embedded"]
 
 
+def test_weights_may_be_a_folder(project: Path, registries: list[str]) -> None:
+    (project / "networks" / "many").mkdir()
+    (project / "networks" / "b.safetensors").rename(project / "networks" / "many" / "model-1-of-1.safetensors")
+    assert "networks of good: a, b" in everything(project, ["good"], "models.b.weights=networks/many")
+    declare(project, auto=False, source="networks/many")
+    assert "networks of pair: a, b" in everything(project, ["pair"])
+
+
 def test_the_first_thing_that_is_wrong_ends_the_check(project: Path, registries: list[str]) -> None:
     with pytest.raises(NotReady, match="group 'gone'"):
         everything(project, [])

@@ -76,6 +76,14 @@ def test_labels_of_the_training_set_may_be_missing(tmp_path: Path) -> None:
         read_examples(tmp_path, "train")
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_whole_numbers_are_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type) -> None:
+    tokens = np.arange(12).reshape(6, 2)
+    materialise(giving(monkeypatch, (tokens.astype(dtype), np.arange(6))), {}, tmp_path)
+    inputs = read_images(tmp_path, "train")
+    assert inputs.dtype == torch.int64 and inputs.tolist() == tokens.tolist()
+
+
 def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         materialise(name(drawn), {}, tmp_path / folder)
@@ -106,7 +114,7 @@ ONES = np.ones((3, 2), np.float32)
         (None, "it gave NoneType"),
         ((ONES, np.arange(2)), r"shapes \[3, 2\] and \[2\]"),
         ((np.ones(3), np.arange(3)), r"shapes \[3\] and \[3\]"),
-        ((ONES.astype(int), np.arange(3)), "inputs are int64"),
+        ((ONES.astype(bool), np.arange(3)), "inputs are bool, not numbers"),
         ((ONES * [[1], [np.nan], [1]], np.arange(3)), "example 1 has NaN"),
         ((ONES, np.arange(3) - 1), "labels are no class numbers"),
         ((ONES, np.ones(3)), "labels are no class numbers"),

@@ -18,6 +18,7 @@ from tasks.registry.mlflow_client import TrackingError
 from tasks.registry.release import Release
 from tasks.storage.s3 import Storage
 from tests.support.services import Place, Registry
+from tests.support.stages import TokenClassifier
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -74,6 +75,20 @@ def test_a_version_says_where_it_comes_from(
     assert {task: entry.digest for task, entry in inputs.items()} == {"a": "3" * 32, "b": "4" * 32}
     artifacts = store.names(run.info.artifact_uri.removeprefix(store.url() + "/"))
     assert artifacts == ["dvc.lock", "layers.json", "plots/layers.csv"]
+
+
+def test_a_network_of_texts_is_served_tokens(
+    registry: Registry, home: Path, store: Storage, release: Release, client: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    networks = {task: TokenClassifier() for task in "ab"}
+    tokens = torch.randint(0, 40, (30, 6))
+    mtz_core.zip_networks(networks, dict.fromkeys("ab", tokens), mtz_core.ZipConfig(share=0.5)).save(tmp_path / "texts")
+    number = publish.register_release(registry, home, store, dataclasses.replace(release, network=tmp_path / "texts"))
+    source = client.get_model_version_download_uri(release.model, str(number))
+    model = client.get_logged_model(source.removeprefix("models:/")) if source.startswith("models:/") else None
+    place = (model.artifact_location if model else source).removeprefix(store.url() + "/")
+    assert "int64" in store.read(f"{place}/MLmodel").decode()
 
 
 def test_the_registered_model_gives_the_logits_of_the_file(

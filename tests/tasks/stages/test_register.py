@@ -131,6 +131,18 @@ def test_the_bundle_is_the_release(params: Params, workspace: Workspace, store: 
     assert set(manifest["files"]) == set(names) - {"release.json"}
 
 
+def test_weights_in_a_folder_are_a_source_like_any_other(params: Params, workspace: Workspace) -> None:
+    folder = workspace.root / "networks" / "many"
+    folder.mkdir()
+    (workspace.root / "networks" / "a.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    models = {**params.models, "a": params.models["a"].model_copy(update={"weights": "networks/many"})}
+    sharded = dataclasses.replace(params, models=models)
+    digest = gather(sharded, workspace).sources["a"]
+    assert gather(sharded, workspace).sources["a"] == digest
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"others")
+    assert gather(sharded, workspace).sources["a"] != digest
+
+
 def test_the_digest_follows_the_content_and_nothing_else(params: Params, workspace: Workspace) -> None:
     before = gather(params, workspace)
     (workspace.root / "tasks" / "stages" / "merge.py").write_text("# changed\n")
