@@ -285,6 +285,10 @@ class Dropper:
             if end - first == len(stays):
                 return replace(node, arguments=arguments)
             arguments |= {"start": place[first], "end": place[end]}
+        if node.kind == "narrow":
+            first = arguments["start"] % len(stays)
+            end = first + arguments["length"]
+            arguments |= {"start": place[first], "length": place[end] - place[first]}
         return replace(node, arguments=arguments)
 
     def _kept_along(self, node: Node, keep: Keep) -> Bool[Tensor, " n"] | None:
@@ -358,7 +362,7 @@ _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 """Arguments that list the sizes of an operator's output, or of its last axes."""
 
 
-_CUTS = SPLITS | {"slice.Tensor"}
+_CUTS = SPLITS | {"slice.Tensor", "narrow"}
 """Operators that cut an axis at given places."""
 
 
