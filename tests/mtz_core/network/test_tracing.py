@@ -1,6 +1,7 @@
 """Tracing: what is understood runs as the module does, what is not is refused by name; never silently wrong."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -230,6 +231,17 @@ def test_what_zipping_cannot_follow_is_refused(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(UnsupportedModule, match=message):
         trace(make(), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, message) in REFUSED.items() if "keep_separate" in message])
+@pytest.mark.filterwarnings("ignore")
+def test_keeping_the_operator_of_an_error_separate_works(name: str) -> None:
+    module = REFUSED[name][0]()
+    with pytest.raises(UnsupportedModule) as refusal:
+        trace(module, torch.randn(3, 4))
+    operators = re.findall(r"'([\w.]+:\d+)'", str(refusal.value))
+    assert operators
+    assert_runs_as(module, trace(module, torch.randn(3, 4), operators[-1:]), (4,))
 
 
 def tied() -> nn.Module:
