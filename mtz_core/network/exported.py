@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from mtz_core.errors import UnsupportedModule
 from mtz_core.network.graph import GETITEM, INPUT, Node, operator
 from mtz_core.network.layers import LAYERS
+from mtz_core.network.rewriting import path_of
 
 SIZES = (2, 3)
 """The batch sizes that a module is exported for."""
@@ -106,7 +107,7 @@ class ProgramReader:
         Raises:
             UnsupportedModule: If the operator is no ATen operator, or one that cannot be written out of place.
         """
-        path = self._path(a)
+        path = path_of(a)
         if a.target is python_operator.getitem:
             source, index = a.args
             assert isinstance(source, fx.Node)
@@ -233,13 +234,9 @@ class ProgramReader:
             return {"state": self.tensors[node.name]}
         return {"value": self.names[node.name]}
 
-    def _path(self, node: fx.Node) -> str:
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        return str(stack[-1][0]) if stack else ""
-
     def _unsupported(self, node: fx.Node, why: str) -> UnsupportedModule:
         """An error that names the module's path, the operator, the reason and the remedy."""
-        path = self._path(node)
+        path = path_of(node)
         part = dict(self.module.named_modules()).get(path, self.module)
         return UnsupportedModule(
             f"{path or 'the network itself'!r} ({type(part).__name__}): operator {node.target} cannot be zipped: "

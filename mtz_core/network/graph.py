@@ -46,6 +46,7 @@ class Node:
         module: The path of the module that the node comes from.
         is_layer: Whether the node is a layer.
         separate: Whether the layer stays task-specific.
+        opaque: Whether the operator is taken as one without a rule.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Node:
     module: str = ""
     is_layer: bool = False
     separate: bool = False
+    opaque: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -202,6 +204,7 @@ class Network:
         trainable: The names of the tensors that are parameters.
         input_shape: The shape of one example.
         input_dtype: The dtype of the examples.
+        non_persistent: The names of the tensors that a ``state_dict`` leaves out.
     """
 
     graph: LayerGraph
@@ -209,6 +212,7 @@ class Network:
     trainable: frozenset[str]
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype
+    non_persistent: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> int:
@@ -304,7 +308,10 @@ def run_node(
         return arguments["value"][arguments["index"]]
     if training:
         arguments |= dict.fromkeys(_TRAINING & arguments.keys(), True)
-    return operator(node.kind)(**arguments)
+    found = operator(node.kind)
+    if not node.sources and not node.state and any(argument.name == "device" for argument in found._schema.arguments):
+        arguments["device"] = next((value.device for value in values.values() if isinstance(value, Tensor)), None)
+    return found(**arguments)
 
 
 def run(

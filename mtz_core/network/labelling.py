@@ -13,13 +13,8 @@ from torch import Tensor
 from mtz_core.errors import UnsupportedModule
 from mtz_core.network.graph import FIXED, GETITEM, INPUT, Node, operator, resolve
 from mtz_core.network.layers import LAYERS, Convolution
-from mtz_core.network.operations import CREATION, NotUnderstood, Value, operation_of
+from mtz_core.network.operations import CREATION, EveryPair, NotUnderstood, Value, operation_of
 from mtz_core.network.ties import THE_INPUT, THE_KERNEL, Ties, compress
-
-REMEDY = (
-    "Register what it does to neurons (mtz_core.register_operation), or list the module under `keep_separate` to "
-    "leave it task-specific."
-)
 
 
 @dataclass
@@ -69,15 +64,25 @@ def label_network(
     found.values[INPUT] = Value(entry, torch.full([1] * entry.ndim, THE_INPUT))
     for node in nodes:
         try:
-            found.values[node.name] = _label(found, node, state, trainable)
+            read = _opaque(found, node, state) if node.opaque else _label(found, node, state, trainable)
+            found.values[node.name] = read
         except (NotUnderstood, RuntimeError, ValueError, IndexError) as error:
-            if not node.separate:
+            if not node.separate and not isinstance(error, EveryPair):
                 where, reason = node.module or "the network itself", str(error).strip().splitlines()[0]
                 raise UnsupportedModule(
-                    f"{where!r}: operator {node.kind} cannot be zipped: {reason}. {REMEDY}"
+                    f"{where!r}: operator {node.kind} cannot be zipped: {reason}. {_remedy(node, trainable)}"
                 ) from error
             found.values[node.name] = _opaque(found, node, state)
     return found
+
+
+def _remedy(node: Node, trainable: frozenset[str]) -> str:
+    """The ways out for an operator that is not understood. Weights cannot be left to a rule."""
+    listed = f"the module, or {node.name!r} alone," if node.module else repr(node.name)
+    separate = f"ist {listed} under `keep_separate` to leave it task-specific."
+    if node.kind in LAYERS or trainable & {*node.state}:
+        return f"L{separate}"
+    return f"Register what it does to neurons (mtz_core.register_operation), or l{separate}"
 
 
 def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable: frozenset[str]) -> Any:
@@ -101,7 +106,7 @@ def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
         raise NotUnderstood("it writes into its operands")
     arguments = _given(found, node, state, trainable)
     values = [value for value in _flat(arguments) if isinstance(value, Value)]
-    if all(value.actual is not None for value in values) and _makes_constants(node.kind, values):
+    if all(value.actual is not None for value in values) and _makes_constants(node, values):
         out = _run_actual(node, arguments)
         constants = [Value(part.to("meta"), _nothing(part), True, part) for part in _listed(out)]
         return constants if isinstance(out, (list, tuple)) else constants[0]
@@ -123,14 +128,17 @@ def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
     return Value(out, labels, constant)
 
 
-def _makes_constants(kind: str, values: Sequence[Value]) -> bool:
+def _is_random(node: Node) -> bool:
+    """Whether a node draws random numbers; dropout in evaluation mode does not."""
+    evaluating = any(node.arguments.get(name) is False for name in ("train", "training"))
+    return not evaluating and torch.Tag.nondeterministic_seeded in operator(node.kind).tags
+
+
+def _makes_constants(node: Node, values: Sequence[Value]) -> bool:
     """Whether an operator is a function of tensors, or one that is known to do nothing but make constants."""
-    found = operator(kind)
-    if torch.Tag.nondeterministic_seeded in found.tags:
-        return False
-    returns = [str(value.type) for value in found._schema.returns]
+    returns = [str(value.type) for value in operator(node.kind)._schema.returns]
     function = bool(values) and bool(returns) and all("Tensor" in value for value in returns)
-    return kind.partition(".")[0] in CREATION or function
+    return not _is_random(node) and (node.kind.partition(".")[0] in CREATION or function)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -212,8 +220,7 @@ def _opaque(found: Labelling, node: Node, state: Mapping[str, Tensor]) -> Any:
         if isinstance(value, Value):
             found.ties.pin(value.labels, torch.arange(value.labels.numel()).reshape(value.labels.shape))
     schema = operator(node.kind)._schema
-    random = torch.Tag.nondeterministic_seeded in operator(node.kind).tags
-    if random or schema.is_mutable or not any(isinstance(value, Value) for value in _flat(arguments)):
+    if _is_random(node) or schema.is_mutable or not any(isinstance(value, Value) for value in _flat(arguments)):
         raise UnsupportedModule(
             f"{node.module!r}: operator {node.kind} is no function of tensors. Leave the network out."
         )

@@ -8,7 +8,7 @@ neurons can be shared but not dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from mtz_core.network.graph import INPUT, Axis, Network, Node, run, run_node
 from mtz_core.network.groups import Analysis, analyse
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
+from mtz_core.network.topology import SPLITS
 
 Keep = Mapping[str, Int64[np.ndarray, " _kept"]]
 """For neuron groups that lose some, the neurons that stay, ascending."""
@@ -140,7 +141,9 @@ class Dropper:
         return fewer
 
     def droppable(self, examples: Shaped[Tensor, "batch ..."]) -> tuple[str, ...]:
-        """Find the hidden groups that can lose neurons, by dropping every third neuron of all groups, or else of each.
+        """Find the hidden groups that can lose neurons, any of them and however many others lose, by trying.
+
+        All groups lose neurons at once; if that fails, each alone, and then as many as can together.
 
         Args:
             examples: A batch of inputs to compare outputs on.
@@ -148,12 +151,36 @@ class Dropper:
         Returns:
             The names of the groups.
         """
-        widths = {group.name: self.network.graph.widths[group.name] for group in self.network.graph.hidden_groups}
-        trial = {name: np.array([i for i in range(width) if i % 3 != 1]) for name, width in widths.items()}
-        trial = {name: kept for name, kept in trial.items() if LEAST <= len(kept) < widths[name]}
+        trial = self._trial()
         if self._agrees(trial, examples):
             return tuple(trial)
-        return tuple(name for name, kept in trial.items() if self._agrees({name: kept}, examples))
+        alone = {name: kept for name, kept in trial.items() if self._agrees({name: kept}, examples)}
+        if not alone or self._agrees(alone, examples):
+            return tuple(alone)
+        together: dict[str, Int64[np.ndarray, " _kept"]] = {}
+        for name, kept in alone.items():
+            if self._agrees({**together, name: kept}, examples):
+                together[name] = kept
+        return tuple(together)
+
+    def _trial(self) -> dict[str, Int64[np.ndarray, " _kept"]]:
+        """Choose a third to a half of each group's neurons to drop: other ones, and another number, in every group.
+
+        Groups that must lose the same neurons, or equally many, do not pass such a trial.
+
+        Returns:
+            The neurons that stay, for every group that can spare some.
+        """
+        generator = np.random.default_rng(0)
+        trial = {}
+        for number, group in enumerate(self.network.graph.hidden_groups):
+            width = self.network.graph.widths[group.name]
+            least = max(1, width // 3)
+            most = max(least, min(width // 2, width - LEAST))
+            dropped = least + number % (most - least + 1)
+            if width - dropped >= LEAST:
+                trial[group.name] = np.sort(generator.permutation(width)[dropped:])
+        return trial
 
     @torch.no_grad()
     def _agrees(self, keep: Keep, examples: Shaped[Tensor, "batch ..."]) -> bool:
@@ -215,49 +242,78 @@ class Dropper:
         values: dict[str, Any] = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
         nodes = []
         for node in network.graph.nodes:
-            expected = self._expected(node, keep)
-            node = replace(node, arguments=self._retold(node, expected, metas))
+            known = self._analysis.labels.values[node.name]
+            expected = [self._expected(node, value, keep) for value in (known if isinstance(known, list) else [known])]
+            node = self._retold(node, expected, keep, metas)
             try:
                 values[node.name] = run_node(node, values, metas, 1)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise CannotDrop(
                     f"operator {node.kind} of {node.module!r} is bound to the number of neurons"
                 ) from error
-            if expected is not None and tuple(values[node.name].shape) != expected:
+            found = values[node.name]
+            if [tuple(one.shape) for one in (found if isinstance(found, (list, tuple)) else [found])] != expected:
                 raise CannotDrop(f"operator {node.kind} of {node.module!r} is bound to the number of neurons")
             nodes.append(node)
         return nodes
 
-    def _retold(self, node: Node, expected: tuple[int, ...] | None, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A node's arguments, adapted to the sizes that its output is to have."""
+    def _retold(self, node: Node, shapes: Sequence[tuple[int, ...]], keep: Keep, state: Mapping[str, Tensor]) -> Node:
+        """Adapt a node's arguments to the shapes that its outputs are to have, and to the neurons that are left."""
         arguments = dict(node.arguments)
+        expected = shapes[0]
         for name in _SIZES & arguments.keys():
             given, sizes = arguments[name], expected
-            if name == "normalized_shape" and sizes is not None:
+            if name == "normalized_shape":
                 sizes = sizes[len(sizes) - len(given) :]
-            if isinstance(given, list) and sizes is not None and len(given) == len(sizes):
+            if isinstance(given, list) and len(given) == len(sizes):
                 arguments[name] = [_size(old, new) for old, new in zip(given, sizes, strict=True)]
         if node.is_layer and node.layer.conv_groups(arguments) > 1:
             per_group = len(self.network.state[node.weight]) // arguments["groups"]
             arguments["groups"] = len(state[node.weight]) // per_group
-        return arguments
+        stays = self._kept_along(node, keep)
+        if stays is None:
+            return replace(node, arguments=arguments)
+        if node.kind in SPLITS:
+            axis = arguments.get("dim", 0)
+            pieces = {"self": arguments["self"], "split_sizes": [shape[axis] for shape in shapes], "dim": axis}
+            return replace(node, kind="split_with_sizes", arguments=pieces)
+        place = [0, *stays.cumsum(0).tolist()]
+        if node.kind == "slice.Tensor":
+            first, end, step = slice(*(arguments.get(name) for name in ("start", "end", "step"))).indices(len(stays))
+            if step != 1:
+                raise CannotDrop(f"operator {node.kind} of {node.module!r} skips neurons")
+            if end - first == len(stays):
+                return replace(node, arguments=arguments)
+            arguments |= {"start": place[first], "end": place[end]}
+        if node.kind == "narrow":
+            first = arguments["start"] % len(stays)
+            end = first + arguments["length"]
+            arguments |= {"start": place[first], "length": place[end] - place[first]}
+        return replace(node, arguments=arguments)
 
-    def _expected(self, node: Node, keep: Keep) -> tuple[int, ...] | None:
-        """Find the shape of a node's value without the dropped neurons, for one example.
+    def _kept_along(self, node: Node, keep: Keep) -> Bool[Tensor, " n"] | None:
+        """Which neurons are left along the axis that a node cuts; None if it cuts none, or if all are left."""
+        if node.kind not in _CUTS or "value" not in node.arguments["self"]:
+            return None
+        value = self._analysis.labels.values[node.arguments["self"]["value"]]
+        axis = node.arguments.get("dim", 0) % value.labels.ndim
+        dropped = self._dropped(value.labels, keep).movedim(axis, 0).flatten(1).all(dim=1)
+        return ~dropped if len(dropped) > 1 and bool(dropped.any()) else None
+
+    def _expected(self, node: Node, value: Value, keep: Keep) -> tuple[int, ...]:
+        """Find the shape of a node's value, or of one of them, without the dropped neurons, for one example.
 
         Args:
             node: The node.
+            value: What is known of the value.
             keep: For groups that lose neurons, those that stay.
 
         Returns:
-            The shape; None for several values.
+            The shape.
 
         Raises:
             CannotDrop: If the value mixes kept and dropped neurons.
         """
-        value = self._analysis.labels.values[node.name]
-        if not isinstance(value, Value):
-            return None
         dropped = self._dropped(value.labels, keep)
         if not bool(dropped.any()):
             return tuple(value.meta.shape)
@@ -304,6 +360,10 @@ def _take(tensor: Tensor, stays: Bool[Tensor, "..."]) -> Tensor:
 
 _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 """Arguments that list the sizes of an operator's output, or of its last axes."""
+
+
+_CUTS = SPLITS | {"slice.Tensor", "narrow"}
+"""Operators that cut an axis at given places."""
 
 
 def _size(old: Any, new: int) -> Any:

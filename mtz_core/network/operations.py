@@ -50,6 +50,10 @@ class NotUnderstood(Exception):
     """An operator treats neurons in a way that no rule covers. The message says which."""
 
 
+class EveryPair(NotUnderstood):
+    """An operator multiplies every neuron with every other. It is taken as one without a rule."""
+
+
 RuleArguments = Mapping[str, Any]
 Rule = Callable[[Ties, Node, RuleArguments, Any], Int64[Tensor, "..."] | Sequence[Int64[Tensor, "..."]]]
 """Ties the labels of an operator's operands as far as required, and returns the labels of its output (or outputs)."""
@@ -338,7 +342,7 @@ def _contract(
         The labels of the product.
 
     Raises:
-        NotUnderstood: If every neuron is multiplied with every other.
+        EveryPair: If every neuron is multiplied with every other.
     """
     a, b = compress(ties.resolve(a)), compress(ties.resolve(b))
     if a.shape[-1] > 1 or b.shape[-2] > 1:  # the sum runs over neurons
@@ -348,7 +352,7 @@ def _contract(
         _pin_by(ties, met, b, [*b_shape[:-2], 1, b_shape[-2]])
         return compress(ties.symmetric(met, [met.ndim - 1]))
     if a.shape[-2] > 1 and b.shape[-1] > 1:
-        raise NotUnderstood("it multiplies every neuron with every other")
+        raise EveryPair("it multiplies every neuron with every other")
     met = compress(ties.resolve(_meet(ties, a, b)))
     _pin_by(ties, met, a, [*a_shape[:-1], 1])
     _pin_by(ties, met, b, [*b_shape[:-2], 1, b_shape[-1]])

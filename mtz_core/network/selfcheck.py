@@ -12,9 +12,13 @@ from torch import Tensor
 from mtz_core.errors import UnsupportedModule
 from mtz_core.network.graph import INPUT, Axis, Network, free_unused, run_node
 from mtz_core.network.groups import Analysis
+from mtz_core.network.operations import Value
 
 TOLERANCE = 1e-4
 """How far outputs may differ, relative to the largest: the effect of reordering sums in float32."""
+
+NAMED = 8
+"""How many operators an error names."""
 
 Permutations = Mapping[str, Int64[np.ndarray, " _neurons"]]
 
@@ -53,9 +57,21 @@ def check(
             break
     raise UnsupportedModule(
         f"the neurons of group {name!r} are not interchangeable: permuting them in all layers that write and read "
-        "them changes the output. Something between those layers treats them differently; list the modules that do "
-        "under `keep_separate`."
+        f"them changes the output. Something between those layers treats them differently; list it, or its module, "
+        f"under `keep_separate`. Between them are {_between(network, analysis, name)}."
     )
+
+
+def _between(network: Network, analysis: Analysis, group: str) -> str:
+    """The operators that pass on the neurons of a group, and their modules, in words."""
+    labels = torch.tensor(analysis.members[group])
+    found = []
+    for node in network.graph.nodes:
+        value = analysis.labels.values[node.name]
+        passed = value.labels if isinstance(value, Value) else torch.cat([part.labels.flatten() for part in value])
+        if not node.is_layer and bool(torch.isin(analysis.labels.ties.resolve(passed), labels).any()):
+            found.append(repr(node.name) + (f" (in {node.module!r})" if node.module else ""))
+    return ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -79,9 +79,10 @@ def build_module(network: Network) -> fx.GraphModule:
             drawn[node.name] = drawing.call_function(operator(node.kind), (), arguments)
     drawing.output(drawn[network.graph.output])
     plain = fx.GraphModule(root, drawing)
-    for name, _ in root.named_buffers():
-        if name.startswith("constant_"):
-            plain._non_persistent_buffers_set.add(name)  # they are part of the forward pass, not of a state to load
+    constants = {name for name, _ in root.named_buffers() if name.startswith("constant_")}
+    for name in constants | (network.non_persistent & network.state.keys()):  # of the forward pass, not of a state
+        path, _, leaf = name.rpartition(".")
+        plain.get_submodule(path)._non_persistent_buffers_set.add(leaf)
     return plain
 
 

@@ -53,6 +53,9 @@ def _described(groups: Sequence[NeuronGroup]) -> list[str]:
     ]
 
 
+SPLITS = frozenset({"chunk", "split.Tensor", "split_with_sizes"})
+"""Ways of writing one and the same cut into pieces."""
+
 _SETTINGS = frozenset({"kernel_size", "stride", "padding", "dilation"})
 
 
@@ -64,4 +67,5 @@ def describe(node: Node) -> str:
     if given.get("stride") == given.get("kernel_size"):
         given.pop("stride", None)  # a pooling's default, which some ways of writing it spell out
     settings = ", ".join(f"{key}={value}" for key, value in given.items())
-    return f"{node.kind}{name}{bias}" + (f" ({settings})" if settings else "")
+    kind = "split" if node.kind in SPLITS else node.kind
+    return f"{kind}{name}{bias}" + (f" ({settings})" if settings else "")

@@ -9,10 +9,10 @@ Nothing is guessed, and every graph is checked by permuting its neurons (see `mt
 from __future__ import annotations
 
 import keyword
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -21,23 +21,25 @@ from torch.nn.parameter import is_lazy
 
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
 from mtz_core.network.exported import SIZES, ProgramReader
-from mtz_core.network.graph import Network, Node, leaves, run_node
+from mtz_core.network.folding import Program, fold_constants, fold_weights
+from mtz_core.network.graph import Network, Node
 from mtz_core.network.groups import analyse
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
+from mtz_core.network.rewriting import rewrite
 from mtz_core.network.selfcheck import check
 
 CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
 
 
-def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate: Sequence[str] = ()) -> Network:
+def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = ()) -> Network:
     """Trace a module by exporting it on an example input. The module is not modified.
 
     Args:
         module: The module.
-        example: A batch of its inputs.
-        keep_separate: Paths of submodules whose layers will not be shared and whose operators need no rule.
+        example: A batch of its inputs, ``[batch, …]``.
+        keep_separate: Paths of submodules, or names of operators, that will not be shared and need no rule.
 
     Returns:
         The module's graph and tensors.
@@ -49,6 +51,11 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
     """
     if not isinstance(module, nn.Module):
         raise UnsupportedModule(f"{module!r} is not a torch.nn.Module.")
+    if not isinstance(example, Tensor):
+        raise InvalidCalibration(
+            f"{type(module).__name__} is given a {type(example).__name__} as its input, but zipping needs a network of "
+            "one tensor. Wrap it in a module that takes one tensor and cuts it into its inputs."
+        )
     if example.ndim < 2:
         raise InvalidCalibration(
             f"an example of shape {list(example.shape[1:])} has no features for a network to read."
@@ -63,22 +70,60 @@ def trace(module: nn.Module, example: Shaped[Tensor, "batch ..."], keep_separate
     nodes, output = reader.nodes()
     nodes = _reachable(nodes, output)
     parameters = frozenset(dict(module.named_parameters()))
-    nodes, state = _fold(nodes, output, reader.state(), parameters)
-    used = {name for node in nodes for name in node.state}
-    unused = sorted(parameters - used)
+    nodes, state = fold_constants(nodes, output, reader.state(), parameters)
+    unused = sorted(parameters - {name for node in nodes for name in node.state})
     if unused:
         raise UnsupportedModule(
             f"parameter {unused[0]!r} is never used when the network runs. Remove it, "
             "so that sizes before and after zipping speak of the same network."
         )
-    state = {name: state[name] for name in state if name in used}
-    trainable = parameters & used
-    nodes = _mark_layers(nodes, trainable, keep_separate)
-    analysis = analyse(nodes, output, state, trainable, tuple(example.shape[1:]), example.dtype)
-    network = Network(analysis.graph, state, trainable, tuple(example.shape[1:]), example.dtype)
-    check(network, analysis, examples, expected)
+    program = fold_weights(Program(_mark_separate(nodes, keep_separate), output, state, parameters))
+    used = {name for node in program.nodes for name in node.state}
+    state = {name: program.state[name] for name in program.state if name in used}
+    program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
+    passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
+    network = _analysed(program, example, passing, examples, expected)
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
+    return network
+
+
+def _analysed(
+    program: Program,
+    example: Shaped[Tensor, "batch ..."],
+    non_persistent: frozenset[str],
+    examples: Shaped[Tensor, "size ..."],
+    expected: Shaped[Tensor, "size ..."],
+) -> Network:
+    """Find the neuron groups, and check them.
+
+    Operators that are kept separate keep their rules if the check agrees with these, so that neurons are known behind
+    them. If it does not, what meets these operators belongs to its place.
+
+    Args:
+        program: The network's nodes and tensors.
+        example: A batch of its inputs.
+        non_persistent: The names of the tensors that a ``state_dict`` leaves out.
+        examples: The inputs to check with.
+        expected: The module's outputs for them.
+
+    Returns:
+        The network.
+
+    Raises:
+        UnsupportedModule: If a part cannot be zipped.
+    """
+    entry = program.state, program.parameters, tuple(example.shape[1:]), example.dtype
+    opaque = [replace(node, opaque=node.separate and not node.is_layer) for node in program.nodes]
+    for nodes in (program.nodes, opaque):
+        analysis = analyse(nodes, program.output, *entry)
+        network = Network(analysis.graph, *entry, non_persistent)
+        try:
+            check(network, analysis, examples, expected)
+            break
+        except UnsupportedModule:
+            if nodes == opaque:
+                raise
     return network
 
 
@@ -111,9 +156,14 @@ def _accepted(module: nn.Module, example: Shaped[Tensor, "batch ..."]) -> tuple[
     try:
         return examples, _output(module, examples)
     except InvalidCalibration as error:
+        remedy = "Check that the calibration data are meant for this network."
+        if isinstance(module, fx.GraphModule):
+            remedy += (
+                " A program must be exported for any number of examples, with dynamic_shapes=({0: Dim('batch')},)."
+            )
         raise InvalidCalibration(
             f"{type(module).__name__} does not accept an input of shape {list(example.shape)} ({example.dtype}): "
-            f"{error} Check that the calibration data are meant for this network."
+            f"{error} {remedy}"
         ) from error
 
 
@@ -143,13 +193,16 @@ def _output(module: nn.Module, examples: Tensor) -> Tensor:
 
 def _export(module: nn.Module, examples: Tensor) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(module, (examples,), strict=False)
+        with warnings.catch_warnings():  # some modules set their weights anew in every forward pass
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+            program = torch.export.export(module, (examples,), strict=False)
     except Exception as error:
         raise UnsupportedModule(
             f"{type(module).__name__} cannot be exported by torch.export: {_first_line(error)} "
             "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "
             "network out of the group."
         ) from error
+    return rewrite(program)
 
 
 def _first_line(error: Exception) -> str:
@@ -173,7 +226,7 @@ def _check_names(module: nn.Module) -> None:
 def _check_paths(module: nn.Module, keep_separate: Sequence[str]) -> None:
     known = dict(module.named_modules())
     for path in keep_separate:
-        if path not in known:
+        if ":" not in path and path not in known:
             near = ", ".join(name for name in known if name) or "none"
             raise UnsupportedModule(f"keep_separate: there is no submodule {path!r}. Submodules: {near}.")
 
@@ -223,7 +276,11 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         Nothing; the mode holds inside the context.
     """
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    try:
+        module.eval()
+    except NotImplementedError:  # the module of an exported program has one mode for ever
+        for part in module.modules():
+            part.training = False
     try:
         with torch.no_grad():
             yield
@@ -252,56 +309,43 @@ def _reachable(nodes: list[Node], output: str) -> list[Node]:
     return [node for node in nodes if node.name in wanted]
 
 
-def _has_batch(node: Node) -> bool:
-    return any(
-        isinstance(leaf, Mapping) and "batch" in leaf
-        for argument in node.arguments.values()
-        for leaf in leaves(argument)
-    )
+def _mark_separate(nodes: Sequence[Node], keep_separate: Sequence[str]) -> list[Node]:
+    """Mark the nodes of the modules that are listed, and of those below; `""` is the network's own forward pass."""
+    below = tuple(f"{path}." for path in keep_separate if path)
+    return [replace(node, separate=node.module in keep_separate or node.module.startswith(below)) for node in nodes]
 
 
-def _fold(
-    nodes: list[Node], output: str, state: dict[str, Tensor], parameters: frozenset[str]
-) -> tuple[list[Node], dict[str, Tensor]]:
-    """Replace nodes that depend on neither input, parameters nor batch size by their values."""
-    values: dict[str, Any] = {}
-    kept: list[Node] = []
-    for node in nodes:
-        known = all(source in values for source in node.sources) and not parameters & set(node.state)
-        if known and not _has_batch(node) and node.name != output:
-            values[node.name] = run_node(node, values, state, batch=0)
-        else:
-            kept.append(node)
-    folded = {source for node in kept for source in node.sources if source in values}
-    names = {source: f"constant:{source}" for source in folded}
-    for source, name in names.items():
-        state[name] = values[source].clone()
-    renamed = [
-        replace(node, arguments={name: _renamed(argument, names) for name, argument in node.arguments.items()})
-        for node in kept
-    ]
-    return renamed, state
+def _mark_layers(program: Program, keep_separate: Sequence[str]) -> list[Node]:
+    """Mark the layers: nodes that zipping can see as a matrix and whose parameters no other node reads.
 
+    Args:
+        program: The network.
+        keep_separate: Names of operators that are kept separate, beside those that are marked already.
 
-def _renamed(argument: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(argument, list):
-        return [_renamed(part, names) for part in argument]
-    if isinstance(argument, Mapping) and argument.get("value") in names:
-        return {"state": names[argument["value"]]}
-    return argument
+    Returns:
+        The nodes, marked.
 
-
-def _mark_layers(nodes: list[Node], trainable: frozenset[str], keep_separate: Sequence[str]) -> list[Node]:
-    """Mark the layers: nodes that zipping can see as a matrix and whose parameters no other node reads."""
+    Raises:
+        UnsupportedModule: If there is no operator of a name.
+    """
+    names = {node.name for node in program.nodes}
+    for name in keep_separate:
+        if ":" in name and name not in names:
+            raise UnsupportedModule(
+                f"keep_separate: there is no operator {name!r}. Operators: {', '.join(sorted(names))}."
+            )
     uses: dict[str, int] = {}
-    for node in nodes:
+    for node in program.nodes:
         for name in node.state:
             uses[name] = uses.get(name, 0) + 1
-    marked = []
-    for node in nodes:
-        separate = any(node.module == path or node.module.startswith(f"{path}.") for path in keep_separate)
-        marked.append(replace(node, is_layer=_is_layer(node, trainable, uses), separate=separate))
-    return marked
+    return [
+        replace(
+            node,
+            is_layer=_is_layer(node, program.parameters, uses),
+            separate=node.separate or node.name in keep_separate,
+        )
+        for node in program.nodes
+    ]
 
 
 def _is_layer(node: Node, trainable: frozenset[str], uses: Mapping[str, int]) -> bool:

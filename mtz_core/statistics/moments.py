@@ -14,6 +14,9 @@ from torch import Tensor
 from mtz_core.errors import InvalidCalibration
 from mtz_core.statistics.linalg import DenseHessian, Hessian, RowsHessian
 
+DEAD = 1e-30
+"""The mean square below which inputs are dead: the squares of float32 values have lost digits, or are 0."""
+
 
 class Moments:
     """The second moment ``E[x xᵀ]`` of rows ``x``.
@@ -98,13 +101,13 @@ class Moments:
             relative: ``λ`` relative to the mean diagonal of ``E[x xᵀ]``.
 
         Returns:
-            ``λ`` in squared units of the inputs; `relative` itself if all inputs are 0.
+            ``λ`` in squared units of the inputs; `relative` itself if all inputs are 0, or as good as 0.
 
         Raises:
             InvalidCalibration: If there are no rows.
         """
         scale = self._mean_diagonal
-        return relative * (scale if scale > 0 else 1.0)  # a layer whose inputs are all dead: any λ will do
+        return relative * (scale if scale > DEAD else 1.0)  # a layer whose inputs are all dead: any λ will do
 
     def hessian(self, damping: float) -> Hessian:
         """Compute the damped Hessian ``E[x xᵀ] + λ I``.

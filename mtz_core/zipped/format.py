@@ -72,6 +72,7 @@ def _describe(network: TaskStructure) -> dict[str, Any]:
         "output": network.graph.output,
         "shapes": {name: list(shape) for name, shape in network.shapes.items()},
         "parameters": sorted(network.trainable),
+        "non_persistent": sorted(network.non_persistent),
         "original": {"parameters": network.parameters, "bytes": network.bytes},
     }
 
@@ -255,4 +256,4 @@ def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
     graph = analyse(nodes, entry["output"], state, trainable, shape, dtype).graph
     original = entry["original"]
     sizes = int(original["parameters"]), int(original["bytes"])
-    return TaskStructure(graph, shapes, trainable, shape, dtype, *sizes)
+    return TaskStructure(graph, shapes, trainable, shape, dtype, *sizes, frozenset(entry.get("non_persistent", ())))

@@ -166,7 +166,8 @@ class ZippedNetwork(nn.Module):
         part = self.structure.networks[task]
         dtype = self._precision if part.input_dtype.is_floating_point else part.input_dtype
         state = {name: tensor.detach().clone() for name, tensor in self.state_of(task).items()}
-        return build_module(Network(part.graph, state, part.trainable, part.input_shape, dtype)).train(self.training)
+        alone = Network(part.graph, state, part.trainable, part.input_shape, dtype, part.non_persistent)
+        return build_module(alone).train(self.training)
 
     def without(self, task: str) -> ZippedNetwork:
         """Return a zipped network without one task; the others compute exactly what they did.

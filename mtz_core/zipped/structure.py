@@ -61,6 +61,7 @@ class TaskStructure:
         input_dtype: The dtype of the examples.
         parameters: The number of trainable values in the task's original network.
         bytes: The size of the task's original network, in bytes.
+        non_persistent: The names of the tensors that the original's ``state_dict`` leaves out.
     """
 
     graph: LayerGraph
@@ -70,6 +71,7 @@ class TaskStructure:
     input_dtype: torch.dtype
     parameters: int
     bytes: int
+    non_persistent: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, network: Network, original: Network | None = None) -> TaskStructure:
@@ -85,7 +87,8 @@ class TaskStructure:
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state.items()}
         original = original or network
         entry = network.input_shape, network.input_dtype
-        return cls(network.graph, shapes, network.trainable, *entry, original.parameters, original.bytes)
+        sizes = original.parameters, original.bytes
+        return cls(network.graph, shapes, network.trainable, *entry, *sizes, network.non_persistent)
 
     @cached_property
     def matrices(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """A narrower network computes what the whole one does when nobody reads the neurons that it lacks."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtz_core.network.graph import Axis, Network, run
 from mtz_core.network.narrowing import LEAST, CannotDrop, Dropper, Keep, Reduced
 from mtz_core.network.to_module import build_module
+from mtz_core.network.topology import first_difference
 from mtz_core.network.tracing import trace
 from mtz_core.zipped.ownership import positions_of
 from tests.support.networks import Residual
@@ -249,6 +250,53 @@ def test_neurons_behind_a_normalisation_across_neurons_stay(norm: nn.Module, fre
     x = torch.randn(4, 2, 7, 7)
     found = Dropper(trace(Normalised(norm).eval(), x)).droppable(x)
     assert found == (("first", "hidden") if free else ("hidden",))
+
+
+# Cuts
+
+
+class Halves(nn.Module):
+    """The halves of a layer's neurons go separate ways."""
+
+    def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.both, self.second, self.head = nn.Linear(5, 12), nn.Linear(6, 4), nn.Linear(10, 3)
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.cut(self.both(x).relu())
+        out: Tensor = self.head(torch.cat([a, self.second(b).relu()], 1))
+        return out
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x.chunk(2, 1),
+        lambda x: x.split(6, -1),
+        lambda x: x.split([6, 6], 1),
+        lambda x: (x[:, :6], x[:, 6:]),
+        lambda x: (x.narrow(1, 0, 6), x[:, -6:]),
+    ],
+    ids=["chunk", "split", "sizes", "slices", "narrow"],
+)
+def test_parts_lose_neurons_independently(cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    x = torch.randn(4, 5)
+    network = trace(Halves(cut), x)
+    assert Dropper(network).droppable(x) == ("both", "both[2]", "second")
+    keep = {"both": np.array([0, 2, 3, 5]), "both[2]": np.array([1, 4])}
+    narrow = Dropper(network).narrow(keep).network
+    assert first_difference(narrow.graph, network.graph) is None
+    unread = {name: tensor.clone() for name, tensor in network.state.items()}
+    unread["head.weight"][:, [1, 4]] = 0
+    unread["second.weight"][:, [0, 2, 3, 5]] = 0
+    assert_close(run(narrow.graph, narrow.state, x), run(network.graph, unread, x))
+
+
+def test_parts_that_must_lose_the_same_neurons_lose_none() -> None:
+    x = torch.randn(4, 5)
+    network = trace(Halves(lambda x: x.view(-1, 2, 6).unbind(1)), x)
+    assert Dropper(network).droppable(x) == ("second",)
 
 
 # What is refused

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtz_core import ZipConfig, load, register_operation, zip_networks
+from mtz_core import Budget, ZipConfig, load, register_operation, zip_networks
 from mtz_core.errors import InvalidZippedFile, UnsupportedModule
 from mtz_core.network.graph import FIXED, GETITEM, Node, operator, run, run_node
+from mtz_core.network.narrowing import Dropper
 from mtz_core.network.operations import (
     OPERATIONS,
     NotUnderstood,
@@ -192,7 +193,6 @@ def follow(module: nn.Module, shape: tuple[int, ...], width: int) -> None:
 
 
 NOT_UNDERSTOOD: dict[str, tuple[Function, str]] = {
-    "outer product": (lambda x: (x[:, :, None] @ x[:, None, :]).flatten(1)[:, :6], "every neuron with every other"),
     "window over neurons": (lambda x: F.avg_pool1d(x[:, None], 3, 1, 1)[:, 0], "its window runs over neurons"),
     "by a vector": (lambda x: x.unflatten(1, (2, 3)).matmul(torch.ones(3)).repeat(1, 3), "multiplies by a vector"),
 }
@@ -203,6 +203,62 @@ def test_what_no_rule_covers_is_refused(name: str) -> None:
     function, reason = NOT_UNDERSTOOD[name]
     with pytest.raises(UnsupportedModule, match=rf"'1'.*{reason}.*register_operation.*keep_separate"):
         trace(nn.Sequential(nn.Linear(4, 6), Apply(function), nn.Linear(6, 3)), torch.randn(3, 4))
+
+
+def test_products_of_every_neuron_with_every_other_stay_separate_by_themselves() -> None:
+    products = Apply(lambda x: (x[:, :, None] @ x[:, None, :]).flatten(1))
+    module = nn.Sequential(nn.Linear(4, 6), products, nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3))
+    network = trace(module, torch.randn(3, 4))
+    assert [layer.name for layer in network.graph.layers] == ["0", "2", "4"]
+    assert set(network.graph.columns["2"].group) == {FIXED}
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(run(network.graph, network.state, x), module(x))
+    assert Dropper(network).droppable(x) == ("2",)
+
+
+class ChannelAttention(nn.Module):
+    """El-Nouby et al., XCiT: channels attend to the channels of their head, over normalised positions."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(size, 3 * size)
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, size = x.shape
+        packed = self.qkv(x).reshape(batch, length, 3, self.heads, size // self.heads).permute(2, 0, 3, 4, 1)
+        queries, keys, values = F.normalize(packed[0], dim=-1), F.normalize(packed[1], dim=-1), packed[2]
+        weights = (queries @ keys.transpose(-2, -1) * self.temperature).softmax(dim=-1)
+        out: Tensor = self.out((weights @ values).permute(0, 3, 1, 2).reshape(batch, length, size))
+        return out
+
+
+class ChannelMixer(nn.Module):
+    """Channel attention and a perceptron in a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(4, 8), ChannelAttention(8, 2), nn.Linear(8, 3)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.attention(x)
+        out: Tensor = self.head((x + self.mlp(x)).mean(1))
+        return out
+
+
+def test_channel_attention_is_kept_separate_by_itself() -> None:
+    networks, x = {"a": ChannelMixer(), "b": ChannelMixer()}, torch.randn(60, 5, 4)
+    for config in (ZipConfig(share=0.0), ZipConfig(share=1.0), ZipConfig(budget=Budget(size=0.7))):
+        zipped = zip_networks(networks, dict.fromkeys(networks, x), config)
+        for task, module in networks.items():
+            torch.testing.assert_close(zipped.network(task)(x), zipped(x, task))
+            if config.share == 0.0:
+                torch.testing.assert_close(zipped(x, task), module(x))
+    assert zipped.report.stored_fraction <= 0.7
 
 
 def test_operators_are_those_of_aten() -> None:

@@ -5,13 +5,14 @@ import itertools
 import pickle
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtz_core import ZipConfig, zip_networks
+from mtz_core import ZipConfig, load, zip_networks
 from mtz_core.network.graph import Network
 from mtz_core.network.to_module import build_module
 from mtz_core.network.tracing import trace
@@ -212,6 +213,33 @@ def test_a_plain_module_needs_nothing_of_ours(name: str) -> None:
     x = draw(4)
     assert torch.equal(pickle.loads(stored)(x), again(x))
     assert torch.equal(copy.deepcopy(again)(x), again(x))
+
+
+class Passing(nn.Module):
+    """Buffers that a state has, and others that it has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("kept", torch.rand(5))
+        self.register_buffer("mask", torch.rand(5), persistent=False)
+        self.drop = nn.Dropout(0.0)
+        self.drop.register_buffer("scale", torch.rand(5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last((self.first(x) * self.kept + self.mask).relu() * self.drop.scale)
+        return out
+
+
+def test_states_of_originals_and_extracted_networks_fit_each_other(tmp_path: Path) -> None:
+    networks, x = {"a": Passing(), "b": Passing()}, torch.randn(20, 4)
+    zipped = zip_networks(networks, dict.fromkeys(networks, x), ZipConfig(share=0.0))
+    zipped.save(tmp_path)
+    for whole, (task, module) in itertools.product((zipped, load(tmp_path)), networks.items()):
+        alone = whole.network(task)
+        assert torch.equal(alone(x), module(x))
+        module.load_state_dict(alone.state_dict())
+        alone.load_state_dict(module.state_dict())
 
 
 def test_extracted_networks_share_no_storage() -> None:

@@ -1,7 +1,9 @@
 """Tracing: what is understood runs as the module does, what is not is refused by name; never silently wrong."""
 
 import copy
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,10 +85,6 @@ def quantised() -> nn.Module:
     )
 
 
-def weight_norm() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3))
-
-
 def all_tied() -> nn.Module:
     module = Written(lambda m, x: m.second(torch.relu(m.first(x))))
     module.second.weight, module.second.bias = module.first.weight, module.first.bias
@@ -98,6 +96,12 @@ def parameter(value: Tensor) -> nn.Parameter:
 
 
 REMEDIES = r"Register what it does to neurons \(mtz_core\.register_operation\).*keep_separate"
+SEPARATE = r"\. List .*under `keep_separate` to leave it task-specific"
+
+
+def column(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(size, 1))
+
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     # control flow
@@ -158,10 +162,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta")),
         r"'1\.weight' has no values|several devices",
     ),
-    "weight norm": (weight_norm, rf"'0\.parametrizations\.weight\.0'.*_weight_norm.*{REMEDIES}"),
-    "computed weights": (
-        lambda: Written(lambda m, x: m.second(F.linear(x, m.first.weight * 2, m.first.bias))),
-        r"operator linear cannot be zipped: its weights are computed",
+    "weights computed from those of another layer": (
+        lambda: Written(lambda m, x: m.second(F.linear(m.first(x), m.first.weight.T))),
+        rf"operator linear cannot be zipped: its weights are computed, not stored{SEPARATE}",
+    ),
+    "weights computed from fewer values": (
+        lambda: Written(lambda m, x: m.second(m.first(F.linear(x, m.u * m.v))), u=column(4), v=column(4).T),
+        rf"operator linear cannot be zipped: its weights are computed, not stored{SEPARATE}",
     ),
     "factors of addmm": (
         lambda: Written(lambda m, x: m.second(torch.addmm(m.first.bias, x, m.first.weight, beta=2.0, alpha=0.5))),
@@ -188,7 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sorted": (lambda: Written(lambda m, x: m.second(m.first(x).sort(1).values)), rf"operator sort .*{REMEDIES}"),
     "recurrent": (
         lambda: Written(lambda m, x: m.second(m.rnn(m.first(x)[:, None])[0][:, 0]), rnn=nn.GRU(4, 4, batch_first=True)),
-        rf"'rnn'.*operator gru.*{REMEDIES}",
+        rf"'rnn'.*operator gru.*{SEPARATE}",
     ),
     "neurons that meet the batch": (
         lambda: Written(lambda m, x: m.second(m.first(x).t().reshape(x.shape))),
@@ -224,6 +231,17 @@ def test_what_zipping_cannot_follow_is_refused(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(UnsupportedModule, match=message):
         trace(make(), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, message) in REFUSED.items() if "keep_separate" in message])
+@pytest.mark.filterwarnings("ignore")
+def test_keeping_the_operator_of_an_error_separate_works(name: str) -> None:
+    module = REFUSED[name][0]()
+    with pytest.raises(UnsupportedModule) as refusal:
+        trace(module, torch.randn(3, 4))
+    operators = re.findall(r"'([\w.]+:\d+)'", str(refusal.value))
+    assert operators
+    assert_runs_as(module, trace(module, torch.randn(3, 4), operators[-1:]), (4,))
 
 
 def tied() -> nn.Module:
@@ -339,6 +357,36 @@ def test_an_input_that_does_not_fit_is_refused(example: Tensor, message: str) ->
         trace(mlp((9, 7), 3), example)
 
 
+@pytest.mark.parametrize("example", [(torch.randn(3, 12),) * 2, [torch.randn(3, 12)], {"x": torch.randn(3, 12)}])
+def test_an_input_that_is_no_tensor_is_refused(example: Any) -> None:
+    with pytest.raises(InvalidCalibration, match=r"Sequential is given a \w+ .*Wrap it in a module"):
+        trace(mlp((9, 7), 3), example)
+
+
+def test_a_network_of_several_inputs_can_be_wrapped() -> None:
+    module = Written(lambda m, x: m.second(m.join(m.first(x[:, :4]), x[:, 4:])), join=nn.Bilinear(4, 2, 4))
+    assert_runs_as(module, trace(module, torch.randn(3, 6), ["join"]), (6,))
+
+
+def program(module: nn.Module, **dynamic: Any) -> nn.Module:
+    return torch.export.export(module, (torch.randn(3, 4),), **dynamic).module()
+
+
+ANY_BATCH: Any = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+
+
+def test_the_module_of_an_exported_program_is_followed() -> None:
+    module = Written(lambda m, x: m.second(m.first(x).relu())).eval()
+    network = trace(program(module, **ANY_BATCH), torch.randn(3, 4))
+    assert [layer.name for layer in network.graph.layers] == ["first", "second"]
+    assert_runs_as(module, network, (4,))
+
+
+def test_an_exported_program_of_one_batch_size_is_refused() -> None:
+    with pytest.raises(InvalidCalibration, match=r"exported for any number of examples, with dynamic_shapes"):
+        trace(program(Written(lambda m, x: m.second(m.first(x)))), torch.randn(3, 4))
+
+
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(UnsupportedModule, match=r"is not a torch\.nn\.Module"):
         trace(torch.relu, torch.randn(3, 4))  # type: ignore[arg-type]
@@ -450,10 +498,55 @@ def test_a_known_layer_can_be_kept_separate() -> None:
 
 
 def test_computed_weights_can_be_kept_separate() -> None:
-    module = weight_norm()
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3))
     network = trace(module, torch.randn(3, 4), ["0"])
     assert [layer.name for layer in network.graph.layers] == ["2"]
     assert_runs_as(module, network, (4,))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True, "dropout": 0.3}], ids=["one", "two"])
+def test_recurrent_layers_can_be_kept_separate(kind: Callable[..., nn.Module], settings: dict[str, Any]) -> None:
+    module = Written(
+        lambda m, x: m.second(m.between(m.rnn(m.first(x))[0][:, -1])),
+        rnn=kind(4, 5, batch_first=True, **settings),
+        between=nn.Linear(10 if settings else 5, 4),
+    )
+    network = trace(module, torch.randn(3, 6, 4), ["rnn"])
+    assert [layer.name for layer in network.graph.layers] == ["first", "between", "second"]
+    assert network.trainable == dict(module.named_parameters()).keys()
+    assert_runs_as(module, network, (6, 4))
+
+
+OUTERMOST: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    # a network, and the operator that its error names
+    "without a rule": (lambda: Written(lambda m, x: m.second(m.first(x).cumsum(1))), "cumsum:1"),
+    "with computed weights": (
+        lambda: Written(lambda m, x: m.second(F.linear(m.first(x), m.first.weight.T))),
+        "linear:2",
+    ),
+    "with a rule that does not hold": (
+        lambda: Written(lambda m, x: m.second(m.first(x).t().reshape(x.shape))),
+        "reshape:2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTERMOST)
+@pytest.mark.parametrize("by_name", [True, False], ids=["named", "all"])
+def test_operators_of_the_outermost_module_can_be_kept_separate(name: str, by_name: bool) -> None:
+    make, operator = OUTERMOST[name]
+    module = make()
+    with pytest.raises(UnsupportedModule, match=rf"'{operator}'.*keep_separate|keep_separate.*'{operator}'"):
+        trace(module, torch.randn(3, 4))
+    network = trace(module, torch.randn(3, 4), [operator if by_name else ""])
+    assert "second" in [layer.name for layer in network.graph.layers]
+    assert_runs_as(module, network, (4,))
+
+
+def test_operators_to_keep_separate_must_exist() -> None:
+    with pytest.raises(UnsupportedModule, match=r"there is no operator 'cumsum:9'\. Operators: 0, 1\.0, 3, cumsum:2"):
+        trace(separable(), torch.randn(3, 4), ["cumsum:9"])
 
 
 def test_only_what_is_listed_is_separate() -> None:

@@ -154,6 +154,15 @@ def test_moments_of_groups_merge_and_come_back() -> None:
     assert torch.equal(again.hessian(0.1).dense(), whole.hessian(0.1).dense())
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e-19, 1e-22, 1e-30, 1e-40, 0.0])
+@pytest.mark.parametrize("count", [4, 12], ids=["rows", "gram"])
+def test_a_damped_hessian_can_be_solved_however_small_the_inputs_are(count: int, scale: float) -> None:
+    hessian = folded(data(count, torch.float32) * scale).hessian(1e-3)
+    whole = torch.eye(INPUTS, dtype=torch.float64)
+    torch.testing.assert_close(hessian.product(hessian.solve(whole)), whole)
+    assert hessian.eliminate(torch.arange(3), torch.arange(3, INPUTS)).curvature.dense().isfinite().all()
+
+
 @pytest.mark.parametrize("count", [4, 12], ids=["rows", "gram"])
 def test_asking_for_a_hessian_leaves_the_moments_alone(count: int) -> None:
     moments = folded(data(count))

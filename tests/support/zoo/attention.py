@@ -83,6 +83,21 @@ class CausalAttention(nn.Module):
         return out
 
 
+class CrossAttention(nn.Module):
+    """Written with einsum: positions of one value attend to those of another."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(size, size) for _ in range(4))
+
+    def forward(self, x: Tensor, read: Tensor) -> Tensor:
+        queries = self.query(x).unflatten(-1, (-1, HEAD))
+        keys, values = (layer(read).unflatten(-1, (-1, HEAD)) for layer in (self.key, self.value))
+        weights = torch.einsum("bqhd,bkhd->bhqk", queries, keys).div(math.sqrt(HEAD)).softmax(-1)
+        out: Tensor = self.out(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2))
+        return out
+
+
 def rotated(x: Tensor) -> Tensor:
     """Rotary position embedding of [batch, heads, length, HEAD]."""
     frequencies = 100.0 ** -(torch.arange(0, HEAD, 2, device=x.device) / HEAD)
@@ -246,6 +261,26 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stream = self.tokens(x) + self.positions[: x.shape[1]]
         out: Tensor = self.head(self.norm(self.blocks(stream)))
+        return out
+
+
+class Perceiver(nn.Module):
+    """Jaegle et al.: learned queries attend to patches; [batch, 3, 16, 16] → [batch, classes]."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        size = 2 * HEAD * width
+        self.patches = nn.Conv2d(3, size, 8, stride=8)
+        self.queries = nn.Parameter(torch.zeros(1, 3, size))
+        self.attention = CrossAttention(size)
+        self.norm, self.mlp = nn.LayerNorm(size), gelu_mlp(size)
+        self.head = nn.Linear(size, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2).contiguous()
+        queries = self.queries.expand(len(x), -1, -1)
+        stream = queries + self.attention(queries, patches)
+        out: Tensor = self.head((stream + self.mlp(self.norm(stream))).mean(1))
         return out
 
 

@@ -97,6 +97,7 @@ OWN = (
     ZooCase("vit", attention.vit, images),
     ZooCase("vit, attention module", attention.vit_attention_module, images),
     ZooCase("vit, torch encoder", attention.torch_encoder_vit, images),
+    ZooCase("perceiver", attention.Perceiver, images),
     ZooCase("bert", attention.Bert, tokens),
     ZooCase("decoder", attention.decoder, tokens),
     ZooCase("language model", attention.LanguageModel, tokens),
