@@ -3,8 +3,7 @@
 Damage adds up over groups and tasks. Bytes do not, since two neighbouring groups save more when both are shared
 (`mtz_core.planning.sizes`). So the plan for a price λ per byte is found by coordinate descent: group by group, the
 state of least ``damage + λ · bytes`` is chosen given the other groups' states, from several starts. The price is
-bisected until the bytes fit. Then the damage to each task is counted for more where it is large, and for less where it
-is small, and the plan is made again: of these the one is taken that costs least to the task that loses most.
+bisected until the bytes fit.
 """
 
 from __future__ import annotations
@@ -26,16 +25,11 @@ from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
 
-_PRICES, _CLOSE, _NEAR = (1e-16, 1e4), 1.0001, 64.0
-"""Between which prices of a byte a plan is looked for, how close to each other they come, and how near to the last
-price the next one is looked for first."""
+_PRICES, _CLOSE = (1e-16, 1e4), 1.0001
+"""Between which prices of a byte a plan is looked for, and how close to each other they come."""
 
 _ANY_PRICE = 1e30
 """A price per byte at which nothing but bytes counts."""
-
-_ROUNDS, _EVEN, _LEAST = 6, 1.1, 1e-3
-"""How often a plan is made again to even out what tasks lose, the ratio of losses at which that ends, and the least
-loss, relative to the largest, that counts in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +162,7 @@ class Planner:
         dropping: float = 1.0,
         counted: Mapping[str, float] | None = None,
     ) -> Plan:
-        """Make the plan that fits a size and costs least to the task that loses most.
+        """Make the plan of least damage that fits a size.
 
         Args:
             size: The most that is stored, relative to the originals' bytes.
@@ -183,21 +177,8 @@ class Planner:
         Raises:
             InvalidConfig: If no plan is that small.
         """
-        own = self._balance if counted is None else np.array([counted[task] for task in self.tasks])
-        weights, least, bracket = own.copy(), np.inf, _PRICES
-        for _ in range(_ROUNDS):
-            states, price = self._cheapest(size, Prices(weights, sharing, dropping), bracket)
-            bracket = price / _NEAR, price * _NEAR
-            lost = own * sum(
-                sharing * table.sharing[:, states[name]] + dropping * table.dropping[:, states[name]]
-                for name, table in self.options.items()
-            )
-            if lost.max() < least:
-                best, least = states, lost.max()
-            if lost.max() <= _EVEN * lost.min():
-                break
-            weights = weights * np.sqrt(np.maximum(lost / lost.max(), _LEAST))
-        return self._plan(best)
+        weights = self._balance if counted is None else np.array([counted[task] for task in self.tasks])
+        return self._plan(self._cheapest(size, Prices(weights, sharing, dropping)))
 
     def size_for(self, lost: float) -> float | None:
         """Find the least size, in steps of 5 %, at which no task is expected to lose more than a share of information.
@@ -214,22 +195,10 @@ class Planner:
                 return size
         return None
 
-    def _cheapest(self, size: float, prices: Prices, bracket: tuple[float, float] = _PRICES) -> tuple[States, float]:
-        """The states of least damage that fit a size, and the price of a byte that led to them.
-
-        Args:
-            size: The most that is stored, relative to the originals' bytes.
-            prices: How damage counts.
-            bracket: Between which prices to look first.
-
-        Returns:
-            The states and the price.
-
-        Raises:
-            InvalidConfig: If no states fit.
-        """
+    def _cheapest(self, size: float, prices: Prices) -> States:
+        """The states of least damage that fit a size. Raises `InvalidConfig` if none do."""
         budget = int(size * self.original_bytes + 1e-6)
-        low, high = bracket
+        low, high = _PRICES
         best: States | None = None
         tried: list[States] = []
         while high > low * _CLOSE:
@@ -242,15 +211,13 @@ class Planner:
             high = price
             if best is None or self._objective(states, 0.0, prices) < self._objective(best, 0.0, prices):
                 best = states
-        if best is None and bracket != _PRICES:
-            return self._cheapest(size, prices)
         if best is None:
             least = ceil(1000 * self.least_bytes / self.original_bytes) / 1000
             raise InvalidConfig(
                 f"budget.size: {size:g} is impossible: the least that these networks can be stored in is "
                 f"{least:.3f} of their bytes ({self.least_bytes:,})."
             )
-        return self._fill(best, budget, prices), high
+        return self._fill(best, budget, prices)
 
     def stepped_back(self, plan: Plan, to: Plan) -> Iterator[tuple[str, Plan]]:
         """Bring ever more groups of a plan into the state that they have in another plan.

@@ -3,9 +3,10 @@
 Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds, and between tasks,
 it can be far off, because it misses errors that meet in later layers and errors that cancel. So several plans are made
 for one size: with one move alone, with the damage of sharing counted for more or for less, as long as this improves the
-result, and at last with the damage to each task corrected by what it has really lost. Each plan is merged on most of
-the calibration data and measured on the rest. A plan costs what it costs the task that loses most; the cheapest is
-taken. So a mixture is chosen only where it does better than either move alone, and no task is sacrificed for another.
+result, and at last with the damage to each task counted for less, the less it has really lost. Each plan is merged on
+most of the calibration data and measured on the rest. The best is taken, by the root of the summed squares of what the
+tasks lose. So a mixture is chosen only where it does better than either move alone, and no task is sacrificed for
+another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from math import exp, log
+from math import exp, hypot, log
 
 import torch
 from jaxtyping import Float, Shaped
@@ -35,11 +36,12 @@ from mtz_core.zipped.report import LayerReport, TaskReport
 STEP = 4.0
 """The factor by which the damage of sharing counts for more or less from plan to plan; near the best, its root."""
 
-CORRECTIONS, EVEN = 2, 1.5
-"""How often the damage to each task is corrected by what was measured, and the ratio of losses at which it need not."""
+EVENED, EVEN, GENTLE = 3, 1.5, 0.25
+"""How often the damage to tasks is evened out by what was measured, the ratio of losses at which it need not, and the
+power of that ratio by which damage counts for less: losses react strongly."""
 
-NEGLIGIBLE, FURTHEST = 1e-4, 16.0
-"""A share of a task's information that makes no difference, and the largest correction."""
+NEGLIGIBLE = 1e-4
+"""A share of a task's information that makes no difference."""
 
 LEAST_FACTOR = 4.0**-5
 """The least factor of the damage of sharing; the greatest is its inverse."""
@@ -182,14 +184,15 @@ class BudgetSearch:
                     if cost(done[-1]) >= cost(best) and not (same and step == 1 / STEP):
                         break
                     factor, best = factor * step, done[-1]
-        for number in range(CORRECTIONS if done else 0):
-            best = self.best_of(done)
-            if self._even(best):
-                break
-            counted = self._corrected(best)
-            sharing, dropping = best.factors
-            yield from attempt(f"{best.name}, corrected {number + 1} times", sharing, dropping)
-        if not done:
+        if done:
+            start = last = self.best_of(done)
+            for number in range(EVENED):
+                if self._even(last):
+                    break
+                counted = self._evened(counted, last)
+                yield from attempt(f"{start.name}, evened {number + 1} times", *start.factors)
+                last = done[-1]
+        else:
             self.planner.plan(size)  # raises an error that names the least size
 
     def ranked(self, size: float) -> list[Candidate]:
@@ -216,22 +219,18 @@ class BudgetSearch:
         zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep))
         return judge(zipped, self.traced, self.held_out, self._targets)
 
-    def cost(self, candidate: Candidate) -> tuple[float, float]:
-        """The weighted loss of the task that loses most, and that of all tasks, which decides between equal ones."""
-        losses = [self.weights[task] * loss for task, loss in candidate.loss.items()]
-        return max(losses), sum(losses)
+    def cost(self, candidate: Candidate) -> float:
+        """The root of the summed squares of all tasks' weighted losses: the largest count most."""
+        return hypot(*(self.weights[task] * loss for task, loss in candidate.loss.items()))
 
     def _even(self, candidate: Candidate) -> bool:
         losses = [self.weights[task] * loss for task, loss in candidate.loss.items()]
         return max(losses) <= EVEN * max(min(losses), NEGLIGIBLE)
 
-    def _corrected(self, candidate: Candidate) -> dict[str, float]:
-        """Weights under which the plan's expected damage to each task is as large as what was measured."""
-        ratios = {
-            task: max(loss, NEGLIGIBLE) / max(candidate.plan.lost[task], NEGLIGIBLE)
-            for task, loss in candidate.loss.items()
-        }
-        return {task: self.weights[task] * min(max(ratio, 1 / FURTHEST), FURTHEST) for task, ratio in ratios.items()}
+    def _evened(self, counted: Mapping[str, float], candidate: Candidate) -> dict[str, float]:
+        """Count the damage to a task for less, the less the task has lost by a plan in comparison to the others."""
+        losses = {task: self.weights[task] * max(loss, NEGLIGIBLE) for task, loss in candidate.loss.items()}
+        return {task: counted[task] * (loss / max(losses.values())) ** GENTLE for task, loss in losses.items()}
 
 
 @dataclass(frozen=True)
