@@ -39,20 +39,23 @@ def read_tensorflow_js(manifest: Path) -> State:
     Raises:
         UnreadableWeights: The manifest is damaged, a file lies elsewhere, or has another size.
     """
-    tensors: State = {}
     try:
-        for group in json.loads(manifest.read_text(encoding="utf-8")):
-            content = b"".join(_beside(manifest, name).read_bytes() for name in group["paths"])
-            position = 0
-            for entry in group["weights"]:
-                values, size = _values(entry, content[position:])
-                tensors[entry["name"]] = values
-                position += size
-            if position != len(content):
-                raise ValueError(f"it speaks of {position} bytes, and its files have {len(content)}")
+        groups = json.loads(manifest.read_text(encoding="utf-8"))
+        return {name: values for group in groups for name, values in _group(manifest, group)}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UnreadableWeights(f"{manifest}: {error}. Fetch its package again.") from error
-    return tensors
+
+
+def _group(manifest: Path, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a group, which lie one behind the other in its files."""
+    content = b"".join(_beside(manifest, name).read_bytes() for name in group["paths"])
+    position = 0
+    for entry in group["weights"]:
+        values, size = _values(entry, content[position:])
+        yield entry["name"], values
+        position += size
+    if position != len(content):
+        raise ValueError(f"it speaks of {position} bytes, and its files have {len(content)}")
 
 
 def _beside(manifest: Path, name: str) -> Path:
@@ -130,7 +133,9 @@ def read_onnx(file: Path) -> State:
                 if number == _INITIALISER:
                     tensors |= _initialiser(_message(value))
     except (OSError, ValueError, LookupError) as error:
-        raise UnreadableWeights(f"{file} is no ONNX model that can be read: {error}. Fetch its package again.") from error
+        raise UnreadableWeights(
+            f"{file} is no ONNX model that can be read: {error}. Fetch its package again."
+        ) from error
     if not tensors:
         raise UnreadableWeights(f"{file} has no weights. Fetch its package again.")
     return tensors

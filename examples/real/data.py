@@ -42,8 +42,8 @@ _LEAST_BYTES = 64
 _BLOCK = 4096
 
 
-class UnusablePictures(MtzError):
-    """A file does not hold the pictures that it should."""
+class UnusableInputs(MtzError):
+    """There are no inputs where they should be."""
 
 
 def write_faces(pictures: Path, folder: Path, seed: int = 0) -> dict[str, int]:
@@ -59,14 +59,14 @@ def write_faces(pictures: Path, folder: Path, seed: int = 0) -> dict[str, int]:
         The number of crops by split.
 
     Raises:
-        UnusablePictures: The file is no such array.
+        UnusableInputs: The file is no such array.
     """
     try:
         values = np.load(pictures, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UnusablePictures(f"{pictures} holds no pictures: {error}. Fetch its package again.") from error
+        raise UnusableInputs(f"{pictures} holds no pictures: {error}. Fetch its package again.") from error
     if values.ndim != 3 or values.dtype != np.float64 or len(values) < FACES:
-        raise UnusablePictures(
+        raise UnusableInputs(
             f"{pictures} holds {values.dtype} of shape {list(values.shape)}, not {FACES} grey pictures or more. Fetch "
             "its package again."
         )
@@ -122,11 +122,15 @@ def write_files(folder: Path, roots: Mapping[str, Path] | None = None) -> dict[s
 
     Returns:
         The number of files by split.
+
+    Raises:
+        UnusableInputs: There are too few packages to give every split a file.
     """
+    roots = roots or _environment()
     tokens: dict[str, list[Tokens]] = {split: [] for split in FILES}
     suffixes: dict[str, Counter[str]] = {split: Counter() for split in FILES}
     seen: set[bytes] = set()
-    for package, file in _candidates(roots or _environment()):
+    for package, file in _candidates(roots):
         split = _split(package)
         most = max(1, int(_OF_ONE_SUFFIX * FILES[split]))
         if len(tokens[split]) == FILES[split] or suffixes[split][file.suffix.lower()] == most:
@@ -138,6 +142,11 @@ def write_files(folder: Path, roots: Mapping[str, Path] | None = None) -> dict[s
         seen.add(digest)
         suffixes[split][file.suffix.lower()] += 1
         tokens[split].append(tokens_of(content))
+    if empty := [split for split, rows in tokens.items() if not rows]:
+        raise UnusableInputs(
+            f"the packages below {', '.join(map(str, roots.values()))} give no file for {empty[0]}. Name folders "
+            "with more of them."
+        )
     for split, rows in tokens.items():
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(rows))
         table = pa.table({INPUT: column})

