@@ -1,6 +1,7 @@
 """The summary of a run, as people read it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from flows.results.summary import summary_text
 RAN = [StageResult("pretrain@a", "executed", 5.0, 4.0), StageResult("merge", "executed", 3.0, 2.5)]
 SAME = [StageResult("collect@a", "unchanged"), StageResult("match", "unchanged")]
 NAMED = {"metric": "error", "unit": "%", "agreement_retrained": 98.04}
-METRICS = {
+METRICS: dict[str, Any] = {
     "stored": {"fraction": 0.5, "bytes": 1500, "original_bytes": 3000},
     "tasks": {
         "digits": NAMED | {"error_original": 1.0, "error_zipped": 1.756, "error_retrained": 1.5},
