@@ -20,7 +20,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run ui test test-core bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format docs docs-serve lock data clean
+.PHONY: help setup run run-real ui test test-core bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format docs docs-serve lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,10 @@ setup: .venv/.ready ## make .venv from the lock (does nothing when it is up to d
 
 run: setup ## run the main job: zip the example fleet
 	@$(WITH_ENV) mtz run
+
+run-real: setup ## fetch real networks from npm and PyPI, and zip them; needs npm and a network
+	@$(WITH_ENV) python -m examples.real
+	@$(WITH_ENV) mtz run --fleet examples/real/fleet.yaml
 
 ui: setup ## serve the MLflow and Prefect pages on this machine
 	@$(WITH_ENV) mtz ui

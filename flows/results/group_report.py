@@ -74,15 +74,18 @@ def as_report(values: Mapping[str, Any]) -> GroupReport:
 
 
 def metrics_table(report: GroupReport) -> list[dict[str, Any]]:
-    """Return one row per task: errors in percent (before, zipped, after light retraining) and what is stored."""
+    """Return one row per task: errors (before, zipped, after light retraining), agreement, and what is stored."""
     assert report.metrics is not None
     stored = report.metrics["stored"]
     return [
         {
             "task": name,
+            "metric": errors["metric"],
+            "unit": errors["unit"],
             "error before": errors["error_original"],
             "error zipped": errors["error_zipped"],
             "error after retraining": errors["error_retrained"],
+            "agreement %": errors["agreement_retrained"],
             "stored %": round(100 * stored["fraction"], 1),
             "bytes": stored["bytes"],
             "bytes before": stored["original_bytes"],

@@ -59,17 +59,19 @@ def print_summary(console: Console, result: FleetResult, home: Path) -> None:
 
 
 def _errors(reports: Sequence[GroupReport]) -> Table:
-    table = Table(title="Test error, %", title_justify="left", title_style="bold")
-    for column in ("group", "task"):
+    table = Table(title="Test errors, and agreement with the originals", title_justify="left", title_style="bold")
+    for column in ("group", "task", "error by"):
         table.add_column(column)
-    for column in ("before", "zipped", "after light\nretraining", "stored %", "bytes", "of"):
+    for column in ("before", "zipped", "after light\nretraining", "agreement\n%", "stored\n%", "bytes", "of"):
         table.add_column(column, justify="right")
     for report in reports:
         for number, row in enumerate(metrics_table(report)):
             table.add_row(
                 report.group if number == 0 else "",
                 row["task"],
+                ", ".join(filter(None, (row["metric"].rpartition(":")[2], row["unit"]))),
                 *(f"{row[name]:.2f}" for name in ("error before", "error zipped", "error after retraining")),
+                f"{row['agreement %']:.1f}",
                 f"{row['stored %']:.1f}" if number == 0 else "",
                 *(f"{row[name]:,}" if number == 0 else "" for name in ("bytes", "bytes before")),
             )

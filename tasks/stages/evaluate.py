@@ -45,7 +45,7 @@ def run(params: Params, workspace: Workspace) -> None:
         if metric.reads == "labels" and labels is not None:
             check_labels(labels, len(original), original.shape[1], model)
         loss = retrained.loss_of(model, original)
-        tasks[model] = {"metric": name, "output": loss.kind, "examples": len(original)}
+        tasks[model] = {"metric": name, "unit": metric.unit, "output": loss.kind, "examples": len(original)}
         for state, own in outputs.items():
             error = measure(metric, Case(own, labels, original, loss), model)
             tasks[model] |= {f"error_{state}": error.value, f"interval_{state}": [error.low, error.high]}

@@ -146,7 +146,8 @@ def test_what_is_recorded_of_a_release_is_what_was_registered(tmp_path: Path) ->
 
 
 def test_pages_show_errors_and_the_release_where_there_are_any(shown: dict[str, Any]) -> None:
-    errors = {"error_original": 1.0, "error_zipped": 1.75, "error_retrained": 1.5}
+    errors = {"metric": "error", "unit": "%", "agreement_retrained": 99.0}
+    errors |= {"error_original": 1.0, "error_zipped": 1.75, "error_retrained": 1.5}
     metrics = {"stored": {"fraction": 0.5, "bytes": 1, "original_bytes": 2}, "tasks": {"a": errors}}
     flow._publish(GroupReport("My_Group", model="zip", version=3, release="s3://r", metrics=metrics, folder="/w"))
     assert shown.keys() == {"group-my-group-errors", "group-my-group-stages", "group-my-group-release"}

@@ -33,7 +33,8 @@ def test_a_report_comes_back_as_it_went() -> None:
 
 
 def test_metrics_have_one_row_a_task() -> None:
-    errors = {"error_original": 1.0, "error_zipped": 1.75, "error_retrained": 1.5}
+    errors = {"metric": "error", "unit": "%", "agreement_retrained": 97.5}
+    errors |= {"error_original": 1.0, "error_zipped": 1.75, "error_retrained": 1.5}
     stored = {"fraction": 0.50049, "bytes": 500, "original_bytes": 1000}
     report = GroupReport(
         "g", version=4, metrics={"stored": stored, "tasks": {"a": errors, "b": {**errors, "error_zipped": 9.0}}}
@@ -41,9 +42,12 @@ def test_metrics_have_one_row_a_task() -> None:
     first, second = metrics_table(report)
     assert first == {
         "task": "a",
+        "metric": "error",
+        "unit": "%",
         "error before": 1.0,
         "error zipped": 1.75,
         "error after retraining": 1.5,
+        "agreement %": 97.5,
         "stored %": 50.0,
         "bytes": 500,
         "bytes before": 1000,

@@ -1,6 +1,7 @@
 """The summary of a run, as people read it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,12 @@ from flows.results.summary import summary_text
 
 RAN = [StageResult("pretrain@a", "executed", 5.0, 4.0), StageResult("merge", "executed", 3.0, 2.5)]
 SAME = [StageResult("collect@a", "unchanged"), StageResult("match", "unchanged")]
-METRICS = {
+NAMED = {"metric": "error", "unit": "%", "agreement_retrained": 98.04}
+METRICS: dict[str, Any] = {
     "stored": {"fraction": 0.5, "bytes": 1500, "original_bytes": 3000},
     "tasks": {
-        "digits": {"error_original": 1.0, "error_zipped": 1.756, "error_retrained": 1.5},
-        "fashion": {"error_original": 9.0, "error_zipped": 9.5, "error_retrained": 9.25},
+        "digits": NAMED | {"error_original": 1.0, "error_zipped": 1.756, "error_retrained": 1.5},
+        "fashion": NAMED | {"error_original": 9.0, "error_zipped": 9.5, "error_retrained": 9.25},
     },
 }
 MERGED = GroupReport("pair", stages=RAN, seconds=8.0, metrics=METRICS, model="zip", version=3, release="s3://b/r")
@@ -30,13 +32,19 @@ def summary(*reports: GroupReport, warning: str = "") -> list[str]:
 
 def test_a_merged_group_shows_errors_sizes_times_and_where_it_went() -> None:
     lines = summary(MERGED)
-    assert "pair digits 1.00 1.76 1.50 50.0 1,500 3,000" in lines
-    assert "fashion 9.00 9.50 9.25" in lines, "what holds for the group is said once"
+    assert "pair digits error, % 1.00 1.76 1.50 98.0 50.0 1,500 3,000" in lines
+    assert "fashion error, % 9.00 9.50 9.25 98.0" in lines, "what holds for the group is said once"
     assert "pair 4.0 2.5 1.5 8.0" in lines
     assert "pair merged models:/zip/3 s3://b/r" in lines
     last = "Wall time 12 s, peak memory 1.5 GiB. Groups: 1 merged. Stages: 2 executed, 0 restored, 0 unchanged."
     assert last in lines
     assert "/home/project/.mtz/workspaces/GROUP" in lines
+
+
+def test_a_metric_of_ones_own_has_no_unit() -> None:
+    own = {**METRICS["tasks"]["digits"], "metric": "my.metrics:pixels", "unit": ""}
+    lines = summary(GroupReport("pair", stages=RAN, metrics={**METRICS, "tasks": {"points": own}}))
+    assert "pair points pixels 1.00 1.76 1.50 98.0 50.0 1,500 3,000" in lines
 
 
 def test_what_failed_or_was_refused_says_why_and_what_to_do() -> None:

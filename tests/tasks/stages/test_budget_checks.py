@@ -109,6 +109,10 @@ def test_a_size_is_kept_by_the_plan_that_does_best(project: Path, capsys: pytest
     chosen = {row["what"] for row in rows if row["verdict"] == "chosen"}
     assert chosen == {min(losses, key=lambda name: losses[name])}
     assert {row["task"] for row in rows} == {"a", "b"}
+    curves = table("pairing/curves.csv")
+    for layer in {row["layer"] for row in curves}:
+        costs = [float(row["cost"]) for row in curves if row["layer"] == layer]
+        assert costs[0] == 0 < costs[-1] and costs == sorted(costs), "more neurons shared cost more"
 
     run("merge")
     said = capsys.readouterr().out
