@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
 from mtz_core.evaluation import Case, Function, Model, check_labels, measure, metric_of, outputs_of
-from mtz_core.merging.compatibility import KEPT_SEPARATE, check_compatible, shared_counts
+from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
 from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task
 from mtz_core.network.graph import Network
-from mtz_core.network.tracing import evaluation_mode
+from mtz_core.network.tracing import check_paths, evaluation_mode
 from mtz_core.planning.planner import Planner
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.retraining import Retraining, RetrainStep, Targets
@@ -114,7 +114,7 @@ def zip_networks(
 
     Raises:
         UnsupportedModule: A network does something that zipping does not understand.
-        IncompatibleNetworks: The networks differ in structure.
+        IncompatibleNetworks: The networks have no part in common, or differ outside of what is kept separate.
         InvalidWeights: Weights are not finite.
         InvalidCalibration: Data is missing, not finite, or does not fit.
         InvalidConfig: A setting is impossible. All of these come before any work where they can be known.
@@ -148,11 +148,15 @@ def zip_networks(
         _check_held_out(batches, held_out)
     if validation is None and (budget is None or retraining is not None) and not floor:
         batches = {task: _without(own, held_out.get(task, [])) for task, own in batches.items()}
+    check_paths(
+        {"keep_separate": config.keep_separate},
+        *(network for network in networks.values() if isinstance(network, nn.Module)),
+    )
     graphs = {
         task: trace_task(task, networks[task], data[0], config)
         for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
     }
-    check_compatible(graphs)
+    graphs = common_part(graphs)
     shared_counts(graphs, config)
     traced = {
         task: _measured(task, network, batches[task], config)
@@ -298,7 +302,7 @@ class _Steps:
 
     def merged(self, layers: Iterator[LayerReport | ZippedNetwork], traced: Mapping[str, Traced]) -> ZippedNetwork:
         """Merge to the end, layer by layer."""
-        total = len(next(iter(traced.values())).network.graph.layers)
+        total = len({node.name for own in traced.values() for node in own.network.graph.layers})
         last: LayerReport | ZippedNetwork | None = None
 
         def reports() -> Iterator[LayerReport]:

@@ -152,7 +152,10 @@ class ZipConfig:
             the next activation can tell apart. Range: 0 or more.
         matching_rounds: How often ``refit`` matches again the neuron groups whose pairings depend on each other, and
             the tuples of more than two networks. Range: 0 or more.
-        keep_separate: Paths of submodules that stay task-specific. Their operators need not be understood.
+        keep_separate: Paths of submodules that stay task-specific. Their operators need not be understood, and networks
+            may differ there: a path need not be in all of them.
+        zip: Paths of the submodules that take part, as if everything else were listed under `keep_separate`. All
+            networks have them. Empty: everything takes part.
         seed: Seed of everything that is sampled. Range: 0 or more.
         budget: What the zipped network may cost, in place of `share`.
         outputs: What each network puts out, ``{task: Output}``, or its kind alone; where it is left out it is guessed.
@@ -172,6 +175,7 @@ class ZipConfig:
     seed: int = 0
     budget: Budget | None = None
     outputs: Mapping[str, Output | Kind] | None = None
+    zip: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.method not in ("refit", "paper"):
@@ -188,12 +192,13 @@ class ZipConfig:
         if not _is_whole(self.matching_rounds) or self.matching_rounds < 0:
             raise InvalidConfig(f"matching_rounds: {self.matching_rounds!r} is impossible. Allowed: 0 or more, whole.")
         _check_seed(self.seed)
-        if (
-            isinstance(self.keep_separate, str)
-            or not isinstance(self.keep_separate, Sequence)
-            or not all(isinstance(path, str) for path in self.keep_separate)
-        ):
-            raise InvalidConfig(f"keep_separate: {self.keep_separate!r} is no list. Allowed: [path of a submodule, …].")
+        for name, paths in (("keep_separate", self.keep_separate), ("zip", self.zip)):
+            if (
+                isinstance(paths, str)
+                or not isinstance(paths, Sequence)
+                or not all(isinstance(path, str) for path in paths)
+            ):
+                raise InvalidConfig(f"{name}: {paths!r} is no list. Allowed: [path of a submodule, …].")
         if self.balance is not None and not (
             isinstance(self.balance, Mapping)
             and all(_is_number(value) and 0 < value < float("inf") for value in self.balance.values())

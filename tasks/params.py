@@ -132,7 +132,10 @@ class ModelTraits(_Block):
     """What zipping is told about a network."""
 
     keep_separate: list[str] = []
-    """Paths of submodules that stay task-specific, whatever they do."""
+    """Paths of submodules that stay task-specific, whatever they do. The networks of a group may differ in them."""
+    zip: list[str] = []
+    """Paths of the submodules that take part in sharing; everything else stays task-specific. Without it, everything
+    takes part."""
     output: Kind | OutputParams | None = None
     """What the network puts out: a kind, or `{kind: …, tolerance: …}`. Without it the kind is guessed from the
     network's last operator and its outputs for calibration data, and the report says so."""

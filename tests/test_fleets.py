@@ -35,7 +35,7 @@ def build(width=12):
 
 
 def deep(width=12):
-    return nn.Sequential(*build(width)[:-1], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Flatten(), nn.Tanh(), *build(width)[1:-1], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def read(split, weights):

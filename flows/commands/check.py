@@ -143,7 +143,7 @@ def _check_networks(project: Path, params: Params) -> None:
         project: The folder of the project.
         params: The parameters of the group.
     """
-    from mtz_core.merging.compatibility import check_compatible, shared_counts
+    from mtz_core.merging.compatibility import common_part, shared_counts
     from tasks.artifacts.paths import Workspace
     from tasks.models.factories import build_network
     from tasks.models.load import check_tokens, load_network, trace_on_own_image
@@ -157,6 +157,6 @@ def _check_networks(project: Path, params: Params) -> None:
         traced[name] = trace_on_own_image(params, workspace, name, network)
         check_tokens(params, workspace, name, traced[name])
     if len(traced) > 1:
-        check_compatible(traced)
+        traced = common_part(traced)
         shared_counts(traced, params.zip_config())
         check_budget(params, workspace, traced)

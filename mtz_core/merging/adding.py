@@ -18,12 +18,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
+from mtz_core.merging.compatibility import KEPT_SEPARATE, kept_separate
 from mtz_core.merging.fitting import LayerFit, following_clip
 from mtz_core.merging.pairing import Pairing, assign, assign_greedily
 from mtz_core.merging.walk import ActivationStream, check_task_name, trace_task
 from mtz_core.network.graph import Network, Node
 from mtz_core.network.narrowing import Reduced
-from mtz_core.network.topology import first_difference
+from mtz_core.network.topology import describe, find_difference
+from mtz_core.network.tracing import lies_in
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian
@@ -31,7 +33,14 @@ from mtz_core.statistics.moments import Moments
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.ownership import NOT_A_MEMBER, Segment, positions_of
 from mtz_core.zipped.report import LayerReport
-from mtz_core.zipped.structure import TaskStructure, ZippedStructure, can_share, own_name, to_blocks
+from mtz_core.zipped.structure import (
+    TaskStructure,
+    ZippedStructure,
+    can_share,
+    hidden_groups,
+    own_name,
+    to_blocks,
+)
 
 
 @torch.no_grad()
@@ -62,14 +71,13 @@ def add_network(
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     _check_request(zipped, task, config)
     batches = as_batches(calibration, task)
-    traced = trace_task(task, network, batches[0], config)
-    _check(zipped, task, traced)
+    traced = _alike(zipped, task, trace_task(task, network, batches[0], config))
     structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
     whole = Reduced.whole(traced)
     stream = ActivationStream(whole, batches)
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
-    before = {report.layer: report for report in zipped.report.layers}
+    before = list(zipped.report.layers)
     for node in traced.graph.nodes:
         if not node.is_layer:
             stream.advance(node)
@@ -86,13 +94,23 @@ def add_network(
         cost = _fit(zipped, structure, task, part, config)
         changed = part.tensors()
         blocks: dict[str, Tensor] = {}
-        for other in structure.tasks:
-            matrix = part.stored_matrix() if other == task else zipped.matrix(other, node)
-            blocks |= to_blocks(node.name, other, matrix, rows, columns, node.bias is not None, blocks)
+        for other, own in structure.nodes[node.name].items():
+            matrix = part.stored_matrix() if other == task else zipped.matrix(other, own)
+            blocks |= to_blocks(node.name, other, matrix, rows, columns, own.bias is not None, blocks)
         tensors |= blocks
         stream.advance(node, changed)
-        reports.append(_extended(before[node.name], task, part, cost, stream.output_error(node), structure, blocks))
+        error = stream.output_error(node)
+        known = [report for report in before if report.layer == node.name]
+        report = known[0] if len(known) == 1 else _no_report(node)
+        before = [other for other in before if other is not report]
+        reports.append(_extended(report, task, part, cost, error, structure, blocks))
         part.release()
+    for layer in structure.nodes.keys() - traced.graph.layers_by_name.keys():
+        for other, node in structure.nodes[layer].items():
+            rows, columns = structure.rows[layer], structure.columns[layer]
+            matrix, bias = zipped.matrix(other, node), node.bias is not None
+            tensors |= to_blocks(layer, other, matrix, rows, columns, bias, tensors)
+    reports += before
     stored = zipped.tensors()
     for name in structure.own_shapes():
         tensors[name] = stored[name].clone() if name in stored else traced.state[name.removesuffix(own_name("", task))]
@@ -138,17 +156,48 @@ def _extended(
     )
 
 
-def _check(zipped: ZippedNetwork, task: str, traced: Network) -> None:
-    first = zipped.tasks[0]
-    difference = first_difference(zipped.structure.networks[first].graph, traced.graph)
-    if difference is not None:
+def _no_report(node: Node) -> LayerReport:
+    """The report of a layer that none of the others has."""
+    return LayerReport(node.name, node.kind, {}, 0, 0.0, {}, 0, {}, KEPT_SEPARATE)
+
+
+def _alike(zipped: ZippedNetwork, task: str, traced: Network) -> Network:
+    """Let the newcomer keep separate what the others do, if it differs from them.
+
+    Args:
+        zipped: The zipped network.
+        task: The newcomer's task.
+        traced: The newcomer.
+
+    Returns:
+        The newcomer.
+
+    Raises:
+        IncompatibleNetworks: If it differs from the others in what they share, or in dtype.
+    """
+    first, graph = next((other, network.graph) for other, network in zipped.structure.networks.items())
+    found = find_difference(graph, traced.graph)
+    if found is not None:
+        separate = {n.module for own in zipped.structure.networks.values() for n in own.graph.nodes if n.separate}
+        common = iter([(node.module, describe(node)) for node in graph.nodes if not node.separate])
+        step, more = next(common, None), []
+        for node in traced.graph.nodes:
+            if not node.separate and step == (node.module, describe(node)):
+                step = next(common, None)
+            elif lies_in(node.module, separate):
+                more.append(node.name)
+        traced = kept_separate(traced, more)
+        found = find_difference(graph, traced.graph)
+    if found is not None:
         raise IncompatibleNetworks(
-            f"the networks differ in structure: {first} has {difference[0]} where {task} has {difference[1]}. "
-            "Zip networks of the same topology."
+            f"the networks differ in structure: {first} has {found.words[0]} where {task} has {found.words[1]}, in "
+            f"{found.where}. A network that is added has what the others share; zip all of them anew."
         )
     node = traced.graph.layers[0]
-    if zipped.matrix(first, node).dtype != traced.state[node.weight].dtype:
+    stored = next(iter(zipped.tensors().values()))
+    if stored.dtype != traced.state[node.weight].dtype:
         raise IncompatibleNetworks("the networks mix float32 and float64 weights. Convert them to one dtype.")
+    return traced
 
 
 def _match(
@@ -158,30 +207,31 @@ def _match(
     old = zipped.structure
     tasks = (*old.tasks, task)
     networks = {**old.networks, task: TaskStructure.of(traced)}
+    graphs = [network.graph for network in networks.values()]
+    unknown = np.zeros((0, len(old.tasks)), dtype=np.int64)
     alone = {
-        group.name: np.pad(rows, ((0, 0), (0, 1)), constant_values=NOT_A_MEMBER)
-        for group in traced.graph.hidden_groups
-        for rows in [old.members[group.name]]
+        name: np.pad(old.members.get(name, unknown), ((0, 0), (0, 1)), constant_values=NOT_A_MEMBER)
+        for name in hidden_groups(graphs)
     }
-    widths = {name: [len(rows), traced.graph.widths[name]] for name, rows in alone.items()}
-    counts = config.counts(widths)
+    mine = traced.graph.hidden_widths
+    counts = config.counts({name: [len(rows), mine.get(name, 0)] for name, rows in alone.items()})
     members: dict[str, Int64[np.ndarray, "neurons tasks"]] = {}
-    for group in traced.graph.hidden_groups:
-        width = traced.graph.widths[group.name]
+    for name in alone:
+        width = mine.get(name, 0)
         known = ZippedStructure(tasks, networks, members, old.report, old.separate)
-        cost = np.zeros((len(alone[group.name]), width))
-        writers = [node for node in traced.graph.layers if node.name in group.writers]
+        cost = np.zeros((len(alone[name]), width))
+        writers = [node for node in traced.graph.layers if cost.size and name in traced.graph.rows[node.name].groups]
         ready = [node for node in writers if {*traced.graph.columns[node.name].groups} & {*alone} <= members.keys()]
         fits = False
         for node in ready or writers:
-            found = _costs(zipped, known, task, traced, node, group.name, moments[node.name], config)
+            found = _costs(zipped, known, task, traced, node, name, moments[node.name], config)
             if found is not None:
                 cost, fits = cost + found, True
-        pairs = (assign if config.method == "refit" else assign_greedily)(cost, counts[group.name] if fits else 0)
-        rows = alone[group.name].copy()
+        pairs = (assign if config.method == "refit" else assign_greedily)(cost, counts[name] if fits else 0)
+        rows = alone[name].copy()
         rows[pairs[:, 0], -1] = pairs[:, 1]
-        everyone = [network.graph.widths[group.name] for network in networks.values()]
-        members[group.name] = Pairing.from_tuples(tasks, everyone, rows).members
+        everyone = [graph.hidden_widths.get(name, 0) for graph in graphs]
+        members[name] = Pairing.from_tuples(tasks, everyone, rows).members
     return ZippedStructure(tasks, networks, members, old.report, old.separate)
 
 
@@ -202,10 +252,11 @@ def _costs(
         the other layers that write them.
     """
     networks = structure.networks
+    if moments.conv_groups > 1 or not can_share(node.name, networks.values()):
+        return None
     tables = {t: torch.from_numpy(positions_of(n.graph.rows[node.name], group)) for t, n in networks.items()}
     mine = tables[task]
-    one_size = len({table.shape[1] for table in tables.values()}) == 1
-    if moments.conv_groups > 1 or not one_size or not can_share(node.name, networks.values()):
+    if len({table.shape[1] for table in tables.values()}) > 1:
         return None
     hessian = moments.hessian(config.fixed_damping)
     matrix = traced.matrix(node)[mine.flatten()].to(torch.float64)

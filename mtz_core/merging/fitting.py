@@ -313,8 +313,8 @@ def fit(
         for part in parts.values():
             part.refit(None)
     segments = [segment for segment in rows.segments if len(segment.owners) > 1]
-    balance = dict(zip(parts, config.balance_of(tuple(parts)), strict=True))
-    if config.method == "refit":
+    balance = dict(zip(parts, config.balance_of(tuple(parts)), strict=True)) if segments else {}
+    if config.method == "refit" and segments:
         sensitivity = [part.sensitivity for part in parts.values() if part.sensitivity is not None]
         if len(sensitivity) == len(parts):
             balance = dict(zip(parts, weigh_by_sensitivity(list(balance.values()), sensitivity), strict=True))

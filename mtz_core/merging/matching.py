@@ -58,10 +58,9 @@ class Matcher:
         traced: The networks by task, with what was measured of them.
         networks: The same networks alone.
         config: How to zip.
-        graph: The graph of the first network.
         tasks: The tasks.
         counts: How many neurons all networks are to share in every group.
-        groups: The hidden groups by name.
+        widths: For every hidden group of any network, the number of neurons that each network has in it.
         writers: For every group, the layers that write it and can be shared.
         refit: Whether own inputs compensate (``method="refit"``).
     """
@@ -73,13 +72,15 @@ class Matcher:
     ) -> None:
         self.traced, self.config = traced, config
         self.networks = networks = {task: own.network for task, own in traced.items()}
-        self.graph = check_compatible(networks)
+        check_compatible(networks)
         self.tasks = tuple(networks)
         self.counts = shared_counts(networks, config)
-        self.groups = {group.name: group for group in self.graph.hidden_groups}
+        self.widths = {
+            name: [network.graph.hidden_widths.get(name, 0) for network in networks.values()] for name in self.counts
+        }
         self.writers = {
-            name: [node for node in writers_of(self.graph, group) if why_separate(networks, node) is None]
-            for name, group in self.groups.items()
+            name: [node for node in writers_of(networks, name) if why_separate(networks, node) is None]
+            for name in self.widths
         }
         self.refit = config.method == "refit"
 
@@ -89,8 +90,9 @@ class Matcher:
         return None if None in known else [own[node.name] for own in known if own is not None]
 
     def reads(self, node: Node) -> set[str]:
-        """The hidden groups that a layer reads."""
-        return {name for name in self.graph.columns[node.name].groups if name in self.groups}
+        """The hidden groups that a layer reads in all networks."""
+        graphs = [network.graph for network in self.networks.values()]
+        return set.intersection(*({*graph.columns[node.name].groups} & graph.hidden_widths.keys() for graph in graphs))
 
     def match(self, name: str, pairings: Mapping[str, Pairing]) -> GroupMatch:
         """Find the best pairing of a group, given those of other groups.
@@ -111,7 +113,7 @@ class Matcher:
         writers = self.writers[name]
         ready = [node for node in writers if self.reads(node) <= pairings.keys()]
         layers = [self._sides(node, name, pairings) for node in ready or writers]
-        widths = [network.graph.widths[name] for network in self.networks.values()]
+        widths = self.widths[name]
         tuples, curve = _match_tuples(layers, widths, self.counts[name], self.config)
         pairing = Pairing.from_tuples(self.tasks, widths, tuples)
         return GroupMatch(name, pairing, _pairing_cost(layers, pairing), curve)
@@ -131,8 +133,7 @@ class Matcher:
             SingularHessian: If a Hessian cannot be factorised.
         """
         layers = [self._sides(node, name, pairings) for node in self.writers[name]]
-        widths = [network.graph.widths[name] for network in self.networks.values()]
-        return _match_all(layers, widths, count, self.config)[0]
+        return _match_all(layers, self.widths[name], count, self.config)[0]
 
     def cost(self, name: str, pairings: Mapping[str, Pairing]) -> float:
         """Predict the cost of a group's shared neurons.
@@ -151,7 +152,7 @@ class Matcher:
 
     def touched(self, name: str) -> list[str]:
         """The groups whose cost depends on a group's pairing: the group itself and those that its readers write."""
-        return [g for g in self.groups if g == name or any(name in self.reads(node) for node in self.writers[g])]
+        return [g for g in self.widths if g == name or any(name in self.reads(node) for node in self.writers[g])]
 
     def tuple_damages(
         self, name: str, pairings: Mapping[str, Pairing], tuples: Int64[np.ndarray, "k tasks"]
@@ -413,25 +414,25 @@ def match(traced: Mapping[str, Traced], config: ZipConfig) -> Iterator[GroupMatc
         Pairings of groups. The last one of a group counts.
 
     Raises:
-        IncompatibleNetworks: If the networks differ in topology or in dtype.
+        IncompatibleNetworks: If the networks differ in what they do not keep separate, or in dtype.
         InvalidConfig: If settings do not fit the networks.
         SingularHessian: If a Hessian cannot be factorised.
     """
     matcher = Matcher(dict(sorted(traced.items())), config)
     pairings: dict[str, Pairing] = {}
     coupled = False
-    for name in matcher.groups:
+    for name in matcher.widths:
         coupled = coupled or not all(matcher.reads(node) <= pairings.keys() for node in matcher.writers[name])
         found = matcher.match(name, pairings)
         pairings[name] = found.pairing
         yield found
     if not coupled or config.method == "paper":
         return
-    costs = {name: matcher.cost(name, pairings) for name in matcher.groups}
+    costs = {name: matcher.cost(name, pairings) for name in matcher.widths}
     yield replace(found, cost=costs[name], total=sum(costs.values()))
     for sweep in range(1, config.matching_rounds + 1):
         fell = False
-        for name in matcher.groups:
+        for name in matcher.widths:
             found = matcher.match(name, pairings)
             trial = pairings | {name: found.pairing}
             changed = {group: matcher.cost(group, trial) for group in matcher.touched(name)}

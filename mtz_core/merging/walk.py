@@ -59,7 +59,8 @@ def trace_task(task: str, module: nn.Module, example: Shaped[Tensor, "batch ..."
         task: The task.
         module: Its network.
         example: A batch of its inputs.
-        config: `ZipConfig.keep_separate` names submodules that stay task-specific.
+        config: `ZipConfig.keep_separate` names submodules that stay task-specific; those that the network lacks are
+            other networks'. `ZipConfig.zip` names those that take part.
 
     Returns:
         The traced network.
@@ -67,8 +68,9 @@ def trace_task(task: str, module: nn.Module, example: Shaped[Tensor, "batch ..."
     Raises:
         MtzError: Of the kinds that `mtz_core.network.tracing.trace` raises.
     """
+    own = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
     try:
-        return trace(module, example, config.keep_separate)
+        return trace(module, example, [path for path in config.keep_separate if path in own or ":" in path], config.zip)
     except MtzError as error:
         raise type(error)(f"the network of {task!r}: {error}") from error
 
@@ -168,7 +170,7 @@ def merge(
         A report when a layer is done, for every layer, and at last the zipped network.
 
     Raises:
-        IncompatibleNetworks: If the networks differ in topology or in dtype.
+        IncompatibleNetworks: If the networks differ in what they do not keep separate, or in dtype.
         InvalidConfig: If settings do not fit the networks.
         SingularHessian: If a Hessian cannot be factorised.
     """
@@ -189,12 +191,7 @@ def merge(
     streams = {task: ActivationStream(narrow, list(traced[task].batches)) for task, narrow in reduced.items()}
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
-    for steps in zip(*(narrow.network.graph.nodes for narrow in reduced.values()), strict=True):
-        nodes = dict(zip(reduced, steps, strict=True))
-        if not steps[0].is_layer:
-            for task, node in nodes.items():
-                streams[task].advance(node)
-            continue
+    for nodes in _layers(streams):
         report, blocks = _merge_layer(structure, reduced, nodes, streams, config, sensitivity)
         tensors |= blocks
         reports.append(report)
@@ -207,6 +204,38 @@ def merge(
     yield ZippedNetwork(finished, {name: tensors[name] for name in names}).eval()
 
 
+def _layers(streams: Mapping[str, ActivationStream]) -> Iterator[dict[str, Node]]:
+    """Walk over the nodes of all tasks, and run those that are no layers.
+
+    Args:
+        streams: The tasks' calibration data.
+
+    Yields:
+        A layer of one task; or of all tasks at once, if all of them have it and come to it in the same order. It must
+        be run before the walk goes on.
+    """
+    graphs = {task: stream.reduced.network.graph for task, stream in streams.items()}
+    everywhere = set.intersection(*(set(graph.layers_by_name) for graph in graphs.values()))
+    if len({tuple(node.name for node in graph.layers if node.name in everywhere) for graph in graphs.values()}) > 1:
+        separate = {node.name for graph in graphs.values() for node in graph.layers if node.separate}
+        everywhere -= separate
+    left = {task: iter(graph.nodes) for task, graph in graphs.items()}
+    while True:
+        met: dict[str, Node] = {}
+        for task, nodes in left.items():
+            for node in nodes:
+                if not node.is_layer:
+                    streams[task].advance(node)
+                elif node.name in everywhere:
+                    met[task] = node
+                    break
+                else:
+                    yield {task: node}
+        if not met:
+            return
+        yield met
+
+
 def _merge_layer(
     structure: ZippedStructure,
     reduced: Mapping[str, Reduced],
@@ -215,9 +244,10 @@ def _merge_layer(
     config: ZipConfig,
     sensitivity: Mapping[str, Sensitivities],
 ) -> tuple[LayerReport, dict[str, Tensor]]:
-    """Fit one layer of all tasks, store its blocks, and run it."""
+    """Fit one layer of the tasks that have these nodes, store its blocks, and run it."""
     (node, *_) = nodes.values()
     rows, columns = structure.rows[node.name], structure.columns[node.name]
+    own = {task: reduced[task] for task in nodes}
     originals = {task: narrow.original for task, narrow in reduced.items()}
 
     def parts_with(damping: float, held_out: bool) -> dict[str, LayerFit]:
@@ -225,15 +255,15 @@ def _merge_layer(
             task: LayerFit(
                 nodes[task],
                 narrow,
-                streams[task].original[node.source],
-                streams[task].zipped[node.source],
+                streams[task].original[nodes[task].source],
+                streams[task].zipped[nodes[task].source],
                 shared=any(len(run.owners) > 1 for run in rows.of(task)),
                 config=config,
                 sensitivity=sensitivity[task][node.name],
                 damping=damping,
                 held_out=held_out,
             )
-            for task, narrow in reduced.items()
+            for task, narrow in own.items()
         }
 
     def held_out_error(damping: float) -> float:
@@ -243,24 +273,25 @@ def _merge_layer(
 
     choose = config.damping == "auto" and config.method == "refit"
     parts = parts_with(min(DAMPINGS, key=held_out_error) if choose else config.fixed_damping, held_out=False)
-    clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in reduced.items()}
+    clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in own.items()}
     cost = fit(parts, rows, columns, clips, config)
     few = {task: part.few_rows for task, part in parts.items() if part.few_rows}
     blocks: dict[str, Tensor] = {}
     for task, part in parts.items():
         changed = part.tensors()
-        blocks |= to_blocks(node.name, task, part.stored_matrix(), rows, columns, node.bias is not None, blocks)
+        bias = nodes[task].bias is not None
+        blocks |= to_blocks(node.name, task, part.stored_matrix(), rows, columns, bias, blocks)
         part.release()
         streams[task].advance(nodes[task], changed)
     report = LayerReport(
         layer=node.name,
         kind=node.kind,
-        neurons={task: len(rows.order(task)) for task in reduced},
+        neurons={task: len(rows.order(task)) for task in nodes},
         shared=rows.shared(),
         cost=cost,
-        error={task: stream.output_error(node) for task, stream in streams.items()},
+        error={task: streams[task].output_error(node) for task, node in nodes.items()},
         parameters=sum(t.numel() for t in blocks.values()),
-        original_parameters={t: sum(n.state[name].numel() for name in node.state) for t, n in originals.items()},
+        original_parameters={t: sum(originals[t].state[n].numel() for n in node.state) for t, node in nodes.items()},
         note=why_separate(originals, node) or "",
         few_rows="; ".join(f"{task} has {what}" for task, what in few.items()),
     )

@@ -121,7 +121,7 @@ class NeuronGroup:
     the matrices of its writers.
 
     Attributes:
-        name: The group's name, that of the first layer that writes it.
+        name: The group's name, that of the first layer that writes it. (What is kept separate comes last.)
         writers: The layers whose rows belong to the group's neurons.
         readers: The layers whose columns belong to the group's neurons.
         hidden: Whether the group can be shared; the network's input and its outputs cannot.
@@ -184,9 +184,19 @@ class LayerGraph:
         return self._by_name[name]
 
     @cached_property
+    def layers_by_name(self) -> Mapping[str, Node]:
+        """The layers by name."""
+        return {node.name: node for node in self.layers}
+
+    @cached_property
     def hidden_groups(self) -> tuple[NeuronGroup, ...]:
         """The groups whose neurons can be shared."""
         return tuple(group for group in self.groups if group.hidden)
+
+    @cached_property
+    def hidden_widths(self) -> Mapping[str, int]:
+        """The number of neurons of every group that can be shared."""
+        return {group.name: self.widths[group.name] for group in self.hidden_groups}
 
     @cached_property
     def last_use(self) -> Mapping[str, str]:
@@ -205,6 +215,7 @@ class Network:
         input_shape: The shape of one example.
         input_dtype: The dtype of the examples.
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
+        unlike: Why layers stay separate that nobody has listed: where the network differs from another one, in words.
     """
 
     graph: LayerGraph
@@ -213,6 +224,7 @@ class Network:
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype
     non_persistent: frozenset[str] = frozenset()
+    unlike: str = ""
 
     @property
     def parameters(self) -> int:

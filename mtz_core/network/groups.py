@@ -145,7 +145,9 @@ def _name_groups(
     for first, _, ends, places, labels in sorted(ordered, key=lambda entry: entry[:2]):
         writers = tuple(nodes[n].name for n, side, _ in places if side == "rows" and nodes[n].name in names)
         readers = tuple(nodes[n].name for n, side, _ in places if side == "columns" and nodes[n].name in names)
-        name = nodes[first].name
+        # What other networks have, too, is not kept separate: it names the group.
+        written = [nodes[n] for n, side, _ in places if side == "rows"]
+        name = next((node.name for node in written if not node.separate), nodes[first].name)
         name = next(n for n in (name, *(f"{name}[{i}]" for i in range(2, len(ordered) + 2))) if n not in members)
         groups.append(NeuronGroup(name, writers, readers, hidden=not ends and bool(writers)))
         members[name] = labels

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import keyword
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -33,13 +33,15 @@ CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
 
 
-def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = ()) -> Network:
+def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = (), only: Sequence[str] = ()) -> Network:
     """Trace a module by exporting it on an example input. The module is not modified.
 
     Args:
         module: The module.
         example: A batch of its inputs, ``[batch, …]``.
         keep_separate: Paths of submodules, or names of operators, that will not be shared and need no rule.
+        only: Paths of submodules that take part in sharing; everything else is kept separate. If there are none,
+            everything takes part.
 
     Returns:
         The module's graph and tensors.
@@ -61,7 +63,7 @@ def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = ())
             f"an example of shape {list(example.shape[1:])} has no features for a network to read."
         )
     _check_names(module)
-    _check_paths(module, keep_separate)
+    check_paths({"keep_separate": keep_separate, "zip": only}, module)
     _check_weights(module)
     with evaluation_mode(module), _buffers_kept(module), _plain_attention():
         examples, expected = _accepted(module, example)
@@ -77,7 +79,7 @@ def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = ())
             f"parameter {unused[0]!r} is never used when the network runs. Remove it, "
             "so that sizes before and after zipping speak of the same network."
         )
-    program = fold_weights(Program(_mark_separate(nodes, keep_separate), output, state, parameters))
+    program = fold_weights(Program(_mark_separate(nodes, keep_separate, only), output, state, parameters))
     used = {name for node in program.nodes for name in node.state}
     state = {name: program.state[name] for name in program.state if name in used}
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
@@ -223,12 +225,22 @@ def _check_names(module: nn.Module) -> None:
                 )
 
 
-def _check_paths(module: nn.Module, keep_separate: Sequence[str]) -> None:
-    known = dict(module.named_modules())
-    for path in keep_separate:
-        if ":" not in path and path not in known:
-            near = ", ".join(name for name in known if name) or "none"
-            raise UnsupportedModule(f"keep_separate: there is no submodule {path!r}. Submodules: {near}.")
+def check_paths(settings: Mapping[str, Sequence[str]], *modules: nn.Module) -> None:
+    """Check that settings name submodules that at least one module has; names of operators are looked up later.
+
+    Args:
+        settings: The paths by the name of the setting.
+        modules: The modules.
+
+    Raises:
+        UnsupportedModule: If there is no such submodule.
+    """
+    known = dict.fromkeys(name for module in modules for name, _ in module.named_modules())
+    for setting, paths in settings.items():
+        for path in paths:
+            if ":" not in path and path not in known:
+                near = ", ".join(name for name in known if name) or "none"
+                raise UnsupportedModule(f"{setting}: there is no submodule {path!r}. Submodules: {near}.")
 
 
 def _check_weights(module: nn.Module) -> None:
@@ -309,10 +321,17 @@ def _reachable(nodes: list[Node], output: str) -> list[Node]:
     return [node for node in nodes if node.name in wanted]
 
 
-def _mark_separate(nodes: Sequence[Node], keep_separate: Sequence[str]) -> list[Node]:
-    """Mark the nodes of the modules that are listed, and of those below; `""` is the network's own forward pass."""
-    below = tuple(f"{path}." for path in keep_separate if path)
-    return [replace(node, separate=node.module in keep_separate or node.module.startswith(below)) for node in nodes]
+def lies_in(module: str, paths: Iterable[str]) -> bool:
+    """Whether a module is one of these, or inside one; `""` is the network's own forward pass."""
+    return any(module == path or (path and module.startswith(f"{path}.")) for path in paths)
+
+
+def _mark_separate(nodes: Sequence[Node], keep_separate: Sequence[str], only: Sequence[str]) -> list[Node]:
+    """Mark the nodes of the modules that are listed, or of all but those that take part."""
+    return [
+        replace(node, separate=lies_in(node.module, keep_separate) or (bool(only) and not lies_in(node.module, only)))
+        for node in nodes
+    ]
 
 
 def _mark_layers(program: Program, keep_separate: Sequence[str]) -> list[Node]:

@@ -160,6 +160,7 @@ def eliminate(
     balance = np.ones(units.shape[1]) if balance is None else balance
     reading = [[reader.copy() for reader in task] for task in reading]
     owned = units >= 0
+    present = owned.any(axis=0)
     alive, costs = np.ones(len(units), dtype=bool), np.zeros(units.shape)
     order: list[int] = []
     damage: list[np.ndarray] = []
@@ -174,7 +175,7 @@ def eliminate(
         price = costs[candidates] @ balance / freed[candidates]
         cheapest = candidates[np.argsort(price, kind="stable")[: max(1, int(AT_ONCE * len(candidates)))]]
         left = owned[alive].sum(axis=0) - owned[cheapest].cumsum(axis=0)
-        chosen = cheapest[(left >= LEAST).all(axis=1)]
+        chosen = cheapest[(left[:, present] >= LEAST).all(axis=1)]
         if not len(chosen):
             return np.array(order, dtype=np.int64), np.array(damage).reshape(-1, units.shape[1])
         alive[chosen] = False

@@ -152,7 +152,7 @@ def options(
         cheapest = np.argsort(damage @ balance, kind="stable")
         complete, damage = complete[cheapest], damage[cheapest]
     most = len(complete)
-    drop = "drop" in moves and all(len(task) > 0 for task in reading)
+    drop = "drop" in moves and all(len(task) > 0 for task, width in zip(reading, widths, strict=True) if width)
     paths = []
     starts = {round(start * most) for start in STARTS}
     for count in sorted(starts | {round(step / SHARES * most) for step in range(SHARES + 1)}):

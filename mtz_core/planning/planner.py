@@ -37,7 +37,7 @@ class Plan:
     """Which neurons each task keeps, and which of those are one.
 
     Attributes:
-        keep: For every task and group, the neurons that are kept, ascending.
+        keep: For every task and each of its groups, the neurons that are kept, ascending.
         pairings: The pairing of every group. It numbers the neurons that are kept.
         bytes: The size of the zipped network, in bytes.
         sharing: The expected damage by sharing in every group, over all tasks.
@@ -65,9 +65,11 @@ class Plan:
     def same(self, other: Plan) -> bool:
         """Whether another plan keeps and shares the same neurons."""
         return all(
-            np.array_equal(pairing.members, other.pairings[name].members)
-            and all(np.array_equal(own[name], other.keep[task][name]) for task, own in self.keep.items())
-            for name, pairing in self.pairings.items()
+            np.array_equal(pairing.members, other.pairings[name].members) for name, pairing in self.pairings.items()
+        ) and all(
+            np.array_equal(kept, other.keep[task][name])
+            for task, own in self.keep.items()
+            for name, kept in own.items()
         )
 
 
@@ -116,7 +118,7 @@ class Planner:
         pairings = {m.group: m.pairing for m in match(traced, config)} if "share" in moves else {}
         droppable = _droppable(traced.values()) if "drop" in moves else set()
         self.options: dict[str, Options] = {}
-        for name in matcher.groups:
+        for name in matcher.widths:
             reading: list[list[Reader]] = [[] for _ in self.tasks]
             if name in droppable:
                 reading = [
@@ -235,10 +237,10 @@ class Planner:
         for count in range(1, len(worst)):
             back = set(worst[:count])
             parts = {name: to if name in back else plan for name in damage}
-            keep = {task: {name: part.keep[task][name] for name, part in parts.items()} for task in self.tasks}
+            keep = {task: {name: parts[name].keep[task][name] for name in own} for task, own in plan.keep.items()}
             pairings = {name: part.pairings[name] for name, part in parts.items()}
             shared = {name: pairing.shared for name, pairing in pairings.items()}
-            kept = [{name: len(neurons) for name, neurons in keep[task].items()} for task in self.tasks]
+            kept = [{name: len(keep[task].get(name, ())) for name in damage} for task in self.tasks]
             yield (
                 ", ".join(worst[:count]),
                 Plan(
@@ -336,7 +338,8 @@ class Planner:
             units = table.members(states[name])
             left = [np.sort(units[units[:, t] >= 0, t]) for t in range(len(self.tasks))]
             for t, task in enumerate(self.tasks):
-                keep[task][name] = left[t]
+                if name in self.networks[task].graph.hidden_widths:
+                    keep[task][name] = left[t]
             tuples = units[(units >= 0).all(axis=1)]
             tuples = np.stack([np.searchsorted(left[t], tuples[:, t]) for t in range(len(self.tasks))], axis=1)
             pairings[name] = Pairing.from_tuples(self.tasks, [len(own) for own in left], tuples)
@@ -355,5 +358,10 @@ class Planner:
 
 
 def _droppable(traced: Iterable[Traced]) -> set[str]:
-    """The groups that can lose neurons in all networks, found by trying on a few examples of each."""
-    return set.intersection(*(set(Dropper(own.network).droppable(own.batches[0][:TRIED_ON])) for own in traced))
+    """The groups that can lose neurons in all networks that have them, found by trying on a few examples of each."""
+    can, cannot = set(), set()
+    for own in traced:
+        found = set(Dropper(own.network).droppable(own.batches[0][:TRIED_ON]))
+        can |= found
+        cannot |= own.network.graph.hidden_widths.keys() - found
+    return can - cannot

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from mtz_core.merging.compatibility import why_separate
-from mtz_core.network.graph import INPUT, KERNEL, Axis, Network
+from mtz_core.network.graph import INPUT, KERNEL, Axis, LayerGraph, Network
 from mtz_core.network.narrowing import analysis_of
 from mtz_core.zipped.ownership import positions_of
+from mtz_core.zipped.structure import hidden_groups
 
 Counts = Mapping[str, Any]
 """The number of neurons of every hidden group; or an array of numbers that are compared."""
@@ -80,18 +81,16 @@ class Sizes:
 
     Attributes:
         tasks: The tasks.
-        widths: For every task, the number of neurons of each hidden group.
+        widths: For every task, the number of neurons of each hidden group; 0 of those that other tasks have.
     """
 
     def __init__(self, networks: Mapping[str, Network]) -> None:
         self.tasks = tuple(networks)
-        first = next(iter(networks.values()))
-        self.widths = [
-            {group.name: network.graph.widths[group.name] for group in network.graph.hidden_groups}
-            for network in networks.values()
-        ]
+        graphs = [network.graph for network in networks.values()]
+        names = hidden_groups(graphs)
+        self.widths = [{name: graph.hidden_widths.get(name, 0) for name in names} for graph in graphs]
         self._tables = [
-            *(_layer(networks, node.name) for node in first.graph.layers),
+            *(_layer(networks, name) for name in dict.fromkeys(node.name for graph in graphs for node in graph.layers)),
             *(table for i, network in enumerate(networks.values()) for table in _own(network, i, len(networks))),
         ]
         self._touching = {name: [table for table in self._tables if name in table.groups] for name in self.widths[0]}
@@ -129,19 +128,28 @@ class Sizes:
 
 def _layer(networks: Mapping[str, Network], name: str) -> _Table:
     graphs = [network.graph for network in networks.values()]
-    hidden = frozenset(group.name for group in graphs[0].hidden_groups)
-    node = graphs[0].node(name)
-    rows, columns = ([getattr(graph, side)[name] for graph in graphs] for side in ("rows", "columns"))
-    lengths = [_Extent.of(axis, hidden) for axis in columns]
-    bias = int(node.bias is not None)
-    common = _common(columns, hidden)
+    hidden = frozenset.intersection(*(frozenset(graph.hidden_widths) for graph in graphs))
+    holders = [network for network in networks.values() if name in network.graph.layers_by_name]
+    node = holders[0].graph.layers_by_name[name]
+    why = why_separate(networks, node)
+    common = _NOTHING if why else _common([graph.columns[name] for graph in graphs], hidden)
     return _Table(
-        rows=[_Extent.of(axis, hidden) for axis in rows],
-        columns=[_Extent(extent.slots, extent.fixed + bias) for extent in lengths],
-        shared_rows=_NOTHING if why_separate(networks, node) else _common(rows, hidden),
-        shared_columns=_Extent(common.slots, common.fixed + bias),
-        itemsize=next(iter(networks.values())).state[node.weight].element_size(),
+        rows=[_extent(graph, "rows", name) for graph in graphs],
+        columns=[_extent(graph, "columns", name) for graph in graphs],
+        shared_rows=_NOTHING if why else _common([graph.rows[name] for graph in graphs], hidden),
+        shared_columns=_Extent(common.slots, common.fixed + int(node.bias is not None)),
+        itemsize=holders[0].state[node.weight].element_size(),
     )
+
+
+def _extent(graph: LayerGraph, side: str, name: str) -> _Extent:
+    """One axis of a layer's matrix, a bias counted as a column; nothing if the network lacks the layer."""
+    node = graph.layers_by_name.get(name)
+    if node is None:
+        return _NOTHING
+    extent = _Extent.of(getattr(graph, side)[name], frozenset(graph.hidden_widths))
+    bias = int(side == "columns" and node.bias is not None)
+    return _Extent(extent.slots, extent.fixed + bias)
 
 
 def _common(axes: Sequence[Axis], hidden: frozenset[str]) -> _Extent:
@@ -160,7 +168,7 @@ def _common(axes: Sequence[Axis], hidden: frozenset[str]) -> _Extent:
 def _own(network: Network, number: int, tasks: int) -> list[_Table]:
     """The tensors of one network that are no layer's matrix."""
     analysis = analysis_of(network)
-    hidden = frozenset(group.name for group in network.graph.hidden_groups)
+    hidden = frozenset(network.graph.hidden_widths)
     layers = {name for node in network.graph.layers for name in (node.weight, node.bias)}
     tables = []
     for name, tensor in network.state.items():

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ from mtz_core.network.groups import analyse
 from mtz_core.network.topology import first_difference
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from mtz_core.zipped.report import LayerReport, TaskReport, ZipReport
-from mtz_core.zipped.structure import TaskStructure, ZippedStructure, own_name
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, hidden_groups, own_name
 
 FORMAT = "mtz-zipped-network"
 VERSION = 4
 READ = (3, 4)
-"""The versions that are read. Before version 4 a report does not tell how well the tasks came through."""
+"""The versions that are read.
+
+Before version 4 a report does not tell how well the tasks came through, and a group is named after its first writer
+even if that is kept separate.
+"""
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -198,13 +202,14 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         if difference is not None:
             raise ValueError(f"{tasks[0]} has {difference[0]} where {task} has {difference[1]}")
     members = {}
-    if manifest["members"].keys() != {group.name for group in first.hidden_groups}:
+    stated = _renamed(manifest["members"], networks.values()) if manifest["version"] < 4 else manifest["members"]
+    if stated.keys() != {*hidden_groups(network.graph for network in networks.values())}:
         raise ValueError("members of other neuron groups")
-    for name, rows in manifest["members"].items():
+    for name, rows in stated.items():
         table = np.array(rows, dtype=np.int64).reshape(-1, len(tasks))
         for t, task in enumerate(tasks):
             own = np.sort(table[:, t][table[:, t] != NOT_A_MEMBER])
-            if not np.array_equal(own, np.arange(networks[task].graph.widths[name])):
+            if not np.array_equal(own, np.arange(networks[task].graph.hidden_widths.get(name, 0))):
                 raise ValueError(f"members of {name!r} are not the neurons of {task!r}")
         if len(table) and not bool((table >= 0).any(axis=1).all()):
             raise ValueError(f"a member of {name!r} belongs to nobody")
@@ -217,6 +222,12 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         raise ValueError("a report on tasks that are not there")
     report_read = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"]), "tasks": judged})
     return ZippedStructure(tasks, networks, members, report_read, separate)
+
+
+def _renamed(members: Mapping[str, Any], networks: Iterable[TaskStructure]) -> dict[str, Any]:
+    """Members of groups by the names that these have since version 4, if a group's first writer is kept separate."""
+    names = {group.writers[0]: group.name for network in networks for group in network.graph.hidden_groups}
+    return {name if name in names.values() else names.get(name, name): rows for name, rows in members.items()}
 
 
 def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:

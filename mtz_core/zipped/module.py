@@ -22,7 +22,7 @@ from mtz_core.zipped import format
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.prefix import Order, Prefix, common_prefix
 from mtz_core.zipped.report import TaskReport, ZipReport
-from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, own_name, to_blocks
+from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, hidden_groups, own_name, to_blocks
 
 
 class ZippedNetwork(nn.Module):
@@ -180,21 +180,25 @@ class ZippedNetwork(nn.Module):
         if not rest:
             raise InvalidConfig(f"{task!r} is the only task of this zipped network.")
         kept = [self.tasks.index(other) for other in rest]
-        members = {name: rows[:, kept] for name, rows in self.structure.members.items()}
-        members = {name: rows[(rows >= 0).any(axis=1)] for name, rows in members.items()}
         networks = {other: self.structure.networks[other] for other in rest}
+        hidden = hidden_groups(network.graph for network in networks.values())
+        members = {name: self.structure.members[name][:, kept] for name in hidden}
+        members = {name: rows[(rows >= 0).any(axis=1)] for name, rows in members.items()}
         structure = ZippedStructure(rest, networks, members, self.report, self.structure.all_separate())
         tensors: dict[str, Tensor] = {}
+        parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for layer, nodes in structure.nodes.items():
+            rows, columns = structure.rows[layer], structure.columns[layer]
+            for other, node in nodes.items():
+                matrix, bias = self.matrix(other, node), node.bias is not None
+                parts[layer, other] = to_blocks(layer, other, matrix, rows, columns, bias, tensors)
+                tensors |= parts[layer, other]
         reports = []
-        for node, report in zip(self.structure.layers, self.report.layers, strict=True):
-            blocks: dict[str, Tensor] = {}
-            rows, columns = structure.rows[node.name], structure.columns[node.name]
-            for other in rest:
-                blocks |= to_blocks(
-                    node.name, other, self.matrix(other, node), rows, columns, node.bias is not None, blocks
-                )
-            tensors |= blocks
-            reports.append(report.of(rest, rows.shared(), blocks))
+        for report in self.report.layers:
+            left = [other for other in rest if other in report.neurons]
+            if left:
+                blocks = {name: block for other in left for name, block in parts[report.layer, other].items()}
+                reports.append(report.of(left, structure.rows[report.layer].shared(), blocks))
         tensors |= {name: self._get(name).detach().clone() for name in structure.own_shapes()}
         return ZippedNetwork(structure.reported(tensors, reports), tensors).eval()
 

@@ -101,6 +101,8 @@ def arrange(
         if rows is None:
             rows = np.zeros((1, len(tasks)), dtype=np.int64)
         owned = rows >= 0
+        for task in (task for t, task in enumerate(tasks) if not owned[:, t].any()):
+            rest[task].append(tables[task].flatten())  # the neurons are outputs there
         for pattern in np.unique(owned, axis=0):
             own = rows[(owned == pattern).all(axis=1)]
             owners = tuple(task for task, owns in zip(tasks, pattern, strict=True) if owns)

@@ -74,11 +74,12 @@ def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.flo
     state = {name: torch.empty(shape, dtype=precision, device="meta") for name, shape in entry.shapes.items()}
     dtype = precision if entry.input_dtype.is_floating_point else entry.input_dtype
     values: dict[str, Any] = {INPUT: torch.empty(1, *entry.input_shape, dtype=dtype, device="meta")}
-    for steps in zip(*(graph.nodes for graph in graphs.values()), strict=True):
-        node = steps[0]
+    nodes_of = [{node.name: node for node in graph.nodes} for graph in graphs.values()]
+    for node in graphs[first].nodes:
+        steps = [own.get(node.name) for own in nodes_of]
         if any(source not in orders[first] for source in node.sources) or not node.sources:
             continue
-        if any({**step.arguments} != {**node.arguments} for step in steps):
+        if any(step is None or (step.kind, step.arguments) != (node.kind, node.arguments) for step in steps):
             continue
         if not _is_common(structure, node):
             continue
@@ -92,8 +93,9 @@ def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.flo
         for task, order in found.items():
             assert order is not None
             orders[task][node.name] = order
-    read = {source for node in graphs[first].nodes if node.name not in nodes for source in node.sources}
-    return Prefix(frozenset(nodes), frozenset((read | {graphs[first].output}) & {INPUT, *nodes}), orders)
+    read = {s for graph in graphs.values() for node in graph.nodes if node.name not in nodes for s in node.sources}
+    read |= {graph.output for graph in graphs.values()}
+    return Prefix(frozenset(nodes), frozenset(read & {INPUT, *nodes}), orders)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ ROWS = 24
 """The most layers that a printed report lists; of more, it shows the first and the last."""
 
 _LAYER_WIDTH = 32
+_NONE = "–"
 _NAMED = 3  # for so many tasks a table has each one's value, for more their range
 
 
@@ -24,7 +25,7 @@ class LayerReport:
     Attributes:
         layer: Path of the layer.
         kind: Its operator.
-        neurons: Rows of its matrix, per task.
+        neurons: Rows of its matrix, per task; tasks that lack the layer are left out.
         shared: How many of them are stored once for several tasks.
         cost: Predicted loss of the shared ones, ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
         error: Relative squared error of its outputs on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original
@@ -129,19 +130,19 @@ class ZipReport:
 
     def __str__(self) -> str:
         """Return the report as a table."""
-        head, *rows = _HEAD, *map(_row, self.layers)
+        tasks = list(dict.fromkeys(task for layer in self.layers for task in layer.neurons))
+        head, *rows = _HEAD, *(_row(layer, tasks) for layer in self.layers)
         if len(rows) > ROWS:
             hidden = len(rows) - ROWS + 1
             rows[ROWS // 2 : ROWS // 2 + hidden] = [(f"… {hidden} more layers …", "", "", "", "", "")]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [_line(row, widths) for row in (head, tuple("─" * width for width in widths), *rows)]
-        return "\n".join((*lines, *self._footer()))
+        return "\n".join((*lines, *self._footer(tasks)))
 
-    def _footer(self) -> Iterator[str]:
+    def _footer(self, tasks: Sequence[str]) -> Iterator[str]:
         share = self.stored_bytes / self.original_bytes if self.original_bytes else 1.0
         sizes = f"{self.stored_bytes:,} of {self.original_bytes:,} bytes ({100 * share:.1f} %)"
         yield f"stored: {sizes}, method {self.method}"
-        tasks = list(self.layers[0].neurons) if self.layers else []
         if len(tasks) > _NAMED:
             yield f"ranges: from the least to the largest of {len(tasks)} tasks"
         elif tasks:
@@ -169,15 +170,15 @@ _Row = tuple[str, str, str, str, str, str]
 _HEAD: _Row = ("layer", "kind", "neurons", "shared", "stored", "output error")
 
 
-def _row(layer: LayerReport) -> _Row:
+def _row(layer: LayerReport, tasks: Sequence[str]) -> _Row:
     original = sum(layer.original_parameters.values())
     return (
         _shortened(layer.layer),
         layer.kind,
-        _span([str(count) for count in layer.neurons.values()]),
+        _span([str(layer.neurons.get(task, _NONE)) for task in tasks]),
         str(layer.shared),
         f"{100 * layer.parameters / original:.1f} %" if original else "–",
-        _span([f"{error:.2g}" for error in layer.error.values()]),
+        _span([f"{layer.error[task]:.2g}" if task in layer.error else _NONE for task in tasks]),
     )
 
 
@@ -187,7 +188,7 @@ def _span(values: Sequence[str]) -> str:
         return values[0]
     if len(values) <= _NAMED:
         return " ".join(values)
-    ordered = sorted(values, key=float)
+    ordered = sorted((value for value in values if value != _NONE), key=float)
     return f"{ordered[0]} … {ordered[-1]}"
 
 

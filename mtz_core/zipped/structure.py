@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mtz_core.network.graph import LayerGraph, Network, Node
+from mtz_core.network.graph import Axis, LayerGraph, Network, Node
 from mtz_core.zipped.ownership import Arrangement, Members, Owners, arrange, one_size, positions_of
 from mtz_core.zipped.report import LayerReport, ZipReport
 
@@ -108,7 +108,7 @@ class ZippedStructure:
     Attributes:
         tasks: The tasks, in the order of the columns of `members`.
         networks: Every task's structure.
-        members: Which neurons are one, with an entry for every hidden group.
+        members: Which neurons are one, with an entry for every hidden group of any task.
         report: The report on sharing and sizes.
         separate: For ``rows/LAYER`` and ``columns/LAYER``, the groups that stay separate there because they did not
             correspond in a network that has been taken out since.
@@ -122,47 +122,49 @@ class ZippedStructure:
 
     @property
     def layers(self) -> tuple[Node, ...]:
-        """The layers, which are alike in all tasks."""
-        return self.networks[self.tasks[0]].graph.layers
+        """Every layer, as the first task has it that has it."""
+        return tuple(next(iter(nodes.values())) for nodes in self.nodes.values())
+
+    @cached_property
+    def nodes(self) -> Mapping[str, Mapping[str, Node]]:
+        """Every layer by its name, as each of its tasks has it. Other tasks may lack it."""
+        found: dict[str, dict[str, Node]] = {}
+        for task in self.tasks:
+            for node in self.networks[task].graph.layers:
+                found.setdefault(node.name, {})[task] = node
+        return found
 
     @cached_property
     def rows(self) -> Mapping[str, Arrangement]:
         """Who owns the rows of each layer's matrix."""
-        return {
-            node.name: arrange(
-                self.tasks,
-                {task: self.networks[task].graph.rows[node.name] for task in self.tasks},
-                self.members,
-                all_separate=not can_share(node.name, self.networks.values()),
-                separate=self.separate.get(f"rows/{node.name}", ()),
-            )
-            for node in self.layers
-        }
+        return {name: self._arrange(name, "rows", not can_share(name, self.networks.values())) for name in self.nodes}
 
     @cached_property
     def columns(self) -> Mapping[str, Arrangement]:
         """Who owns the columns of each layer's matrix, the bias aside."""
-        return {
-            node.name: arrange(
-                self.tasks,
-                {task: self.networks[task].graph.columns[node.name] for task in self.tasks},
-                self.members,
-                separate=self.separate.get(f"columns/{node.name}", ()),
-            )
-            for node in self.layers
-        }
+        return {name: self._arrange(name, "columns", len(self.nodes[name]) < len(self.tasks)) for name in self.nodes}
+
+    def _arrange(self, layer: str, side: str, all_separate: bool) -> Arrangement:
+        return arrange(
+            tuple(self.nodes[layer]),
+            {task: getattr(self.networks[task].graph, side)[layer] for task in self.nodes[layer]},
+            self.members,
+            all_separate=all_separate,
+            separate=self.separate.get(f"{side}/{layer}", ()),
+        )
 
     def all_separate(self) -> dict[str, tuple[str, ...]]:
         """The groups that do not correspond, for whatever reason, by ``rows/LAYER`` and ``columns/LAYER``."""
         found: dict[str, tuple[str, ...]] = {}
-        for node in self.layers:
+        for layer, nodes in self.nodes.items():
             for side in ("rows", "columns"):
-                axes = [getattr(network.graph, side)[node.name] for network in self.networks.values()]
-                whole = side == "rows" and not can_share(node.name, self.networks.values())
-                unequal = {n for n in axes[0].groups if whole or not one_size(positions_of(a, n) for a in axes)}
-                unequal |= set(self.separate.get(f"{side}/{node.name}", ()))
+                axes = [getattr(self.networks[task].graph, side)[layer] for task in nodes]
+                whole = side == "rows" and not can_share(layer, self.networks.values())
+                names = {name for axis in axes for name in axis.groups}
+                unequal = {n for n in names if whole or not one_size(positions_of(a, n) for a in axes)}
+                unequal |= set(self.separate.get(f"{side}/{layer}", ()))
                 if unequal:
-                    found[f"{side}/{node.name}"] = tuple(sorted(unequal))
+                    found[f"{side}/{layer}"] = tuple(sorted(unequal))
         return found
 
     def reported(self, tensors: Mapping[str, Tensor], layers: Sequence[LayerReport]) -> ZippedStructure:
@@ -196,13 +198,13 @@ class ZippedStructure:
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every block that a zipped network of this structure stores."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for node in self.layers:
-            for rows in self.rows[node.name].segments:
-                for columns in self.columns[node.name].segments:
+        for layer, nodes in self.nodes.items():
+            for rows in self.rows[layer].segments:
+                for columns in self.columns[layer].segments:
                     if set(rows.owners) & set(columns.owners):
-                        shapes[block_name(node.name, rows.owners, columns.owners)] = (rows.size, columns.size)
-                if node.bias is not None:
-                    shapes[bias_name(node.name, rows.owners)] = (rows.size,)
+                        shapes[block_name(layer, rows.owners, columns.owners)] = (rows.size, columns.size)
+                if nodes[rows.owners[0]].bias is not None:
+                    shapes[bias_name(layer, rows.owners)] = (rows.size,)
         return shapes
 
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -214,11 +216,16 @@ class ZippedStructure:
         }
 
 
+def hidden_groups(graphs: Iterable[LayerGraph]) -> tuple[str, ...]:
+    """The neuron groups that are hidden in any of these graphs."""
+    return tuple(dict.fromkeys(name for graph in graphs for name in graph.hidden_widths))
+
+
 def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
     """Whether rows of a layer can be shared.
 
-    They can if the layer is not kept separate in any network, if its kernels have one size, and if what it reads has as
-    many values per neuron in all networks.
+    They can if all networks have the layer and none keeps it separate, if its kernels have one size, and if what it
+    reads are the same neurons, with as many values per neuron in all networks.
 
     Args:
         layer: The layer's name.
@@ -228,25 +235,31 @@ def can_share(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
         Whether all of this holds.
     """
     networks = list(networks)
-    columns = [network.graph.columns[layer] for network in networks]
+    nodes = [network.graph.layers_by_name.get(layer) for network in networks]
+    if any(node is None or node.separate for node in nodes):
+        return False
+    rows, columns = ([getattr(network.graph, side)[layer] for network in networks] for side in ("rows", "columns"))
+    if not same_groups(rows) or not same_groups(columns):
+        return False
     if len(columns[0].groups) == 1 and not one_size(positions_of(axis, columns[0].groups[0]) for axis in columns):
         return False
-    return same_kernels(layer, networks) and not any(_layer(layer, network).separate for network in networks)
+    return same_kernels(layer, networks)
+
+
+def same_groups(axes: Iterable[Axis]) -> bool:
+    """Whether axes are made of the same groups."""
+    return len({frozenset(axis.groups) for axis in axes}) == 1
 
 
 def same_kernels(layer: str, networks: Iterable[TaskStructure | Network]) -> bool:
     """Whether a layer's kernels, and its conv_groups if there are several, have one size in all networks."""
     shapes = set()
     for network in networks:
-        node = _layer(layer, network)
+        node = network.graph.layers_by_name[layer]
         shape = network.shapes[node.weight] if isinstance(network, TaskStructure) else network.state[node.weight].shape
         grouped = node.layer.conv_groups(node.arguments) > 1
         shapes.add((tuple(shape[2:]) if node.kind.startswith("conv") else (), grouped, shape[1] if grouped else 0))
     return len(shapes) == 1
-
-
-def _layer(name: str, network: TaskStructure | Network) -> Node:
-    return next(node for node in network.graph.layers if node.name == name)
 
 
 def to_blocks(

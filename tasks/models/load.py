@@ -80,7 +80,7 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
     """
     example = read_images(workspace.root / params.models[model].data, "train", count=1)
     try:
-        return trace(network, example, params.models[model].keep_separate)
+        return trace(network, example, params.models[model].keep_separate, params.models[model].zip)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging import matching
-from mtz_core.merging.compatibility import check_compatible
+from mtz_core.merging.compatibility import common_part
 from mtz_core.planning.planner import Plan
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.statistics.calibration import as_batches
@@ -41,7 +41,7 @@ def run(params: Params, workspace: Workspace) -> None:
         raise InvalidParams("models: name two at least; one alone has nothing to share.")
     originals = {model: load_network(params, workspace, model) for model in sorted(params.models)}
     networks = {m: trace_on_own_image(params, workspace, m, original) for m, original in originals.items()}
-    check_compatible(networks)
+    networks = common_part(networks)
     validation = check_budget(params, workspace, networks)
     traced = {model: read_traced(workspace, model, network) for model, network in networks.items()}
     budget = params.zip_config().budget
@@ -68,7 +68,11 @@ def _match(params: Params, traced: Mapping[str, Traced]) -> Matched:
     """Share as many neurons as the settings ask for."""
     matches = []
     for match in matching.match(traced, params.zip_config()):
-        widths = " and ".join(str(own.network.graph.widths[match.group]) for own in traced.values())
+        widths = " and ".join(
+            str(own.network.graph.widths[match.group])
+            for own in traced.values()
+            if match.group in own.network.graph.hidden_widths
+        )
         again = "" if math.isnan(match.total) else f"; all groups {match.total:.4g} (round {match.sweep})"
         show_progress(f"{match.group}: {match.pairing.shared} shared of {widths} neurons, cost {match.cost:.4g}{again}")
         matches.append(match)
@@ -157,6 +161,7 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
         kept = " and ".join(
             f"{len(plan.keep[task][name])} of {network.graph.widths[name]}"
             for task, network in planner.networks.items()
+            if name in plan.keep[task]
         )
         show_progress(f"{name}: {kept} neurons kept, {pairing.shared} shared")
     show_progress(f"stored {100 * stored:.1f} % of the bytes, predicted damage {plan.damage:.4g}; limit: {limit}")

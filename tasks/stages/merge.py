@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mtz_core.merging import walk
+from mtz_core.merging.compatibility import common_part
 from mtz_core.merging.judging import judge
 from mtz_core.network.graph import Network
 from mtz_core.statistics.calibration import as_batches
@@ -36,7 +37,7 @@ def run(params: Params, workspace: Workspace) -> None:
     Raises:
         MtzError: A network, its calibration images or the pairings cannot be used.
     """
-    networks = {model: load_traced(params, workspace, model) for model in params.models}
+    networks = common_part({model: load_traced(params, workspace, model) for model in params.models})
     traced = {
         model: Traced(
             network,

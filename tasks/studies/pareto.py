@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtz_core.errors import MtzError
 from mtz_core.evaluation import Case, Metric, Model, check_labels, measure, outputs_of
-from mtz_core.merging.compatibility import check_compatible
+from mtz_core.merging.compatibility import common_part
 from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
 from mtz_core.retraining import Targets, retrain_steps
@@ -264,8 +264,7 @@ class _Group:
 
     def __init__(self, params: Params, workspace: Workspace) -> None:
         self._params, self._workspace = params, workspace
-        self.networks = {model: load_traced(params, workspace, model) for model in sorted(params.models)}
-        check_compatible(self.networks)
+        self.networks = common_part({m: load_traced(params, workspace, m) for m in sorted(params.models)})
         self._traced = {
             model: replace(
                 read_traced(workspace, model, network),

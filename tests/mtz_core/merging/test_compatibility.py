@@ -52,27 +52,31 @@ class Wired(nn.Module):
     [
         (
             (mlp((9,), 3), mlp((9,), 3, activation=nn.Tanh)),
-            "a has relu reading step 0 where b has tanh reading step 0. Zip networks of the same topology.",
+            "a has relu reading step 0 where b has tanh reading step 0, in '1'. To zip what they have in common, set "
+            "keep_separate: ['1'].",
         ),
         (
             (mlp((9,), 3), mlp((9, 9), 3)),
-            "a has nothing more where b has relu reading step 2. Zip networks of the same topology.",
+            "a has nothing more where b has relu reading step 2, in '3'. To zip what they have in common, set "
+            "keep_separate: ['3', '4']; a has [].",
         ),
         (
             (mlp((9,), 3), mlp((9,), 3, bias=False)),
-            "a has linear '0' reading input where b has linear '0' without bias reading input.",
+            "a has linear '0' reading input where b has linear '0' without bias reading input, in '0'. They have "
+            "nothing in common that could be shared: zip networks of the same topology.",
         ),
         (
             (mlp((9,), 3), nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Identity(), nn.Linear(9, 3))),
-            "a has linear '2' reading step 1 where b has linear '3' reading step 1.",
+            "a has linear '2' reading step 1 where b has linear '3' reading step 1, in '2' and '3'. To zip what they "
+            "have in common, set keep_separate: ['2', '3']; a has ['2']; b has ['3'].",
         ),
         (
             (Wired(True), Wired(False)),
-            "a has linear 'second' reading step 0 where b has linear 'second' reading input.",
+            "a has linear 'second' reading step 0 where b has linear 'second' reading input, in 'second'.",
         ),
         (
             (mlp((9,), 3), mlp((9,), 3), mlp((9,), 3, activation=nn.Tanh)),
-            "a has relu reading step 0 where c has tanh reading step 0.",
+            "a has relu reading step 0 where c has tanh reading step 0, in '1'.",
         ),
     ],
     ids=["activation", "depth", "bias", "name", "wiring", "the third"],

@@ -555,11 +555,11 @@ BAD_INPUT: dict[str, tuple[dict[str, nn.Module], dict[str, Any], dict[str, Any],
         r"'fashion': '1': operator cumsum.*keep_separate",
     ),
     "other topology": (
-        good() | {"fashion": mlp((9,), 3)},
+        good() | {"fashion": nn.Sequential(nn.Tanh(), nn.Linear(12, 3))},
         data(),
         {},
         IncompatibleNetworks,
-        r"digits has .* where fashion has nothing more",
+        r"digits has linear '0' .* where fashion has tanh .* nothing in common",
     ),
     "other precision": (
         good() | {"fashion": mlp((9, 7), 3).double()},

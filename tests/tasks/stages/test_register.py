@@ -67,7 +67,7 @@ def workspace(
         "tracking": dataclasses.asdict(registry),
     }
     workspace.params.write_text(yaml.safe_dump(settings))
-    errors = {"error_original": 1.0, "error_zipped": 3.0, "error_retrained": 2.0}
+    errors = {"error_original": 1.0, "error_zipped": 3.0, "error_retrained": 2.0, "agreement_retrained": 97.0}
     write_json(workspace.metrics, {"tasks": dict.fromkeys(networks, errors), "stored": {"fraction": 0.5}})
     group = {"shared": 12, "kept": {"a": 12, "b": 12}, "cost": 0.25, "members": [[i, i] for i in range(12)]}
     found = {"tasks": list(networks), "groups": {"1": group}, "descent": [], "keep": {}, "search": None}
