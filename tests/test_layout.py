@@ -12,6 +12,7 @@ PACKAGES = ("mtz_core", "tasks", "flows")
 MIRRORED = sorted(path for package in PACKAGES for path in (ROOT / "tests" / package).rglob("test_*.py"))
 
 SEVERAL = {
+    "mtz_core/merging/test_differing_networks.py": "matching and walk, of networks that differ somewhere",
     "mtz_core/merging/test_many_networks.py": "matching and walk, of three networks and more",
     "mtz_core/merging/test_unlike_networks.py": "matching and walk, of networks that share only a part",
     "mtz_core/network/test_writing.py": "one network, however it is written down",
@@ -20,6 +21,7 @@ SEVERAL = {
     "mtz_core/test_zoo_foreign.py": "laws that hold for every network",
     "mtz_core/test_zoo_foreign_text.py": "laws that hold for every network",
     "tasks/stages/test_stages.py": "all stages, one after another",
+    "tasks/stages/test_tokens.py": "all stages, of networks that read tokens",
 }
 """Tests of several modules, and what they are about."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mtz_core.evaluation import METRICS, Metric, metric_of
+from tasks.data.examples import InvalidData
 from tasks.models.factories import InvalidFactory
 from tasks.params import Params
 
@@ -25,11 +26,18 @@ def find_metric(params: Params, model: str, labels: Tensor | None) -> tuple[str,
 
     Raises:
         InvalidFactory: The function cannot be imported.
+        InvalidData: The metric needs labels, and there are none.
     """
     name = params.models[model].metric
     if name is None:
         name = "agreement" if labels is None else "mean_absolute_error" if labels.is_floating_point() else "error"
-    return name, metric_of(name if name in METRICS else find_function(name, model))
+    metric = metric_of(name if name in METRICS else find_function(name, model))
+    if metric.reads == "labels" and labels is None:
+        raise InvalidData(
+            f"models.{model}.metric: {name} needs labels, and a split that it is measured on has none. Give labels, or "
+            "a metric without, such as agreement."
+        )
+    return name, metric
 
 
 def find_function(name: str, model: str) -> Callable[[Tensor, Tensor], float]:

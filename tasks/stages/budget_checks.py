@@ -69,10 +69,6 @@ def _validation(params: Params, workspace: Workspace, model: str, network: Netwo
             f"{list(network.input_shape)}. Bring them to one."
         )
     if metric.reads == "labels":
-        if labels is None:
-            raise InvalidData(
-                f"models.{model}.data: the validation split has no labels, which the metric {settings.metric!r} needs "
-                "for a floor. Give labels, or another metric."
-            )
+        assert labels is not None
         check_labels(labels, len(images), run(network.graph, network.state, images[:1]).shape[1], model)
     return Validation(images, labels, metric)

@@ -61,7 +61,8 @@ def test_staged_and_direct_zipping_agree(project: Path) -> None:
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
     images = {name: calibration(params, workspace, name) for name in "ab"}
     networks = {name: load_network(params, workspace, name) for name in "ab"}
-    direct, staged = mtz_core.zip_networks(networks, images, params.zip_config()), mtz_core.load("merged")
+    direct = mtz_core.zip_networks(networks, images, params.zip_config(), validation=images)
+    staged = mtz_core.load("merged")
     for task in "ab":
         torch.testing.assert_close(staged(images[task], task), direct(images[task], task), atol=1e-4, rtol=1e-4)
 
@@ -240,6 +241,7 @@ def test_a_service_out_of_reach_may_be_tried_again(project: Path, capsys: pytest
     for package in ("mtz_core", "tasks"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     change(project, "storage", endpoint="http://127.0.0.1:9")
+    change(project, "register", agreement=0)
     capsys.readouterr()
     assert main(["register"]) == EXIT_TRY_AGAIN
     message = capsys.readouterr().err

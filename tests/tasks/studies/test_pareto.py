@@ -301,7 +301,7 @@ def test_test_labels_are_needed(project: Path, capsys: pytest.CaptureFixture[str
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["models"]["b"]["metric"] = "error"
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    assert "the metric of 'b' needs labels, and its data have none" in refused(capsys)
+    assert "models.b.metric: error needs labels" in refused(capsys)
     write_images(path, np.zeros((2, 4, 4), np.uint8), np.array([0, CLASSES]))
     assert "the labels of 'b' go from 0 to 4, but its network has 4 classes" in refused(capsys)
 
