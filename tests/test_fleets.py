@@ -54,6 +54,7 @@ FLEET = {
         "collect": {"images": 60},
         "match": {"share": 1.0},
         "retrain": {"images": 60, "iterations": 4, "validate_every": 2},
+        "register": {"agreement": 0},
     },
     "groups": {
         "good": {"models": ["a", "b"]},

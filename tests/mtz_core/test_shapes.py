@@ -29,7 +29,7 @@ checked = pytest.mark.skipif(os.environ.get("MTZ_SHAPES") == "unchecked", reason
 MODULES = [importlib.import_module(found.name) for found in pkgutil.walk_packages(mtz_core.__path__, "mtz_core.")]
 AXIS = Axis(("g",), np.zeros(2, dtype=np.int64), np.arange(2))
 
-GIVEN = {"calibration", "data"}
+GIVEN = {"calibration", "data", "example"}
 """Parameters for what users give in many forms, as in the façade. These functions refuse what is wrong themselves."""
 
 REFUSED: Mapping[str, Callable[[], object]] = {

@@ -229,9 +229,9 @@ def test_validation_data_belong_to_floors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: {"a": data["a"]}, "validation data are given for"),
-        (lambda data: {**data, "c": data["a"]}, "validation data are given for"),
-        (lambda data: {**data, "a": replace(data["a"], metric="accuracy")}, "metric of 'a', 'accuracy', is unknown"),
+        (lambda data: {"a": data["a"]}, "validation data is given for"),
+        (lambda data: {**data, "c": data["a"]}, "validation data is given for"),
+        (lambda data: {**data, "a": replace(data["a"], metric="accuracy")}, "the metric 'accuracy' is unknown"),
         (lambda data: {**data, "a": replace(data["a"], labels=data["a"].labels + 2)}, "labels of 'a' go from"),
         (lambda data: {**data, "a": replace(data["a"], labels=data["a"].labels[:-1])}, "199 labels for 200 examples"),
     ],
@@ -287,5 +287,5 @@ def test_damping_chosen_by_held_out_data_does_better_where_data_are_few() -> Non
 def test_too_few_rows_are_told_in_numbers() -> None:
     found = networks()
     few = zip_networks(found, images(found, 10)).report.layers
-    assert few[0].few_rows == "a has 10 rows for 13 inputs; b has 10 rows for 13 inputs"
+    assert few[0].few_rows == "a has 8 rows for 13 inputs; b has 8 rows for 13 inputs"
     assert not any(layer.few_rows for layer in zip_networks(found, images(found, 100)).report.layers)
