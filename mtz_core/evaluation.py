@@ -85,6 +85,11 @@ class Metric:
     reads: Literal["labels", "outputs"] = "outputs"
     unit: Literal["%", ""] = "%"
 
+    @property
+    def factor(self) -> float:
+        """What turns a computed error into the unit."""
+        return 100.0 if self.unit == "%" else 1.0
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -178,6 +183,11 @@ def metric_of(metric: Metric | str | Function) -> Metric:
     return METRICS[metric]
 
 
+def error_of(metric: Metric, case: Case, task: str) -> float:
+    """Measure an error where no interval is asked for, which may cost much more. Raises as `measure` does."""
+    return metric.factor * _computed(metric, case, task)[0]
+
+
 def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
     """Measure an error.
 
@@ -193,20 +203,12 @@ def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
     Raises:
         InvalidConfig: The metric needs labels and there are none, or it is no finite number.
     """
-    if metric.reads == "labels" and case.labels is None:
-        raise InvalidConfig(
-            f"the metric of {task!r} needs labels, and its data have none. Give labels, or take a metric without: "
-            f"{', '.join(name for name, known in METRICS.items() if known.reads != 'labels')}."
-        )
-    found = metric.of(case)
-    factor = 100.0 if metric.unit == "%" else 1.0
-    if isinstance(found, Tensor) and found.ndim == 1 and len(found) == len(case.outputs):
-        value = _number(float(found.double().mean()), task)
-        low, high = _wilson(value, len(found))
+    value, is_mean = _computed(metric, case, task)
+    factor, count = metric.factor, len(case.outputs)
+    if is_mean:
+        low, high = _wilson(value, count)
         return Measured(factor * value, factor * low, factor * high)
-    value = _number(found, task)
     generator = torch.Generator().manual_seed(seed)
-    count = len(case.outputs)
     again = []
     for _ in range(_RESAMPLES):
         other = metric.of(case.part(torch.randint(count, (count,), generator=generator)))
@@ -215,6 +217,19 @@ def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
     spread = torch.tensor(again or [value], dtype=torch.float64)
     low, high = (float(spread.quantile(share)) for share in (0.025, 0.975))
     return Measured(factor * value, factor * min(low, value), factor * max(high, value))
+
+
+def _computed(metric: Metric, case: Case, task: str) -> tuple[float, bool]:
+    """An error before its unit, and whether it is a mean over the examples."""
+    if metric.reads == "labels" and case.labels is None:
+        raise InvalidConfig(
+            f"the metric of {task!r} needs labels, and its data have none. Give labels, or take a metric without: "
+            f"{', '.join(name for name, known in METRICS.items() if known.reads != 'labels')}."
+        )
+    found = metric.of(case)
+    if isinstance(found, Tensor) and found.ndim == 1 and len(found) == len(case.outputs):
+        return _number(float(found.double().mean()), task), True
+    return _number(found, task), False
 
 
 def _number(found: object, task: str) -> float:

@@ -175,6 +175,11 @@ class LayerGraph:
         """The nodes that are layers, in topological order."""
         return tuple(node for node in self.nodes if node.is_layer)
 
+    @property
+    def ending(self) -> str:
+        """The kind of the node that computes the output; empty if the output is the input."""
+        return "" if self.output == INPUT else self.node(self.output).kind
+
     @cached_property
     def _by_name(self) -> Mapping[str, Node]:
         return {node.name: node for node in self.nodes}

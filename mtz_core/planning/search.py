@@ -22,7 +22,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.evaluation import Case, Function, Metric, check_labels, measure, metric_of, outputs_of
+from mtz_core.evaluation import Case, Function, Metric, check_labels, error_of, metric_of, outputs_of
 from mtz_core.merging.judging import HELD_OUT, judge, targets_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
@@ -326,7 +326,7 @@ class FloorSearch:
     def _error(self, task: str, outputs: Float[Tensor, "n ..."]) -> float:
         own, loss = self._validation[task], self._budget_search.traced[task].loss
         case = Case(outputs, own.labels, self._targets.validation[task], loss)
-        return measure(metric_of(own.metric), case, task).value
+        return error_of(metric_of(own.metric), case, task)
 
     def steps(self) -> Iterator[FloorCandidate]:
         """Try networks of different sizes.

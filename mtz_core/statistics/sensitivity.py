@@ -91,8 +91,7 @@ def loss_of(network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], declar
     targets = [run(network.graph, network.state, part) for part in parts]
     if not targets:
         raise InvalidCalibration("there are no calibration examples. Give at least one.")
-    ending = next((node.kind for node in network.graph.nodes if node.name == network.graph.output), "")
-    return TaskLoss.of(torch.cat(targets), declared, ending)
+    return TaskLoss.of(torch.cat(targets), declared, network.graph.ending)
 
 
 def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Tensor:

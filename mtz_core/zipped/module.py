@@ -70,8 +70,7 @@ class ZippedNetwork(nn.Module):
     def loss_of(self, task: str, targets: Float[Tensor, "examples ..."]) -> TaskLoss:
         """Make a task's loss for its original network's outputs, of the kind that was declared or found in zipping."""
         judged = self.report.tasks.get(task)
-        graph = self.structure.networks[task].graph
-        ending = next((node.kind for node in graph.nodes if node.name == graph.output), "")
+        ending = self.structure.networks[task].graph.ending
         return TaskLoss.of(targets, None if judged is None else judged.declared, ending)
 
     def tensors(self) -> dict[str, Tensor]:

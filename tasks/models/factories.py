@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -31,15 +32,28 @@ def find_factory(params: Params, model: str) -> Callable[..., object]:
     Raises:
         InvalidFactory: The factory cannot be imported.
     """
-    name = params.models[model].network
-    module_name, _, attribute = name.partition(":")
+    return import_named(params.models[model].network, f"models.{model}.network")
+
+
+def import_named(name: str, where: str) -> Callable[..., Any]:
+    """Import a function that settings name.
+
+    Args:
+        name: The function, as `package.module:function`.
+        where: The setting, for errors.
+
+    Returns:
+        The function.
+
+    Raises:
+        InvalidFactory: The function cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
     try:
-        factory: Callable[..., object] = getattr(
-            importlib.import_module(_FORMER.get(module_name, module_name)), attribute
-        )
+        function: Callable[..., Any] = getattr(importlib.import_module(_FORMER.get(module, module)), attribute)
     except (ImportError, AttributeError) as error:
-        raise InvalidFactory(f"models.{model}.network: {name} cannot be imported: {error}.") from error
-    return factory
+        raise InvalidFactory(f"{where}: {name} cannot be imported: {error}.") from error
+    return function
 
 
 def build_network(params: Params, model: str) -> nn.Module:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 from torch import Tensor
 
 from mtz_core.evaluation import METRICS, Metric, metric_of
 from tasks.data.examples import InvalidData
-from tasks.models.factories import InvalidFactory
+from tasks.models.factories import InvalidFactory, import_named
 from tasks.params import Params
 
 
@@ -51,13 +50,9 @@ def find_function(name: str, model: str) -> Callable[[Tensor, Tensor], float]:
         The function.
 
     Raises:
-        InvalidFactory: The function cannot be imported.
+        InvalidFactory: The function cannot be imported, or is none.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        function: Callable[[Tensor, Tensor], float] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InvalidFactory(f"models.{model}.metric: {name} cannot be imported: {error}.") from error
+    function: Callable[[Tensor, Tensor], float] = import_named(name, f"models.{model}.metric")
     if not callable(function):
         raise InvalidFactory(f"models.{model}.metric: {name} is a {type(function).__name__}, not a function.")
     return function

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtz_core.errors import MtzError
-from mtz_core.evaluation import Case, Metric, Model, check_labels, measure, outputs_of
+from mtz_core.evaluation import Case, Metric, Model, check_labels, error_of, outputs_of
 from mtz_core.merging.compatibility import common_part
 from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
@@ -350,7 +350,7 @@ class _Group:
         return self._measure(model, replace(test.original, outputs=outputs))
 
     def _measure(self, model: str, case: Case) -> float:
-        return measure(self._tests[model].metric, case, model).value
+        return error_of(self._tests[model].metric, case, model)
 
 
 _COLUMNS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
