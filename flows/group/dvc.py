@@ -114,29 +114,30 @@ class Pipeline:
         """  # noqa: DOC501 - `_stage_failure` makes one of these
         options = ["--force"] if force else []
         start = time.monotonic()
-        command_start = command_end = start
-        running = False
+        command_start = command_end = None
         lines: list[str] = []
         outcome: StageStatus = "unchanged"
         child = self._start("dvc", "--wait-for-lock", "repro", "--single-item", *options, stage)
         for line in child.lines():
             on_progress(line)
             if STAGE_STARTS.match(line) and outcome != "executed":
-                outcome, running, command_start = "executed", True, time.monotonic()
-            elif _STAGE_IS_OVER.match(line):
-                command_end = time.monotonic() if running else command_end
-                running = False
+                outcome, command_start = "executed", time.monotonic()
+            elif command_start is not None and _STAGE_IS_OVER.match(line):
+                command_end = time.monotonic()
             elif _RESTORED.match(line):
                 outcome = "restored"
             if line.strip():
                 lines.append(line)
         if (status := child.wait()) != 0:
             raise _stage_failure(stage, status, lines)
+        end = time.monotonic()
+        # DVC says nothing after a stage whose outputs are those that are recorded already.
+        command_seconds = 0.0 if command_start is None else (command_end or end) - command_start
         return StageResult(
             stage,
             outcome,
-            seconds=round(time.monotonic() - start, 3),
-            command_seconds=round(command_end - command_start, 3),
+            seconds=round(end - start, 3),
+            command_seconds=round(command_seconds, 3),
             last_line=_last_stage_line(lines) if outcome == "executed" else "",
         )
 
