@@ -4,6 +4,7 @@ With the longest first, no worker is left with a long test when all others are d
 the checks off.
 """
 
+import logging
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch  # noqa: F401 - sets up its loggers
 
 from tests.support import shapes
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 # Whatever a shell starts in the background ignores it, and so would all that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# pytest listens to every logger that does not propagate. Where anybody listens to this one, torch describes each tensor
+# that it exports.
+logging.getLogger("torch.__trace").propagate = True
 if os.environ.get("MTZ_SHAPES") != "unchecked":
     shapes.install()  # before anything imports mtz_core
 

@@ -28,10 +28,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 import boto3
+import botocore.session
 from boto3.exceptions import Boto3Error, RetriesExceededError, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from botocore.loaders import JSONFileLoader, Loader
 from botocore.parsers import ResponseParserError
 from s3transfer.exceptions import S3DownloadFailedError  # type: ignore[import-untyped]
 
@@ -475,12 +477,29 @@ def connect(settings: StorageSettings, home: Path) -> Iterator[Storage]:
         yield replace(_remote(settings, _PATIENT), patience=_PATIENCE)
 
 
+class _ModelsOnce(JSONFileLoader):  # type: ignore[misc]
+    """Reads megabytes of JSON that describe S3 once in a process, not for each client."""
+
+    @functools.cache  # noqa: B019 - there is one
+    def load_file(self, file_path: str) -> Any:
+        return super().load_file(file_path)
+
+
+_MODELS = _ModelsOnce()
+
+
+def _session(access_key: str | None = None, secret_key: str | None = None) -> boto3.Session:
+    session = botocore.session.get_session()
+    session.register_component("data_loader", Loader(file_loader=_MODELS))
+    return boto3.Session(access_key, secret_key, botocore_session=session)
+
+
 def _remote(settings: StorageSettings, patience: Mapping[str, Any]) -> Storage:
     endpoint = None if settings.endpoint == AWS else settings.endpoint
     region = settings.region or _DEFAULT_REGION
     config = Config(s3={"addressing_style": "path" if endpoint else "auto"}, **patience)
     try:
-        client = boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+        client = _session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except (BotoCoreError, ValueError) as error:
         cause, remedy = errors.explain(error)
         raise StorageError(f"S3 at {endpoint or 'AWS'} cannot be used: {cause}. {remedy}") from error
@@ -490,7 +509,7 @@ def _remote(settings: StorageSettings, patience: Mapping[str, Any]) -> Storage:
 def _embedded(settings: StorageSettings, folder: Path, server: embedded.Server, patience: Mapping[str, Any]) -> Storage:
     region = settings.region or _DEFAULT_REGION
     config = Config(s3={"addressing_style": "path"}, proxies={}, **patience)
-    session = boto3.Session(server.access_key, server.secret_key)
+    session = _session(server.access_key, server.secret_key)
     client = session.client("s3", endpoint_url=server.url, region_name=region, config=config)
     credentials = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
     return Storage(server.url, settings.bucket, settings.prefix, region, client, folder, credentials)

@@ -18,7 +18,7 @@ import jaxtyping
 from beartype import beartype
 from jaxtyping import AbstractArray, install_import_hook, jaxtyped
 
-CHECKED = 8
+CHECKED = 3
 """How many calls of each function are checked in a test."""
 
 calls: Counter[Callable[..., Any]] = Counter()
