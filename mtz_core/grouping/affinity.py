@@ -258,7 +258,8 @@ def _outline(first: Network, second: Network) -> _Outline:
     if not any(matcher.counts.values()):
         return _Outline({}, {}, {}, 0, "no layer can be shared")
     sizes = Sizes(networks)
-    saved = sizes.stored(sizes.widths, dict.fromkeys(matcher.counts, 0)) - sizes.stored(sizes.widths, matcher.counts)
+    separate, shared = (sizes.counts(sizes.widths, own) for own in (dict.fromkeys(matcher.counts, 0), matcher.counts))
+    saved = sizes.stored(separate) - sizes.stored(shared)
     reads = {node.name: frozenset(matcher.reads(node)) for nodes in matcher.writers.values() for node in nodes}
     return _Outline(matcher.writers, matcher.counts, reads, saved)
 

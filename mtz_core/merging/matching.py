@@ -25,7 +25,7 @@ from torch import Tensor
 from mtz_core.merging.compatibility import check_compatible, shared_counts, why_separate, writers_of
 from mtz_core.merging.difference import functional_difference, weigh_by_sensitivity
 from mtz_core.merging.pairing import GroupMatch, Pairing, assign, assign_greedily
-from mtz_core.network.graph import Node
+from mtz_core.network.graph import Network, Node
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.linalg import DenseHessian, Hessian, chunks, weighted_sum
 from mtz_core.statistics.traced import Traced
@@ -69,7 +69,20 @@ class Matcher:
         self,
         traced: Mapping[str, Traced],
         config: ZipConfig,
+        among: Mapping[str, Network] | None = None,
     ) -> None:
+        """Find out what can be shared.
+
+        Args:
+            traced: The networks by task, with what was measured of them.
+            config: How to zip.
+            among: All networks that are zipped together, if these are some of them: what cannot be shared by all of
+                them is not shared by some.
+
+        Raises:
+            IncompatibleNetworks: If the networks differ in what they do not keep separate, or in dtype.
+            InvalidConfig: If settings do not fit the networks.
+        """
         self.traced, self.config = traced, config
         self.networks = networks = {task: own.network for task, own in traced.items()}
         check_compatible(networks)
@@ -79,7 +92,7 @@ class Matcher:
             name: [network.graph.hidden_widths.get(name, 0) for network in networks.values()] for name in self.counts
         }
         self.writers = {
-            name: [node for node in writers_of(networks, name) if why_separate(networks, node) is None]
+            name: [node for node in writers_of(networks, name) if why_separate(among or networks, node) is None]
             for name in self.widths
         }
         self.refit = config.method == "refit"
@@ -162,7 +175,7 @@ class Matcher:
         Args:
             name: The group.
             pairings: The pairings of all groups.
-            tuples: The neuron of every task in each tuple.
+            tuples: The neuron of every task in each tuple, or `NOT_A_MEMBER`.
 
         Returns:
             The damage that every tuple does to every task, in its loss.
@@ -171,12 +184,18 @@ class Matcher:
             SingularHessian: If a Hessian cannot be factorised.
         """
         damage = np.zeros(tuples.shape)
+        owned = tuples >= 0
         for node in self.writers[name]:
-            sensitivity = None
+            sides, sensitivity = self._sides(node, name, pairings), None
             if (known := self._sensitivity(node)) is not None:
                 rows = [torch.from_numpy(positions_of(n.graph.rows[node.name], name)) for n in self.networks.values()]
                 sensitivity = [whole[own] for whole, own in zip(known, rows, strict=True)]
-            damage += _tuple_costs([self._sides(node, name, pairings)], tuples, sensitivity)
+            for pattern in np.unique(owned, axis=0):
+                which, tasks = (owned == pattern).all(axis=1), np.flatnonzero(pattern)
+                felt = None if sensitivity is None else [sensitivity[t] for t in tasks]
+                damage[np.ix_(which, tasks)] += _tuple_costs(
+                    _restrict([sides], tasks), tuples[np.ix_(which, tasks)], felt
+                )
         return damage
 
     def _sides(self, node: Node, name: str, pairings: Mapping[str, Pairing]) -> list[_Side]:
@@ -410,7 +429,7 @@ def match(traced: Mapping[str, Traced], config: ZipConfig) -> Iterator[GroupMatc
         traced: The networks by task, with their moments.
         config: How to zip.
 
-    Yields:
+    Returns:
         Pairings of groups. The last one of a group counts.
 
     Raises:
@@ -418,7 +437,21 @@ def match(traced: Mapping[str, Traced], config: ZipConfig) -> Iterator[GroupMatc
         InvalidConfig: If settings do not fit the networks.
         SingularHessian: If a Hessian cannot be factorised.
     """
-    matcher = Matcher(dict(sorted(traced.items())), config)
+    return pair_all(Matcher(dict(sorted(traced.items())), config))
+
+
+def pair_all(matcher: Matcher) -> Iterator[GroupMatch]:
+    """Pair the neurons of every hidden group, as `match` does.
+
+    Args:
+        matcher: Finds the pairing of one group.
+
+    Yields:
+        Pairings of groups. The last one of a group counts.
+
+    Raises:
+        SingularHessian: If a Hessian cannot be factorised.
+    """
     pairings: dict[str, Pairing] = {}
     coupled = False
     for name in matcher.widths:
@@ -426,11 +459,11 @@ def match(traced: Mapping[str, Traced], config: ZipConfig) -> Iterator[GroupMatc
         found = matcher.match(name, pairings)
         pairings[name] = found.pairing
         yield found
-    if not coupled or config.method == "paper":
+    if not coupled or not matcher.refit:
         return
     costs = {name: matcher.cost(name, pairings) for name in matcher.widths}
     yield replace(found, cost=costs[name], total=sum(costs.values()))
-    for sweep in range(1, config.matching_rounds + 1):
+    for sweep in range(1, matcher.config.matching_rounds + 1):
         fell = False
         for name in matcher.widths:
             found = matcher.match(name, pairings)

@@ -3,23 +3,22 @@
 Both moves are counted in the tasks' losses (`mtz_core.statistics.sensitivity`), task by task. The damage that sharing a
 tuple does to task t is what the change of its neuron's outputs costs, ``½ f_t (s* − s_t)ᵀ M_t (s* − s_t)``. The damage
 of dropping a unit is what the layers that read it cannot make up for (`mtz_core.planning.dropping`). An *option* is a
-state that a group can be brought to: some tuples are shared, then units are dropped, shared ones in all networks at
-once.
+state that a group can be brought to: some tuples are shared, among all tasks or within families
+(`mtz_core.planning.families`), then units are dropped, shared ones in all their networks at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from mtz_core.merging.matching import Matcher
 from mtz_core.merging.pairing import Pairing
 from mtz_core.planning.dropping import Reader, eliminate
+from mtz_core.planning.families import Sharing
 from mtz_core.planning.sizes import Sizes
-from mtz_core.settings import Move
 
 STARTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 """The fractions of a group's tuples that are shared before units are dropped."""
@@ -75,37 +74,51 @@ class Options:
         paths: The paths that the states lie on.
         path: The path of every state.
         gone: The number of units that are dropped in every state.
+        counts: The number of neurons that each set of owners has in every state; see `Sizes.owners`.
         kept: The number of neurons that each task keeps in every state.
-        shared: The number of neurons that all tasks share in every state.
+        shared: The number of neurons that belong to more than one task in every state.
         sharing: The damage that sharing does to every task in every state.
         dropping: The damage that dropping does to every task in every state.
+        complete: For every way to share, the state in which everything is shared and nothing is dropped.
     """
 
     paths: Sequence[DropPath]
     path: Int64[np.ndarray, " states"]
     gone: Int64[np.ndarray, " states"]
+    counts: Int64[np.ndarray, "states owners"]
     kept: Int64[np.ndarray, "tasks states"]
     shared: Int64[np.ndarray, " states"]
     sharing: Float64[np.ndarray, "tasks states"]
     dropping: Float64[np.ndarray, "tasks states"]
+    complete: Sequence[int]
 
     @classmethod
-    def along(cls, paths: Sequence[DropPath]) -> Options:
-        """Every state on every path."""
+    def along(cls, paths: Sequence[DropPath], sizes: Sizes, complete: Sequence[int] = ()) -> Options:
+        """List every state on every path.
+
+        Args:
+            paths: The paths.
+            sizes: Knows the sets of owners.
+            complete: For every way to share, the number of the path that starts with everything shared.
+
+        Returns:
+            The states.
+        """
         columns = []
         for number, path in enumerate(paths):
-            owned = path.units >= 0
-            common = np.asarray(owned.all(axis=1))
+            each = sizes.each(path.units)
             gone = np.arange(len(path.order) + 1)
-            lost = np.concatenate([np.zeros((1, owned.shape[1]), dtype=np.int64), owned[path.order].cumsum(axis=0)])
-            unshared = np.concatenate([[0], common[path.order].cumsum()])
-            nothing = np.zeros((1, owned.shape[1]))
+            nothing = np.zeros((1, path.units.shape[1]))
+            lost = np.concatenate([0 * each[:1], each[path.order].cumsum(axis=0)])
             regained = np.concatenate([nothing, path.sharing[path.order].cumsum(axis=0)])
             left = np.maximum(path.sharing.sum(axis=0) - regained, 0.0)
             spent = np.concatenate([nothing, path.dropping.cumsum(axis=0)])
-            kept = owned.sum(axis=0) - lost
-            columns.append((np.full(len(gone), number), gone, kept.T, common.sum() - unshared, left.T, spent.T))
-        return cls(paths, *(np.concatenate(parts, axis=-1) for parts in zip(*columns, strict=True)))
+            columns.append((np.full(len(gone), number), gone, each.sum(axis=0) - lost, left, spent))
+        path_, gone_, counts, sharing, dropping = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        starts = np.flatnonzero(gone_ == 0)[list(complete)].tolist()
+        common = sizes.owners.sum(axis=1) > 1
+        kept, shared = (counts @ sizes.owners).T, counts[:, common].sum(axis=1)
+        return cls(paths, path_, gone_, counts, kept, shared, sharing.T, dropping.T, starts)
 
     def damage(self, prices: Prices) -> Float64[np.ndarray, " states"]:
         """Compute the weighted damage of every state, over all tasks."""
@@ -121,57 +134,45 @@ class Options:
 
 def options(
     name: str,
-    matcher: Matcher,
-    pairings: Mapping[str, Pairing],
+    ways: Sequence[Sharing],
     reading: Sequence[Sequence[Reader]],
     sizes: Sizes,
-    moves: Sequence[Move],
+    drop: bool,
     balance: Float64[np.ndarray, " tasks"],
 ) -> Options:
     """List the states that a group can be brought to.
 
     Args:
         name: The group.
-        matcher: Finds tuples and their damages.
-        pairings: The pairings of all groups when everything is shared.
+        ways: The ways in which tasks can share; none if they are not to.
         reading: For every task, the layers that read the group; empty if the group cannot lose neurons.
         sizes: The stored bytes, given counts.
-        moves: The moves that are allowed.
+        drop: Whether neurons may be dropped.
         balance: How much the damage to each task counts where the order of moves is decided.
 
     Returns:
         The states.
     """
     widths = [own[name] for own in sizes.widths]
-    complete = np.zeros((0, len(widths)), dtype=np.int64)
-    damage = np.zeros(complete.shape)
-    if "share" in moves:
-        members = pairings[name].members
-        complete = members[(members >= 0).all(axis=1)]
-        damage = matcher.tuple_damages(name, pairings, complete)
-        cheapest = np.argsort(damage @ balance, kind="stable")
-        complete, damage = complete[cheapest], damage[cheapest]
-    most = len(complete)
-    drop = "drop" in moves and all(len(task) > 0 for task, width in zip(reading, widths, strict=True) if width)
-    paths = []
-    starts = {round(start * most) for start in STARTS}
-    for count in sorted(starts | {round(step / SHARES * most) for step in range(SHARES + 1)}):
-        tuples, sharing = complete[:count], damage[:count]
-        if len(widths) == 2 and 0 < count < most and count in starts:
-            # The best pairs of two networks can be found exactly, if by a cost that is not quite the damage.
-            exact = matcher.tuples(name, pairings, count)
-            damage_of_exact = matcher.tuple_damages(name, pairings, exact)
-            if (damage_of_exact @ balance).sum() < (sharing @ balance).sum():
-                tuples, sharing = exact, damage_of_exact
-        units, sharing = _with_own(matcher.tasks, widths, tuples, sharing)
-        order, dropping = np.zeros(0, dtype=np.int64), np.zeros((0, len(widths)))
-        if drop and count == 0:
-            paths += _separate_paths(reading, units, sharing, _freed(name, units, sizes, 0.0), balance)
-            continue
-        if drop and count in starts:
-            order, dropping = eliminate(reading, units, _freed(name, units, sizes, count / max(most, 1)), balance)
-        paths.append(DropPath(units, sharing, order, dropping))
-    return Options.along(paths)
+    drop = drop and all(len(task) > 0 for task, width in zip(reading, widths, strict=True) if width)
+    nobody = np.zeros((0, len(widths)), dtype=np.int64)
+    units, sharing = _with_own(sizes.tasks, widths, nobody, np.zeros(nobody.shape))
+    paths = [DropPath(units, sharing, np.zeros(0, dtype=np.int64), np.zeros(nobody.shape))]
+    if drop:
+        paths = _separate_paths(reading, units, sharing, _freed(name, units, sizes, None, 0.0), balance)
+    complete = []
+    for way in ways:
+        most = len(way.tuples[name][0])
+        starts = {round(start * most) for start in STARTS}
+        for count in sorted((starts | {round(step / SHARES * most) for step in range(SHARES + 1)}) - {0}):
+            found = way.cheapest(name, count, exact=count in starts)
+            units, sharing = _with_own(sizes.tasks, widths, *found)
+            order, dropping = np.zeros(0, dtype=np.int64), np.zeros((0, len(widths)))
+            if drop and count in starts:
+                order, dropping = eliminate(reading, units, _freed(name, units, sizes, way, count / most), balance)
+            paths.append(DropPath(units, sharing, order, dropping))
+        complete.append(len(paths) - 1 if most else 0)
+    return Options.along(paths, sizes, complete)
 
 
 def _separate_paths(
@@ -225,22 +226,23 @@ def _with_own(
 ) -> tuple[Int64[np.ndarray, "units tasks"], Float64[np.ndarray, "units tasks"]]:
     """Tuples and, behind them, every other neuron alone, with the damage of sharing."""
     units = Pairing.from_tuples(tasks, widths, tuples).members
-    alone = units[(units < 0).any(axis=1)]
+    alone = units[(units >= 0).sum(axis=1) == 1]
     return np.concatenate([tuples, alone]), np.concatenate([sharing, np.zeros(alone.shape)])
 
 
 def _freed(
-    name: str, units: Int64[np.ndarray, "units tasks"], sizes: Sizes, share: float
+    name: str, units: Int64[np.ndarray, "units tasks"], sizes: Sizes, way: Sharing | None, share: float
 ) -> Float64[np.ndarray, " units"]:
-    """The bytes that dropping each unit frees if the same fraction of every group is shared."""
-    kept = [dict(widths) for widths in sizes.widths]
-    shared = {group: round(share * min(own[group] for own in kept)) for group in kept[0]}
-    owned = units >= 0
-    shared[name] = int(owned.all(axis=1).sum())
-    before = sizes.around(name, kept, shared)
-    freed = np.zeros(len(units))
-    for pattern in np.unique(owned, axis=0):
-        fewer = [{**own, name: own[name] - int(owns)} for own, owns in zip(kept, pattern, strict=True)]
-        after = sizes.around(name, fewer, {**shared, name: shared[name] - int(pattern.all())})
-        freed[(owned == pattern).all(axis=1)] = before - after
-    return np.maximum(freed, 1.0)
+    """The bytes that dropping each unit frees if the same fraction of every other group is shared."""
+    counts = sizes.counts(sizes.widths, dict.fromkeys(sizes.widths[0], 0))
+    if way is not None:
+        for group in sizes.neighbours(name):
+            tuples = way.tuples[group][0]
+            widths, found = [own[group] for own in sizes.widths], tuples[: round(share * len(tuples))]
+            counts[group] = sizes.each(Pairing.from_tuples(sizes.tasks, widths, found).members).sum(axis=0)
+    each = sizes.each(units)
+    counts[name] = each.sum(axis=0)
+    before = sizes.around(name, counts)
+    kinds = np.eye(len(sizes.owners), dtype=np.int64)
+    freed = before - sizes.around(name, {**counts, name: counts[name] - kinds})
+    return np.maximum(each @ freed, 1.0)

@@ -16,14 +16,16 @@ import numpy as np
 from jaxtyping import Int64
 
 from mtz_core.errors import InvalidConfig
-from mtz_core.merging.matching import Matcher, match
+from mtz_core.merging.compatibility import check_compatible
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
+from mtz_core.planning.families import ways_to_share
 from mtz_core.planning.options import Options, Prices, options
-from mtz_core.planning.sizes import Sizes
+from mtz_core.planning.sizes import Sizes, owner_sets
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
+from mtz_core.zipped.ownership import NOT_A_MEMBER
 
 _PRICES, _CLOSE = (1e-16, 1e4), 1.0001
 """Between which prices of a byte a plan is looked for, and how close to each other they come."""
@@ -112,20 +114,20 @@ class Planner:
         traced = dict(sorted(traced.items()))
         self.networks = {task: own.network for task, own in traced.items()}
         self.tasks = tuple(traced)
-        self.sizes = Sizes(self.networks)
         self._balance = len(traced) * np.array(config.balance_of(self.tasks))
-        matcher = Matcher(traced, config)
-        pairings = {m.group: m.pairing for m in match(traced, config)} if "share" in moves else {}
+        check_compatible(self.networks)
+        ways = ways_to_share(traced, config, self._balance) if "share" in moves else []
+        self.sizes = Sizes(self.networks, owner_sets(found for way in ways for found, _ in way.tuples.values()))
         droppable = _droppable(traced.values()) if "drop" in moves else set()
         self.options: dict[str, Options] = {}
-        for name in matcher.widths:
+        for name in self.sizes.widths[0]:
             reading: list[list[Reader]] = [[] for _ in self.tasks]
             if name in droppable:
                 reading = [
                     readers(own.network, name, own.moments, own.sensitivity or {}, config.fixed_damping)
                     for own in traced.values()
                 ]
-            self.options[name] = options(name, matcher, pairings, reading, self.sizes, moves, self._balance)
+            self.options[name] = options(name, ways, reading, self.sizes, name in droppable, self._balance)
         self._stored: dict[tuple[int, ...], int] = {}
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
         self._bytes_around: dict[tuple[str, tuple[int, ...]], Int64[np.ndarray, " states"]] = {}
@@ -148,7 +150,7 @@ class Planner:
         states = {}
         for name, table in self.options.items():
             pure = table.gone == 0 if move == "share" else table.shared == 0
-            least = -table.shared if move == "share" else table.kept.sum(axis=0)
+            least = table.counts.sum(axis=1)
             states[name] = int(np.argmin(np.where(pure, least, np.iinfo(np.int64).max)))
         return self._bytes(states) <= int(size * self.original_bytes + 1e-6)
 
@@ -239,14 +241,13 @@ class Planner:
             parts = {name: to if name in back else plan for name in damage}
             keep = {task: {name: parts[name].keep[task][name] for name in own} for task, own in plan.keep.items()}
             pairings = {name: part.pairings[name] for name, part in parts.items()}
-            shared = {name: pairing.shared for name, pairing in pairings.items()}
-            kept = [{name: len(keep[task].get(name, ())) for name in damage} for task in self.tasks]
+            counts = {name: self.sizes.each(pairing.members).sum(axis=0) for name, pairing in pairings.items()}
             yield (
                 ", ".join(worst[:count]),
                 Plan(
                     keep,
                     pairings,
-                    self.sizes.stored(kept, shared),
+                    self.sizes.stored(counts),
                     {name: part.sharing[name] for name, part in parts.items()},
                     {name: part.dropping[name] for name, part in parts.items()},
                     {name: part.damages[name] for name, part in parts.items()},
@@ -266,13 +267,14 @@ class Planner:
             tried: Further states to start from.
 
         Returns:
-            The optima, starting from nothing done, from everything shared, from as much as possible done, and from
-                `tried`.
+            The optima, starting from nothing done, from everything shared in each way, from as much as possible done,
+                and from `tried`.
         """
         nothing = dict.fromkeys(self.options, 0)
-        shared = {name: int(np.argmax(o.shared)) for name, o in self.options.items()}
+        ways = range(min((len(o.complete) for o in self.options.values()), default=0))
+        shared = [{name: o.complete[way] for name, o in self.options.items()} for way in ways]
         smallest = {name: len(o.gone) - 1 for name, o in self.options.items()}
-        return [self._descend(start, price, prices) for start in (nothing, shared, smallest, *tried)]
+        return [self._descend(start, price, prices) for start in (nothing, *shared, smallest, *tried)]
 
     def _descend(self, states: States, price: float, prices: Prices) -> States:
         states = dict(states)
@@ -308,23 +310,17 @@ class Planner:
         near = {other: states[other] for other in self._near[name]}
         key = name, tuple(near.values())
         if key not in self._bytes_around:
-            kept, shared = self._counts(near)
-            kept = [{**own, name: column} for own, column in zip(kept, table.kept, strict=True)]
-            self._bytes_around[key] = self.sizes.around(name, kept, {**shared, name: table.shared})
+            self._bytes_around[key] = self.sizes.around(name, {**self._counts(near), name: table.counts})
         return self._bytes_around[key]
 
-    def _counts(self, states: States) -> tuple[list[dict[str, int]], dict[str, int]]:
-        """How many neurons each task keeps, and all share, in each of these groups."""
-        kept = [
-            {name: int(self.options[name].kept[t, state]) for name, state in states.items()}
-            for t in range(len(self.tasks))
-        ]
-        return kept, {name: int(self.options[name].shared[state]) for name, state in states.items()}
+    def _counts(self, states: States) -> dict[str, Int64[np.ndarray, " owners"]]:
+        """How many neurons each set of owners has in each of these groups."""
+        return {name: self.options[name].counts[state] for name, state in states.items()}
 
     def _bytes(self, states: States) -> int:
         key = tuple(states.values())
         if key not in self._stored:
-            self._stored[key] = self.sizes.stored(*self._counts(states))
+            self._stored[key] = self.sizes.stored(self._counts(states))
         return self._stored[key]
 
     def _objective(self, states: States, price: float, prices: Prices) -> float:
@@ -340,8 +336,9 @@ class Planner:
             for t, task in enumerate(self.tasks):
                 if name in self.networks[task].graph.hidden_widths:
                     keep[task][name] = left[t]
-            tuples = units[(units >= 0).all(axis=1)]
-            tuples = np.stack([np.searchsorted(left[t], tuples[:, t]) for t in range(len(self.tasks))], axis=1)
+            tuples = units[(units >= 0).sum(axis=1) > 1]
+            places = [np.searchsorted(left[t], tuples[:, t]) for t in range(len(self.tasks))]
+            tuples = np.where(tuples >= 0, np.stack(places, axis=1), NOT_A_MEMBER)
             pairings[name] = Pairing.from_tuples(self.tasks, [len(own) for own in left], tuples)
         chosen = {name: (table, states[name]) for name, table in self.options.items()}
         return Plan(

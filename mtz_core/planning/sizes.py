@@ -1,12 +1,13 @@
-"""How many bytes a zipped network stores, given how many neurons are kept and how many are shared."""
+"""How many bytes a zipped network stores, given how many neurons each set of tasks owns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
 from mtz_core.merging.compatibility import why_separate
 from mtz_core.network.graph import INPUT, KERNEL, Axis, LayerGraph, Network
@@ -15,83 +16,85 @@ from mtz_core.zipped.ownership import positions_of
 from mtz_core.zipped.structure import hidden_groups
 
 Counts = Mapping[str, Any]
-"""The number of neurons of every hidden group; or an array of numbers that are compared."""
+"""For every hidden group, the number of neurons that each of `Sizes.owners` has, ``[owners]``; or, of states that are
+compared, ``[states, owners]``."""
+
+
+def owner_sets(tables: Iterable[Int64[np.ndarray, "_units _tasks"]]) -> list[tuple[bool, ...]]:
+    """The sets of tasks that own units together: for each, whether each task belongs to it."""
+    found = {tuple(owns) for units in tables for owns in np.unique(units >= 0, axis=0).tolist()}
+    return sorted(found, reverse=True)
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """The length of an axis, as a function of how many neurons its groups have.
+    """The length of an axis, set of owners by set of owners, as a function of how many neurons its groups have.
 
     Attributes:
-        slots: For every group, how many positions each of its neurons has.
-        fixed: The number of positions that are always there.
+        slots: For every group, how many positions of each set of owners (columns) a neuron of each set (rows) takes.
+        fixed: The number of positions of each set of owners that are always there.
     """
 
-    slots: Mapping[str, int]
-    fixed: int
-
-    @classmethod
-    def of(cls, axis: Axis, hidden: frozenset[str]) -> _Extent:
-        slots = {name: positions_of(axis, name).shape[1] for name in axis.groups if name in hidden}
-        own = [number for number, name in enumerate(axis.groups) if name in hidden]
-        return cls(slots, int((~np.isin(axis.group, own)).sum()))
+    slots: Mapping[str, Int64[np.ndarray, "owners owners"]]
+    fixed: Int64[np.ndarray, " owners"]
 
     def length(self, counts: Counts) -> Any:
-        return self.fixed + sum(n * counts[name] for name, n in self.slots.items())
+        return sum((counts[name] @ slots for name, slots in self.slots.items()), start=self.fixed)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Something stored: the rows and columns of every task, and what of them can correspond in all tasks.
+    """Something stored: a grid of blocks, one for each two sets of owners that have a task in common.
 
     Attributes:
-        rows: The rows of every task.
-        columns: The columns of every task.
-        shared_rows: The rows that can correspond in all tasks.
-        shared_columns: The columns that can correspond in all tasks.
+        rows: The rows.
+        columns: The columns.
         itemsize: Bytes per value.
     """
 
-    rows: Sequence[_Extent]
-    columns: Sequence[_Extent]
-    shared_rows: _Extent
-    shared_columns: _Extent
+    rows: _Extent
+    columns: _Extent
     itemsize: int
 
     @property
     def groups(self) -> frozenset[str]:
-        return frozenset(name for extent in (*self.rows, *self.columns) for name in extent.slots)
+        return frozenset((*self.rows.slots, *self.columns.slots))
 
-    def bytes(self, kept: Sequence[Counts], shared: Counts) -> Any:
-        own = sum(r.length(k) * c.length(k) for r, c, k in zip(self.rows, self.columns, kept, strict=True))
-        common = self.shared_rows.length(shared) * self.shared_columns.length(shared)
-        return self.itemsize * (own - (len(self.rows) - 1) * common)
-
-
-_NOTHING = _Extent({}, 0)
-_ONE = _Extent({}, 1)
+    def bytes(self, counts: Counts, meet: Int64[np.ndarray, "owners owners"]) -> Any:
+        return self.itemsize * (self.rows.length(counts) * (self.columns.length(counts) @ meet)).sum(axis=-1)
 
 
 class Sizes:
     """The stored bytes of zipped networks of one topology, given counts of neurons.
 
-    What all tasks share is stored once. With T tasks, a layer's matrix costs ``Σ_t r_t c_t − (T − 1) r c`` values,
-    where task t has ``r_t`` rows and ``c_t`` columns, of which ``r`` and ``c`` are shared by all. So neighbouring
-    groups depend on each other: the more is shared in one, the more sharing saves in the other.
+    A layer's matrix is stored as a grid of blocks (`mtz_core.zipped.structure`): rows of each set of owners by columns
+    of each set of owners, as far as the two have a task in common. So neighbouring groups depend on each other: the
+    more is shared in one, the more sharing saves in the other.
 
     Attributes:
         tasks: The tasks.
+        owners: The sets of tasks that can own neurons together: each task alone, all of them, and further ones.
         widths: For every task, the number of neurons of each hidden group; 0 of those that other tasks have.
     """
 
-    def __init__(self, networks: Mapping[str, Network]) -> None:
+    def __init__(self, networks: Mapping[str, Network], sets: Iterable[tuple[bool, ...]] = ()) -> None:
+        """Describe what zipped networks of these networks store.
+
+        Args:
+            networks: The networks by task.
+            sets: Further sets of tasks that can own neurons together; see `owner_sets`.
+        """
         self.tasks = tuple(networks)
+        count = len(self.tasks)
+        alone = [tuple(row) for row in np.eye(count, dtype=bool).tolist()]
+        self.owners: Bool[np.ndarray, "owners tasks"] = np.array(list(dict.fromkeys([*alone, (True,) * count, *sets])))
         graphs = [network.graph for network in networks.values()]
         names = hidden_groups(graphs)
         self.widths = [{name: graph.hidden_widths.get(name, 0) for name in names} for graph in graphs]
+        self._meet = (self.owners[:, None] & self.owners[None]).any(axis=2).astype(np.int64)
         self._tables = [
-            *(_layer(networks, name) for name in dict.fromkeys(node.name for graph in graphs for node in graph.layers)),
-            *(table for i, network in enumerate(networks.values()) for table in _own(network, i, len(networks))),
+            *(self._layer(networks, name) for name in dict.fromkeys(n.name for graph in graphs for n in graph.layers)),
+            *(table for i, network in enumerate(networks.values()) for table in self._own(network, i)),
         ]
         self._touching = {name: [table for table in self._tables if name in table.groups] for name in self.widths[0]}
 
@@ -99,87 +102,118 @@ class Sizes:
         """The other groups on which the bytes around a group depend."""
         return frozenset(name for table in self._touching[group] for name in table.groups) - {group}
 
-    def stored(self, kept: Sequence[Counts], shared: Counts) -> int:
-        """Compute the stored bytes.
+    def each(self, units: Int64[np.ndarray, "units tasks"]) -> Int64[np.ndarray, "units owners"]:
+        """Tell which set of `owners` each unit belongs to: 1 for that set, 0 for all others."""
+        return ((units >= 0)[:, None] == self.owners[None]).all(axis=2).astype(np.int64)
+
+    def counts(self, kept: Sequence[Mapping[str, int]], shared: Mapping[str, int]) -> dict[str, Any]:
+        """Count the neurons of each set of owners where neurons are alone or shared by all tasks.
 
         Args:
             kept: For every task, how many neurons of each group it keeps.
             shared: For every group, how many neurons all tasks share.
 
         Returns:
+            The counts.
+        """
+        found = {}
+        for name, common in shared.items():
+            found[name] = np.zeros(len(self.owners), dtype=np.int64)
+            for t, own in enumerate(kept):
+                found[name][t] = own[name] - common
+            found[name][self.owners.all(axis=1)] += common
+        return found
+
+    def stored(self, counts: Counts) -> int:
+        """Compute the stored bytes.
+
+        Args:
+            counts: For every group, how many neurons each set of owners has.
+
+        Returns:
             The size in bytes.
         """
-        return int(sum(table.bytes(kept, shared) for table in self._tables))
+        return int(sum(table.bytes(counts, self._meet) for table in self._tables))
 
-    def around(self, group: str, kept: Sequence[Counts], shared: Counts) -> Any:
+    def around(self, group: str, counts: Counts) -> Any:
         """Compute the part of the stored bytes that depends on one group.
 
         Args:
             group: The group.
-            kept: For every task, how many neurons of each group it keeps; arrays of counts are compared element by
-                element.
-            shared: For every group, how many neurons all tasks share; likewise.
+            counts: For every group, how many neurons each set of owners has; of some, in each of several states.
 
         Returns:
-            The size in bytes, an array if counts are arrays.
+            The size in bytes; an array over states if there are any.
         """
-        return sum(table.bytes(kept, shared) for table in self._touching[group])
+        return sum(table.bytes(counts, self._meet) for table in self._touching[group])
 
+    def _layer(self, networks: Mapping[str, Network], name: str) -> _Table:
+        graphs = [network.graph for network in networks.values()]
+        holders = [network for network in networks.values() if name in network.graph.layers_by_name]
+        node = holders[0].graph.layers_by_name[name]
+        common = why_separate(networks, node) is None
+        sides = [[graph.rows.get(name) for graph in graphs], [graph.columns.get(name) for graph in graphs]]
+        rows, columns = (self._extent(graphs, axes, common) for axes in sides)
+        if node.bias is not None:
+            everyone = self.owners.all(axis=1) if common else self._alone([name in g.layers_by_name for g in graphs])
+            columns = _Extent(columns.slots, columns.fixed + everyone)
+        return _Table(rows, columns, holders[0].state[node.weight].element_size())
 
-def _layer(networks: Mapping[str, Network], name: str) -> _Table:
-    graphs = [network.graph for network in networks.values()]
-    hidden = frozenset.intersection(*(frozenset(graph.hidden_widths) for graph in graphs))
-    holders = [network for network in networks.values() if name in network.graph.layers_by_name]
-    node = holders[0].graph.layers_by_name[name]
-    why = why_separate(networks, node)
-    common = _NOTHING if why else _common([graph.columns[name] for graph in graphs], hidden)
-    return _Table(
-        rows=[_extent(graph, "rows", name) for graph in graphs],
-        columns=[_extent(graph, "columns", name) for graph in graphs],
-        shared_rows=_NOTHING if why else _common([graph.rows[name] for graph in graphs], hidden),
-        shared_columns=_Extent(common.slots, common.fixed + int(node.bias is not None)),
-        itemsize=holders[0].state[node.weight].element_size(),
-    )
+    def _alone(self, values: Sequence[int]) -> Int64[np.ndarray, " owners"]:
+        """A number for every task alone."""
+        return np.append(np.array(values, dtype=np.int64), np.zeros(len(self.owners) - len(values), dtype=np.int64))
 
+    def _extent(self, graphs: Sequence[LayerGraph], axes: Sequence[Axis | None], common: bool) -> _Extent:
+        """Describe one axis of something that some networks have.
 
-def _extent(graph: LayerGraph, side: str, name: str) -> _Extent:
-    """One axis of a layer's matrix, a bias counted as a column; nothing if the network lacks the layer."""
-    node = graph.layers_by_name.get(name)
-    if node is None:
-        return _NOTHING
-    extent = _Extent.of(getattr(graph, side)[name], frozenset(graph.hidden_widths))
-    bias = int(side == "columns" and node.bias is not None)
-    return _Extent(extent.slots, extent.fixed + bias)
+        Args:
+            graphs: The graphs of the networks.
+            axes: The axis in each network; None in those that lack it.
+            common: Whether anything can correspond.
 
+        Returns:
+            The axis as a function of counts.
+        """
+        tables = {
+            name: [positions_of(axis, name) if axis is not None else np.zeros((0, 0), dtype=np.int64) for axis in axes]
+            for name in dict.fromkeys(name for axis in axes if axis is not None for name in axis.groups)
+        }
+        slots: dict[str, Int64[np.ndarray, "owners owners"]] = {}
+        fixed = self._alone([0 if axis is None else int((axis.group < 0).sum()) for axis in axes])
+        for name, found in tables.items():
+            hidden = [name in graph.hidden_widths for graph in graphs]
+            corresponds = common and len({table.shape[1] for table in found}) == 1
+            if corresponds and all(hidden):
+                slots[name] = found[0].shape[1] * np.eye(len(self.owners), dtype=np.int64)
+                continue
+            if corresponds and name in (INPUT, KERNEL):
+                fixed = fixed + found[0].size * self.owners.all(axis=1)
+                continue
+            fixed = fixed + self._alone([0 if h else t.size for h, t in zip(hidden, found, strict=True)])
+            if any(hidden):
+                each = self._alone([t.shape[1] if h else 0 for h, t in zip(hidden, found, strict=True)])
+                slots[name] = self.owners @ np.diag(each)[: len(graphs)]
+        return _Extent(slots, fixed)
 
-def _common(axes: Sequence[Axis], hidden: frozenset[str]) -> _Extent:
-    """The part of an axis that can correspond in all networks."""
-    slots, fixed = {}, 0
-    for name in axes[0].groups:
-        tables = [positions_of(axis, name) for axis in axes]
-        if len({table.shape[1] for table in tables}) == 1:
-            if name in hidden:
-                slots[name] = tables[0].shape[1]
-            elif name in (INPUT, KERNEL):
-                fixed += tables[0].size
-    return _Extent(slots, fixed)
+    def _own(self, network: Network, number: int) -> list[_Table]:
+        """The tensors of one network that are no layer's matrix."""
+        analysis = analysis_of(network)
+        layers = {name for node in network.graph.layers for name in (node.weight, node.bias)}
+        place = np.arange(len(self.tasks)) == number
 
+        def extent(axis: Axis) -> _Extent:
+            return self._extent([network.graph] * len(place), [axis if own else None for own in place], common=False)
 
-def _own(network: Network, number: int, tasks: int) -> list[_Table]:
-    """The tensors of one network that are no layer's matrix."""
-    analysis = analysis_of(network)
-    hidden = frozenset(network.graph.hidden_widths)
-    layers = {name for node in network.graph.layers for name in (node.weight, node.bias)}
-    tables = []
-    for name, tensor in network.state.items():
-        if name in layers:
-            continue
-        rows, columns = _Extent({}, tensor.numel()), _ONE
-        node = next((n for n in network.graph.nodes if n.name in analysis.rows and n.weight == name), None)
-        if node is not None:
-            rows, columns = (_Extent.of(axes[node.name], hidden) for axes in (analysis.rows, analysis.columns))
-        elif name in analysis.constants:
-            rows = _Extent.of(analysis.constants[name], hidden)
-        place = [rows if i == number else _NOTHING for i in range(tasks)]
-        tables.append(_Table(place, [columns] * tasks, _NOTHING, _NOTHING, tensor.element_size()))
-    return tables
+        one = _Extent({}, self._alone(place.tolist()))
+        tables = []
+        for name, tensor in network.state.items():
+            if name in layers:
+                continue
+            rows, columns = _Extent({}, tensor.numel() * one.fixed), one
+            node = next((n for n in network.graph.nodes if n.name in analysis.rows and n.weight == name), None)
+            if node is not None:
+                rows, columns = extent(analysis.rows[node.name]), extent(analysis.columns[node.name])
+            elif name in analysis.constants:
+                rows = extent(analysis.constants[name])
+            tables.append(_Table(rows, columns, tensor.element_size()))
+        return tables

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import check_labels
 from mtz_core.merging.compatibility import shared_counts
+from mtz_core.merging.pairing import Pairing
 from mtz_core.network.graph import Network, run
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.search import Validation
-from mtz_core.planning.sizes import Sizes
+from mtz_core.planning.sizes import Sizes, owner_sets
 from mtz_core.settings import Budget
+from mtz_core.zipped.ownership import NOT_A_MEMBER
+from mtz_core.zipped.structure import hidden_groups
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_labelled
 from tasks.models.metrics import find_metric
@@ -45,13 +50,22 @@ def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Ne
 
 def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget) -> None:
     """Compare the size with the fewest bytes: least neurons in every group, as many of them shared as possible."""
-    sizes = Sizes(networks)
-    most = (
-        shared_counts(networks, params.zip_config()) if "share" in budget.moves else dict.fromkeys(sizes.widths[0], 0)
-    )
-    kept = [{g: min(width, LEAST) if "drop" in budget.moves else width for g, width in w.items()} for w in sizes.widths]
-    shared = {group: min(count, *(own[group] for own in kept)) for group, count in most.items()}
-    least = sizes.stored(kept, shared) / sum(network.bytes for network in networks.values())
+    graphs = [network.graph for network in networks.values()]
+    most = shared_counts(networks, params.zip_config())
+    units = {}
+    for group in hidden_groups(graphs):
+        widths = np.array([graph.hidden_widths.get(group, 0) for graph in graphs])
+        kept = widths.clip(max=LEAST) if "drop" in budget.moves else widths
+        if "share" in budget.moves and most[group]:
+            neurons = np.arange(kept.max())[:, None]
+            units[group] = np.where(neurons < kept, neurons, NOT_A_MEMBER)  # neuron i of all that have so many
+        else:
+            units[group] = Pairing.from_tuples(
+                tuple(networks), kept.tolist(), np.zeros((0, len(kept)), np.int64)
+            ).members
+    sizes = Sizes(networks, owner_sets(units.values()))
+    stored = sizes.stored({group: sizes.each(own).sum(axis=0) for group, own in units.items()})
+    least = stored / sum(network.bytes for network in networks.values())
     if budget.size is not None and least > budget.size:
         raise InvalidConfig(
             f"match.budget.size: {budget.size:g} is impossible with moves {' and '.join(budget.moves)}: these networks "

@@ -177,9 +177,9 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
 def _curves(budget_search: BudgetSearch) -> Iterator[tuple[str, int, float]]:
     """Yield what sharing costs in every group while none of its neurons is dropped, over all tasks."""
     for name, options in budget_search.planner.options.items():
-        whole = np.flatnonzero(options.gone == 0)
-        for state in whole[np.argsort(options.shared[whole], kind="stable")].tolist():
-            yield name, int(options.shared[state]), float(options.sharing[:, state].sum())
+        whole, damage = np.flatnonzero(options.gone == 0), options.sharing.sum(axis=0)
+        for shared in np.unique(options.shared[whole]).tolist():
+            yield name, shared, float(damage[whole][options.shared[whole] == shared].min())
 
 
 def _by_task(values: Mapping[str, float]) -> str:

@@ -110,7 +110,7 @@ def test_every_kind_of_network_is_compared_alike_from_both_sides_and_saves_what_
     pair = {"a": networks["a"], "b": networks["b"]}
     sizes = Sizes(pair)
     shared = shared_counts(pair, ZipConfig())
-    assert found.saved == sum(n.bytes for n in pair.values()) - sizes.stored(sizes.widths, shared) > 0
+    assert found.saved == sum(n.bytes for n in pair.values()) - sizes.stored(sizes.counts(sizes.widths, shared)) > 0
 
 
 def shape(profile: Profile) -> str:

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtz_core.merging.matching import Matcher, match
+from mtz_core.merging.matching import Matcher
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.dropping import Reader, readers
+from mtz_core.planning.families import ways_to_share
 from mtz_core.planning.options import STARTS, DropPath, Options, Prices
+from mtz_core.planning.sizes import Sizes, owner_sets
 from mtz_core.settings import Move
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from tests.support.fleets import BOTH, CONFIG, FLEETS, droppable, planner, statistics, traced_fleet
@@ -37,8 +39,9 @@ def test_counts_are_those_of_the_members(name: str, moves: tuple[Move, ...]) -> 
             members = table.members(state)
             owned = members >= 0
             assert table.kept[:, state].tolist() == owned.sum(axis=0).tolist()
-            assert table.shared[state] == owned.all(axis=1).sum()
-            assert set(owned.sum(axis=1).tolist()) <= {1, len(networks)}
+            assert table.counts[state].tolist() == planner(name, moves).sizes.each(members).sum(axis=0).tolist()
+            assert table.counts[state].sum() == len(members), "every unit has owners that are known"
+            assert table.shared[state] == (owned.sum(axis=1) > 1).sum()
             for t, width in enumerate(widths):
                 own = members[owned[:, t], t]
                 assert len(set(own.tolist())) == len(own)
@@ -89,13 +92,17 @@ def test_damage_adds_up_along_a_path_and_never_falls_by_dropping(name: str) -> N
 @on_all_fleets
 def test_the_damage_of_sharing_is_that_of_the_tuples_that_are_left(name: str) -> None:
     networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
-    matcher = Matcher(joined(networks, moments, sensitivity), CONFIG)
-    pairings = {found.group: found.pairing for found in match(joined(networks, moments, sensitivity), CONFIG)}
+    ways = ways_to_share(joined(networks, moments, sensitivity), CONFIG, np.ones(len(networks)))
     for group, table in planner(name).options.items():
+        ends = table.path[list(table.complete)]
         for state in list(states(table))[:: max(1, len(states(table)) // 15)]:
             members = table.members(state)
-            shared = members[(members >= 0).all(axis=1)]
-            expected = matcher.tuple_damages(group, pairings, shared).sum(axis=0)
+            way = next((own for own, end in zip(ways, ends, strict=True) if table.path[state] <= end), ways[-1])
+            expected = np.zeros(len(networks))
+            for family in way.families:
+                own = members[:, family.places]
+                shared = own[((own >= 0).sum(axis=1) > 1) & ((members >= 0).sum(axis=1) == (own >= 0).sum(axis=1))]
+                expected += family.damaged(group, shared)[1].sum(axis=0)
             np.testing.assert_allclose(table.sharing[:, state], expected, rtol=1e-6, atol=1e-12)
 
 
@@ -126,27 +133,36 @@ def test_everything_can_be_shared_and_every_start_drops_as_much_as_it_may(name: 
     networks, (moments, sensitivity) = traced_fleet(name), statistics(name)
     counts = Matcher(joined(networks, moments, sensitivity), CONFIG).counts
     for group, table in planner(name).options.items():
-        most = counts[group]
-        untouched = set(table.shared[table.gone == 0].tolist())
-        assert {round(start * most) for start in STARTS} <= untouched <= set(range(most + 1))
-        assert set(planner(name, ("share",)).options[group].shared.tolist()) == untouched
-        if group in droppable(name):
-            for start in STARTS:
-                shared = [int((path.units >= 0).all(axis=1).sum()) for path in table.paths]
-                number = shared.index(round(start * most))
-                assert table.kept[:, table.path == number].min() == LEAST
+        everyone = table.members(table.complete[-1])
+        assert int((everyone >= 0).all(axis=1).sum()) == counts[group], "all tasks share as much as they can"
+        shared = [int(table.shared[state]) for state in np.flatnonzero(table.gone == 0)]
+        assert set(planner(name, ("share",)).options[group].shared.tolist()) == set(shared)
+        first = 0
+        for complete in table.complete:
+            last, most = int(table.path[complete]), int(table.shared[complete])
+            own = {0: 0} | {shared[number]: number for number in range(first + 1, last + 1)}
+            assert {round(start * most) for start in STARTS} <= own.keys() <= set(range(most + 1))
+            if group in droppable(name):
+                for start in STARTS:
+                    assert table.kept[:, table.path == own[round(start * most)]].min() == LEAST
+            first = last
 
 
 @on_all_fleets
 def test_shares_between_the_starts_are_the_cheapest_tuples_of_all(name: str) -> None:
     for table in planner(name, ("share",)).options.values():
-        whole = table.paths[-1]
-        most = int((whole.units >= 0).all(axis=1).sum())
-        costs = np.sort(whole.sharing[:most].sum(axis=1))
-        for path in table.paths:
-            count = int((path.units >= 0).all(axis=1).sum())
-            if count not in {round(start * most) for start in STARTS}:
-                assert path.sharing.sum() == pytest.approx(costs[:count].sum(), rel=1e-9, abs=1e-15)
+        first = 0
+        for complete in table.complete:
+            whole = table.paths[table.path[complete]]
+            owners = (whole.units >= 0).sum(axis=1)
+            costs = np.sort(whole.sharing[owners > 1].sum(axis=1) / (owners[owners > 1] - 1))
+            for path in table.paths[first + 1 : table.path[complete]]:
+                shared = (path.units >= 0).sum(axis=1)
+                count = int((shared > 1).sum())
+                if count not in {round(start * len(costs)) for start in STARTS}:
+                    each = np.sort(path.sharing[shared > 1].sum(axis=1) / (shared[shared > 1] - 1))
+                    np.testing.assert_allclose(each, costs[:count], rtol=1e-9, atol=1e-15)
+            first = table.path[complete]
 
 
 def test_pairs_at_the_starts_cost_no_more_than_the_cheapest_of_all() -> None:
@@ -170,7 +186,8 @@ def test_states_of_any_path_are_what_their_members_say(shared: int, own: list[in
     sharing = np.where((units >= 0).all(axis=1), generator.random(len(units)), 0.0)[:, None] * np.ones(len(own))
     order = generator.permutation(len(units))[: generator.integers(0, len(units) + 1)]
     path = DropPath(units, sharing, order, generator.random((len(order), len(own))))
-    table = Options.along([path, path])
+    sizes = Sizes({task: traced_fleet("two mlps")["a"] for task in tasks}, owner_sets([units]))
+    table = Options.along([path, path], sizes)
     assert table.path.tolist() == [0] * (len(order) + 1) + [1] * (len(order) + 1)
     for state in states(table):
         gone = int(table.gone[state])
@@ -178,6 +195,7 @@ def test_states_of_any_path_are_what_their_members_say(shared: int, own: list[in
         members = units[left]
         assert np.array_equal(table.members(state), members)
         assert table.kept[:, state].tolist() == (members != NOT_A_MEMBER).sum(axis=0).tolist()
-        assert table.shared[state] == (members != NOT_A_MEMBER).all(axis=1).sum()
+        common = len(own) > 1
+        assert table.shared[state] == common * (members != NOT_A_MEMBER).all(axis=1).sum()
         np.testing.assert_allclose(table.sharing[:, state], sharing[left].sum(axis=0), atol=1e-12)
         np.testing.assert_allclose(table.dropping[:, state], path.dropping[:gone].sum(axis=0))
