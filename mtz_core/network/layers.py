@@ -390,3 +390,22 @@ def with_ones(rows: Float[Tensor, "n columns"], conv_groups: int, bias: bool) ->
         return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     split = rows.unflatten(1, (conv_groups, -1))
     return torch.cat([split, split.new_ones(len(rows), conv_groups, 1)], dim=2).flatten(1)
+
+
+def from_rows(
+    rows: Float[Tensor, "n columns"], matrix: Float[Tensor, "out in"], conv_groups: int
+) -> Float[Tensor, "n out"]:
+    """Compute a layer's outputs from the rows of its input.
+
+    Args:
+        rows: The rows; those of several conv_groups lie side by side.
+        matrix: The layer's matrix.
+        conv_groups: How many layers lie side by side.
+
+    Returns:
+        The output of every row.
+    """
+    if conv_groups == 1:
+        return rows @ matrix.T
+    split = rows.unflatten(1, (conv_groups, -1)).transpose(0, 1)
+    return torch.bmm(split, matrix.unflatten(0, (conv_groups, -1)).mT).transpose(0, 1).flatten(1)
