@@ -157,7 +157,7 @@ class ActivationStream:
             (y if kept is None else y.index_select(axis, kept), z)
             for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True)
         ]
-        difference = sum(float((z - y).square().sum()) for y, z in pairs)
+        difference = sum(float((z - y).square_().sum()) for y, z in pairs)
         norm = sum(float(y.square().sum()) for y, _ in pairs)
         return difference / norm if norm else difference
 

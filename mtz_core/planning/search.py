@@ -54,6 +54,9 @@ ATTEMPTS, REWEIGHED, BACK = 2, 2, 3
 """How many plans of one size such a search tries, how often it reweighs the tasks, and how many groups step back."""
 
 
+AT_ONCE = 32
+"""The number of examples that go through a network at once where plans are merged: values that stay in the caches."""
+
 MOST_TARGETS = 2**30
 """The most bytes of the originals' outputs that are kept for the merging of all plans; more are computed anew."""
 
@@ -128,7 +131,7 @@ class BudgetSearch:
                     f"measure plans. Give at least {HELD_OUT}."
                 )
             size = len(own.batches[0])
-            self.fitting[task] = replace(own, batches=torch.split(examples[:-held], size))
+            self.fitting[task] = replace(own, batches=torch.split(examples[:-held], min(size, AT_ONCE)))
             self.held_out[task] = torch.split(examples[-held:], size)
         for task, own in traced.items():
             if not own.loss.tells:
