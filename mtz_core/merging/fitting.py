@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from mtz_core.network.narrowing import Reduced
 from mtz_core.network.operations import operation_of
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import layer_rows, sample_positions
-from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
+from mtz_core.statistics.linalg import CHUNK, DenseHessian, Elimination, Hessian, chunks, weighted_sum
 from mtz_core.statistics.moments import Moments
 from mtz_core.zipped.ownership import Arrangement, Segment
 
@@ -168,6 +168,7 @@ class LayerFit:
         self.changed = False
         self.hessian: Hessian | None = None
         self.targets: list[Float[Tensor, "n out"]] = []
+        self._kept: list[Float[Tensor, "n columns"]] = []
         if not shared and (self.paper or self.intact):
             return
         self.matrix = network.matrix(node).to(torch.float64, copy=True)
@@ -180,13 +181,17 @@ class LayerFit:
                 target, left = target[left], None
             for x, x_hat in zip(original, zipped, strict=True):
                 rows = self._rows(x, before)
-                moments.add(self._fitted(rows if self.paper or x is x_hat else self._rows(x_hat, node)))
+                fed = rows if self.paper or x is x_hat else self._rows(x_hat, node)
+                moments.add(self._fitted(fed))
                 if not self.paper:
+                    self._keep(fed)
                     outputs = from_rows(rows, target, before.layer.conv_groups(before.arguments))
                     self.targets.append(outputs if left is None else outputs[:, left])
         else:
             for x_hat in zipped:
-                moments.add(self._fitted(self._rows(x_hat, node)))
+                fed = self._rows(x_hat, node)
+                moments.add(self._fitted(fed))
+                self._keep(fed)
             self.targets = [outputs if left is None else outputs[:, left] for outputs in targets]
         self.count = moments.count
         relative = config.fixed_damping if damping is None else damping
@@ -196,6 +201,15 @@ class LayerFit:
     def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n columns"]:
         rows = layer_rows(node, self.shape, x, self.positions)
         return rows.to(self.network.state[self.node.weight].dtype)
+
+    def _keep(self, rows: Float[Tensor, "n columns"]) -> None:
+        """Keep the rows of a batch, if those of all batches are few."""
+        if sum(map(len, self.zipped)) * len(self.positions) * rows.shape[1] <= CHUNK:
+            self._kept.append(rows)
+
+    def _fed(self) -> Iterator[Float[Tensor, "n columns"]]:
+        """The rows that the zipped network feeds the layer, batch by batch."""
+        return iter(self._kept) if self._kept else (self._rows(x_hat, self.node) for x_hat in self.zipped)
 
     def _stacked(
         self, matrix: Float[Tensor, "out in"]
@@ -211,8 +225,8 @@ class LayerFit:
         if self.hessian is None:
             return 0.0
         total, count = 0.0, 0
-        for target, x_hat in zip(self.targets, self.zipped, strict=True):
-            rows = self._rows(x_hat, self.node)[len(self._fitted(target)) :]
+        for target, fed in zip(self.targets, self._fed(), strict=True):
+            rows = fed[len(self._fitted(target)) :]
             errors = target[len(target) - len(rows) :] - from_rows(rows, self.matrix.to(rows.dtype), self.conv_groups)
             sensitivity = 1.0 if self.sensitivity is None else self.sensitivity.to(errors.dtype)
             total, count = total + 0.5 * float((sensitivity * errors.square()).sum()), count + len(rows)
@@ -236,8 +250,8 @@ class LayerFit:
         prior = self.network.matrix(self.node)
         present = self.matrix.to(prior.dtype)
         gradient = torch.zeros_like(self.matrix)
-        for target, x_hat in zip(self.targets, self.zipped, strict=True):
-            fed, target = self._fitted(self._rows(x_hat, self.node)), self._fitted(target)
+        for target, fed in zip(self.targets, self._fed(), strict=True):
+            fed, target = self._fitted(fed), self._fitted(target)
             output = from_rows(fed, present, self.conv_groups)
             if clip is not None:
                 target = clip.nearest_target(target, output)
@@ -282,7 +296,7 @@ class LayerFit:
 
     def release(self) -> None:
         """Free everything but the weights."""
-        self.hessian, self.targets, self.zipped = None, [], []
+        self.hessian, self.targets, self.zipped, self._kept = None, [], [], []
         if hasattr(self, "matrix"):
             del self.matrix
 

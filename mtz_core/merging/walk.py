@@ -153,12 +153,11 @@ class ActivationStream:
             return 0.0
         kept = self.reduced.kept_rows(node)
         axis = node.layer.channel_axis(self.original[node.name][0].ndim)
-        pairs = [
-            (y if kept is None else y.index_select(axis, kept), z)
-            for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True)
-        ]
-        difference = sum(float((z - y).square_().sum()) for y, z in pairs)
-        norm = sum(float(y.square().sum()) for y, _ in pairs)
+        difference, norm = 0.0, 0.0
+        for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True):
+            y = y if kept is None else y.index_select(axis, kept)
+            difference += float((z - y).square_().sum())
+            norm += float(y.square().sum())
         return difference / norm if norm else difference
 
 

@@ -40,17 +40,17 @@ class Reader:
     """A layer that reads a group, as far as neurons have been dropped; or several that read it in the same columns.
 
     Attributes:
-        slots: The columns of each of the group's neurons in `rows`, ``[neurons, slots]``.
-        rows: The layers' matrices, each row times the root of its sensitivity. Those of shorter ones end in zeros.
-            Dropped columns are left out from time to time.
+        slots: The columns of each of the group's neurons, ``[neurons, slots]``.
+        columns: The columns of the layers' matrices, each row times the root of its sensitivity; those of layers with
+            fewer rows end in zeros. Dropped columns are left out from time to time.
         exact: Whether the inverse Hessians are kept up to date (see `WIDEST`).
-        inverse: The inverse Hessians of the inputs that are columns of `rows`, if `exact`.
-        dropped: Which of these columns are dropped.
+        inverse: The inverse Hessians of the inputs that meet `columns`, if `exact`.
+        dropped: Which of `columns` are dropped.
         blocks: Each neuron's block of the inverse Hessians, if not `exact`.
     """
 
     slots: Int64[Tensor, "neurons slots"]
-    rows: Float[Tensor, "layers out columns"]
+    columns: Float[Tensor, "layers columns out"]
     inverse: Float[Tensor, "layers columns columns"]
     dropped: Bool[Tensor, " columns"]
     blocks: Float[Tensor, "layers neurons slots slots"]
@@ -71,7 +71,7 @@ class Reader:
             SingularHessian: If the Hessian cannot be factorised.
         """
         self.slots = torch.from_numpy(positions_of(network.graph.columns[node.name], group))
-        self.rows = (network.matrix(node).to(torch.float64) * sensitivity.sqrt()[:, None])[None]
+        self.columns = (network.matrix(node).T.to(torch.float64) * sensitivity.sqrt()).contiguous()[None]
         self.dropped = torch.zeros(hessian.size, dtype=torch.bool)
         self.exact = hessian.size <= WIDEST
         if self.exact:
@@ -88,15 +88,15 @@ class Reader:
         """Copy readers. Those with the same columns become one, which handles all of their layers at once."""
         alike: dict[object, list[Reader]] = {}
         for reader in readers:
-            columns = (reader.slots.numpy().tobytes(), reader.dropped.numpy().tobytes())
-            alike.setdefault(columns if reader.exact else reader, []).append(reader)
+            same = (reader.slots.numpy().tobytes(), reader.dropped.numpy().tobytes())
+            alike.setdefault(same if reader.exact else reader, []).append(reader)
         copies = []
         for own in alike.values():
             copy = object.__new__(Reader)
             copy.__dict__ = dict(own[0].__dict__)
             if copy.exact:
-                most = max(reader.rows.shape[1] for reader in own)
-                copy.rows = torch.cat([F.pad(r.rows, (0, 0, 0, most - r.rows.shape[1])) for r in own])
+                most = max(reader.columns.shape[2] for reader in own)
+                copy.columns = torch.cat([F.pad(r.columns, (0, most - r.columns.shape[2])) for r in own])
                 copy.inverse = torch.cat([reader.inverse for reader in own])
                 copy.dropped = own[0].dropped.clone()
             copies.append(copy)
@@ -105,11 +105,12 @@ class Reader:
     def damages(self, neurons: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The damage of dropping each of these neurons alone, in nats."""
         own = self.slots[neurons]
-        if own.shape[1] == 1 and self.exact:  # summed over all columns: picking some would copy them
-            each = self.rows.square().sum(dim=1) / self.inverse.diagonal(dim1=1, dim2=2)
-            return 0.5 * each[:, own[:, 0]].clamp(min=0).sum(dim=0)
+        if own.shape[1] == 1 and self.exact:  # of all columns: picking some would copy them
+            norms = torch.linalg.vector_norm(self.columns, dim=2)
+            each = 0.5 * norms.square_() / self.inverse.diagonal(dim1=1, dim2=2)
+            return each[:, own[:, 0]].clamp(min=0).sum(dim=0)
         blocks = self.inverse[:, own[:, :, None], own[:, None, :]] if self.exact else self.blocks[:, neurons]
-        weights = self.rows[:, :, own].permute(0, 2, 3, 1)
+        weights = self.columns[:, own]
         return 0.5 * (weights * torch.linalg.solve(blocks, weights)).sum(dim=(2, 3)).clamp(min=0).sum(dim=0)
 
     def drop(self, neurons: Int64[Tensor, " n"]) -> float:
@@ -124,11 +125,11 @@ class Reader:
         if not self.exact:
             return float(self.damages(neurons).sum())
         own = self.slots[neurons].flatten()
-        weights, strip = self.rows[:, :, own], self.inverse[:, own]
+        weights, strip = self.columns[:, own], self.inverse[:, own]
         block = strip[:, :, own]
         answer = _solve(block, strip)
-        damage = 0.5 * float((_solve(block, weights.mT) * weights.mT).sum(dim=(1, 2)).clamp(min=0).sum())
-        self.rows.baddbmm_(weights, answer, alpha=-1)
+        damage = 0.5 * float((_solve(block, weights) * weights).sum(dim=(1, 2)).clamp(min=0).sum())
+        self.columns.baddbmm_(answer.mT, weights, alpha=-1)
         self.inverse.baddbmm_(self.inverse[:, :, own], answer, alpha=-1)
         self.dropped[own] = True
         if 2 * int(self.dropped.sum()) > len(self.dropped):
@@ -138,7 +139,7 @@ class Reader:
     def _leave_out_dropped(self) -> None:
         stay = torch.nonzero(~self.dropped)[:, 0]
         self.slots = ((~self.dropped).cumsum(0) - 1)[self.slots]
-        self.rows = self.rows.index_select(2, stay)
+        self.columns = self.columns.index_select(1, stay)
         self.inverse = self.inverse.index_select(1, stay).index_select(2, stay)
         self.dropped = self.dropped[stay]
 

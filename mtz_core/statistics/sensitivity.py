@@ -67,8 +67,8 @@ def sensitivities(
         for (name, value), gradient in zip(outputs.items(), gradients, strict=True):
             if gradient is not None:
                 axis = network.graph.node(name).layer.channel_axis(value.ndim)
-                rows = gradient.movedim(axis, -1).flatten(0, -2)
-                totals[name] += rows.to(torch.float64, copy=True).square_().sum(dim=0)
+                others = [other for other in range(gradient.ndim) if other != axis]
+                totals[name] += gradient.to(torch.float64).square().sum(dim=others)
         count += len(batch)
     return {name: total / count for name, total in totals.items()}
 

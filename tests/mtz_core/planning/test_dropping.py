@@ -130,7 +130,7 @@ def test_convolutions_in_groups_say_nothing() -> None:
     assert depthwise.layer.conv_groups(depthwise.arguments) > 1
     found = readers(network, "3.conv.0.0", moments, sensitivity, 0.1)
     assert len(found) == 1
-    assert found[0].rows.shape[1] == len(network.matrix(network.graph.node("3.conv.2.0")))
+    assert found[0].columns.shape[2] == len(network.matrix(network.graph.node("3.conv.2.0")))
 
 
 @on_all_groups
