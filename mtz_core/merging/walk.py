@@ -171,8 +171,8 @@ def merge(
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks layer by layer.
 
-    Beside weights, this needs memory for the calibration data at the width of the live values, twice, and for the
-    moments of the current layer.
+    Beside weights, this needs memory for the calibration data at the width of the live values, twice (once where
+    `Traced.targets` are given), and for the moments of the current layer.
 
     Args:
         traced: The networks by task, with their calibration data. Sensitivities are computed where they are left out.
