@@ -137,7 +137,7 @@ class LayerFit:
         sensitivity: Float[Tensor, " all_rows"] | None = None,
         damping: float | None = None,
         held_out: bool = False,
-        targets: Sequence[Float[Tensor, "n all_rows"]] | None = None,
+        targets: Sequence[Float[Tensor, "_n all_rows"]] | None = None,
     ) -> None:
         """Collect the layer's rows and targets, and form its Hessian.
 
@@ -207,7 +207,7 @@ class LayerFit:
         if sum(map(len, self.zipped)) * len(self.positions) * rows.shape[1] <= CHUNK:
             self._kept.append(rows)
 
-    def _fed(self) -> Iterator[Float[Tensor, "n columns"]]:
+    def _fed(self) -> Iterator[Float[Tensor, "_n columns"]]:
         """The rows that the zipped network feeds the layer, batch by batch."""
         return iter(self._kept) if self._kept else (self._rows(x_hat, self.node) for x_hat in self.zipped)
 

@@ -113,7 +113,7 @@ class ActivationStream:
         """A value of the original network; empty if it is not known, since the original does not run along."""
         return self.zipped[name] if self.intact(name) else self.original.get(name, [])
 
-    def targets_of(self, layer: Node) -> Sequence[Float[Tensor, "n out"]] | None:
+    def targets_of(self, layer: Node) -> Sequence[Float[Tensor, "_n _out"]] | None:
         """What the original's layer puts out at the sampled positions, if that is known."""
         return None if self.targets is None else self.targets[layer.name]
 
