@@ -15,7 +15,7 @@ import torch
 
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.network.graph import LayerGraph, Network, Node
-from mtz_core.network.narrowing import analysis_of
+from mtz_core.network.groups import analysis_of
 from mtz_core.network.topology import Difference, describe, find_difference
 from mtz_core.network.tracing import lies_in
 from mtz_core.settings import ZipConfig

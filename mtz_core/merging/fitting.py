@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mtz_core.merging.difference import weigh_by_sensitivity
 from mtz_core.network.graph import INPUT, Network, Node, run_node
+from mtz_core.network.layers import from_rows
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.operations import operation_of
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import layer_rows, sample_positions
-from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian, chunks, weighted_sum
+from mtz_core.statistics.linalg import CHUNK, DenseHessian, Elimination, Hessian, chunks, weighted_sum
 from mtz_core.statistics.moments import Moments
 from mtz_core.zipped.ownership import Arrangement, Segment
 
@@ -136,19 +137,22 @@ class LayerFit:
         sensitivity: Float[Tensor, " all_rows"] | None = None,
         damping: float | None = None,
         held_out: bool = False,
+        targets: Sequence[Float[Tensor, "_n all_rows"]] | None = None,
     ) -> None:
         """Collect the layer's rows and targets, and form its Hessian.
 
         Args:
             node: The layer in the reduced network.
             reduced: The task's network, some of whose neurons may have been dropped, and its original.
-            original: The layer's inputs in the original network, batch by batch.
+            original: The layer's inputs in the original network, batch by batch. They may be left out if `targets` are
+                given and the inputs in the zipped network differ.
             zipped: The layer's inputs in the zipped network, batch by batch.
             shared: Whether any of the layer's rows are shared.
             config: How to zip.
             sensitivity: The sensitivity of the task's loss to the original layer's rows.
             damping: ``λ`` relative to the mean diagonal of the Hessian; `ZipConfig.fixed_damping` if it is not given.
             held_out: Whether one row in `HELD_OUT` is held out.
+            targets: What the original layer puts out at the sampled positions, if that is known; for ``refit``.
 
         Raises:
             InvalidCalibration: If there are no rows.
@@ -160,25 +164,35 @@ class LayerFit:
         self.sensitivity = sensitivity if sensitivity is None or left is None else sensitivity[left]
         self.shape = tuple(network.state[node.weight].shape)
         self.conv_groups = node.layer.conv_groups(node.arguments)
-        self.intact = all(a is b for a, b in zip(original, zipped, strict=True))
+        self.intact = bool(original) and all(a is b for a, b in zip(original, zipped, strict=True))
         self.changed = False
         self.hessian: Hessian | None = None
         self.targets: list[Float[Tensor, "n out"]] = []
+        self._kept: list[Float[Tensor, "n columns"]] = []
         if not shared and (self.paper or self.intact):
             return
         self.matrix = network.matrix(node).to(torch.float64, copy=True)
-        self.positions = sample_positions(node, self.shape, original[0], config)
-        before = reduced.original.graph.node(node.name)
-        target, left = reduced.original.matrix(before), reduced.kept_rows(node)
-        if left is not None and self.conv_groups == 1:
-            target, left = target[left], None
+        self.positions = sample_positions(node, self.shape, zipped[0], config)
         moments = Moments(self.matrix.shape[1], self.conv_groups)
-        for x, x_hat in zip(original, zipped, strict=True):
-            rows = self._rows(x, before)
-            moments.add(self._fitted(rows if self.paper or x is x_hat else self._rows(x_hat, node)))
-            if not self.paper:
-                outputs = _outputs(rows, target, before.layer.conv_groups(before.arguments))
-                self.targets.append(outputs if left is None else outputs[:, left])
+        if targets is None:
+            before = reduced.original.graph.node(node.name)
+            target, left = reduced.original.matrix(before), reduced.kept_rows(node)
+            if left is not None and self.conv_groups == 1:
+                target, left = target[left], None
+            for x, x_hat in zip(original, zipped, strict=True):
+                rows = self._rows(x, before)
+                fed = rows if self.paper or x is x_hat else self._rows(x_hat, node)
+                moments.add(self._fitted(fed))
+                if not self.paper:
+                    self._keep(fed)
+                    outputs = from_rows(rows, target, before.layer.conv_groups(before.arguments))
+                    self.targets.append(outputs if left is None else outputs[:, left])
+        else:
+            for x_hat in zipped:
+                fed = self._rows(x_hat, node)
+                moments.add(self._fitted(fed))
+                self._keep(fed)
+            self.targets = [outputs if left is None else outputs[:, left] for outputs in targets]
         self.count = moments.count
         relative = config.fixed_damping if damping is None else damping
         self.damping = moments.damping(relative)
@@ -187,6 +201,15 @@ class LayerFit:
     def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n columns"]:
         rows = layer_rows(node, self.shape, x, self.positions)
         return rows.to(self.network.state[self.node.weight].dtype)
+
+    def _keep(self, rows: Float[Tensor, "n columns"]) -> None:
+        """Keep the rows of a batch, if those of all batches are few."""
+        if sum(map(len, self.zipped)) * len(self.positions) * rows.shape[1] <= CHUNK:
+            self._kept.append(rows)
+
+    def _fed(self) -> Iterator[Float[Tensor, "_n columns"]]:
+        """The rows that the zipped network feeds the layer, batch by batch."""
+        return iter(self._kept) if self._kept else (self._rows(x_hat, self.node) for x_hat in self.zipped)
 
     def _stacked(
         self, matrix: Float[Tensor, "out in"]
@@ -202,9 +225,9 @@ class LayerFit:
         if self.hessian is None:
             return 0.0
         total, count = 0.0, 0
-        for target, x_hat in zip(self.targets, self.zipped, strict=True):
-            rows = self._rows(x_hat, self.node)[len(self._fitted(target)) :]
-            errors = target[len(target) - len(rows) :] - _outputs(rows, self.matrix.to(rows.dtype), self.conv_groups)
+        for target, fed in zip(self.targets, self._fed(), strict=True):
+            rows = fed[len(self._fitted(target)) :]
+            errors = target[len(target) - len(rows) :] - from_rows(rows, self.matrix.to(rows.dtype), self.conv_groups)
             sensitivity = 1.0 if self.sensitivity is None else self.sensitivity.to(errors.dtype)
             total, count = total + 0.5 * float((sensitivity * errors.square()).sum()), count + len(rows)
         return total / max(count, 1)
@@ -227,9 +250,9 @@ class LayerFit:
         prior = self.network.matrix(self.node)
         present = self.matrix.to(prior.dtype)
         gradient = torch.zeros_like(self.matrix)
-        for target, x_hat in zip(self.targets, self.zipped, strict=True):
-            fed, target = self._fitted(self._rows(x_hat, self.node)), self._fitted(target)
-            output = _outputs(fed, present, self.conv_groups)
+        for target, fed in zip(self.targets, self._fed(), strict=True):
+            fed, target = self._fitted(fed), self._fitted(target)
+            output = from_rows(fed, present, self.conv_groups)
             if clip is not None:
                 target = clip.nearest_target(target, output)
             gradient += self._correlate(target - output, fed)
@@ -273,18 +296,9 @@ class LayerFit:
 
     def release(self) -> None:
         """Free everything but the weights."""
-        self.hessian, self.targets, self.zipped = None, [], []
+        self.hessian, self.targets, self.zipped, self._kept = None, [], [], []
         if hasattr(self, "matrix"):
             del self.matrix
-
-
-def _outputs(
-    rows: Float[Tensor, "n columns"], matrix: Float[Tensor, "out in"], conv_groups: int
-) -> Float[Tensor, "n out"]:
-    if conv_groups == 1:
-        return rows @ matrix.T
-    split = rows.unflatten(1, (conv_groups, -1)).transpose(0, 1)
-    return torch.bmm(split, matrix.unflatten(0, (conv_groups, -1)).mT).transpose(0, 1).flatten(1)
 
 
 def fit(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mtz_core.errors import InvalidConfig, MtzError
@@ -29,6 +29,7 @@ from mtz_core.network.graph import INPUT, Network, Node, free_unused, run_node
 from mtz_core.network.narrowing import Dropper, Keep, Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import ZipConfig
+from mtz_core.statistics.calibration import LayerOutputs
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
@@ -86,21 +87,35 @@ class ActivationStream:
     """One task's calibration data on their way through the original and through the zipped network, batch by batch.
 
     A value of the zipped network is the very same object as the original's as long as nothing upstream has changed.
+    Where it is known already what the original's layers put out, the original does not run along.
 
     Attributes:
         reduced: The task's network, some of whose neurons may have been dropped, and its original.
-        original: The live values of the original network, one entry per batch.
+        original: The live values of the original network, one entry per batch; empty if it does not run along.
         zipped: The live values of the zipped network, one entry per batch.
+        targets: What the original's layers put out at the sampled positions, if that is known.
     """
 
-    def __init__(self, reduced: Reduced, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> None:
-        self.reduced = reduced
-        self.original: dict[str, list[Any]] = {INPUT: list(batches)}
-        self.zipped: dict[str, list[Any]] = {INPUT: list(self.original[INPUT])}
+    def __init__(
+        self, reduced: Reduced, batches: Iterable[Shaped[Tensor, "_ ..."]], targets: LayerOutputs | None = None
+    ) -> None:
+        self.reduced, self.targets = reduced, targets
+        self.zipped: dict[str, list[Any]] = {INPUT: list(batches)}
+        self.original: dict[str, list[Any]] = {INPUT: list(self.zipped[INPUT])} if targets is None else {}
+        self._intact = {INPUT}
+        self._sizes = [len(batch) for batch in self.zipped[INPUT]]
 
     def intact(self, name: str) -> bool:
         """Whether the zipped network has computed this value as the original does."""
-        return all(a is b for a, b in zip(self.original[name], self.zipped[name], strict=True))
+        return name in self._intact
+
+    def given(self, name: str) -> list[Any]:
+        """A value of the original network; empty if it is not known, since the original does not run along."""
+        return self.zipped[name] if self.intact(name) else self.original.get(name, [])
+
+    def targets_of(self, layer: Node) -> Sequence[Float[Tensor, "_n _out"]] | None:
+        """What the original's layer puts out at the sampled positions, if that is known."""
+        return None if self.targets is None else self.targets[layer.name]
 
     def advance(self, node: Node, changed: Mapping[str, Tensor] | None = None) -> None:
         """Run a node in both networks.
@@ -111,10 +126,17 @@ class ActivationStream:
         """
         whole, narrow = self.reduced.original, self.reduced.network
         same = not changed and all(self.intact(source) for source in node.sources) and not self.reduced.touches(node)
-        outputs = self._run(whole.graph.node(node.name), self.original, whole.state)
-        self.original[node.name] = outputs
-        state = {**narrow.state, **(changed or {})}
-        self.zipped[node.name] = list(outputs) if same else self._run(node, self.zipped, state)
+        before = whole.graph.node(node.name)
+        if self.original:
+            self.original[node.name] = self._run(before, self.original, whole.state)
+        if not same:
+            self.zipped[node.name] = self._run(node, self.zipped, {**narrow.state, **(changed or {})})
+        elif self.original:
+            self.zipped[node.name] = list(self.original[node.name])
+        else:
+            self.zipped[node.name] = self._run(before, self.zipped, whole.state)
+        if same:
+            self._intact.add(node.name)
         for values in (self.original, self.zipped):
             free_unused(whole.graph, values, node)
 
@@ -125,24 +147,17 @@ class ActivationStream:
             for i, parts in enumerate(zip(*given, strict=True) if given else [()] * len(self._sizes))
         ]
 
-    @property
-    def _sizes(self) -> list[int]:
-        if not hasattr(self, "_counts"):
-            self._counts = [len(batch) for batch in self.original[INPUT]]
-        return self._counts
-
     def output_error(self, node: Node) -> float:
-        """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, dropped ones aside."""
+        """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, dropped ones aside; the original has to run along."""
         if self.intact(node.name):
             return 0.0
         kept = self.reduced.kept_rows(node)
         axis = node.layer.channel_axis(self.original[node.name][0].ndim)
-        pairs = [
-            (y if kept is None else y.index_select(axis, kept), z)
-            for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True)
-        ]
-        difference = sum(float((z - y).square().sum()) for y, z in pairs)
-        norm = sum(float(y.square().sum()) for y, _ in pairs)
+        difference, norm = 0.0, 0.0
+        for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True):
+            y = y if kept is None else y.index_select(axis, kept)
+            difference += float((z - y).square_().sum())
+            norm += float(y.square().sum())
         return difference / norm if norm else difference
 
 
@@ -156,8 +171,8 @@ def merge(
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks layer by layer.
 
-    Beside weights, this needs memory for the calibration data at the width of the live values, twice, and for the
-    moments of the current layer.
+    Beside weights, this needs memory for the calibration data at the width of the live values, twice (once where
+    `Traced.targets` are given), and for the moments of the current layer.
 
     Args:
         traced: The networks by task, with their calibration data. Sensitivities are computed where they are left out.
@@ -188,7 +203,8 @@ def merge(
         members={name: pairing.members for name, pairing in pairings.items()},
         report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
     )
-    streams = {task: ActivationStream(narrow, list(traced[task].batches)) for task, narrow in reduced.items()}
+    known = {task: own.targets if config.method == "refit" else None for task, own in traced.items()}
+    streams = {task: ActivationStream(own, traced[task].batches, known[task]) for task, own in reduced.items()}
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     for nodes in _layers(streams):
@@ -255,13 +271,14 @@ def _merge_layer(
             task: LayerFit(
                 nodes[task],
                 narrow,
-                streams[task].original[nodes[task].source],
+                streams[task].given(nodes[task].source),
                 streams[task].zipped[nodes[task].source],
                 shared=any(len(run.owners) > 1 for run in rows.of(task)),
                 config=config,
                 sensitivity=sensitivity[task][node.name],
                 damping=damping,
                 held_out=held_out,
+                targets=streams[task].targets_of(node),
             )
             for task, narrow in own.items()
         }
@@ -289,7 +306,7 @@ def _merge_layer(
         neurons={task: len(rows.order(task)) for task in nodes},
         shared=rows.shared(),
         cost=cost,
-        error={task: streams[task].output_error(node) for task, node in nodes.items()},
+        error={task: streams[task].output_error(node) for task, node in nodes.items() if streams[task].original},
         parameters=sum(t.numel() for t in blocks.values()),
         original_parameters={t: sum(originals[t].state[n].numel() for n in node.state) for t, node in nodes.items()},
         note=why_separate(originals, node) or "",

@@ -57,12 +57,12 @@ class Node:
     separate: bool = False
     opaque: bool = False
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         """The values that the node reads."""
         return tuple(_references(self.arguments, "value"))
 
-    @property
+    @cached_property
     def state(self) -> tuple[str, ...]:
         """The stored tensors that the node is given."""
         return tuple(_references(self.arguments, "state"))

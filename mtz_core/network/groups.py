@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, LayerGraph, NeuronGroup, Node
+from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, LayerGraph, Network, NeuronGroup, Node
 from mtz_core.network.labelling import Labelling, label_network
 from mtz_core.network.ties import THE_INPUT, THE_KERNEL
 
@@ -69,6 +70,22 @@ def analyse(
         UnsupportedModule: If there is no rule for an operator, or if its rule does not cover how it is used.
     """
     return _collect(label_network(nodes, state, trainable, input_shape, input_dtype), nodes, output)
+
+
+_KNOWN: WeakKeyDictionary[Network, Analysis] = WeakKeyDictionary()
+
+
+def analysis_of(network: Network) -> Analysis:
+    """Analyse a traced network, once for as long as it is there."""
+    if network not in _KNOWN:
+        entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
+        _KNOWN[network] = analyse(network.graph.nodes, network.graph.output, *entry)
+    return _KNOWN[network]
+
+
+def remember(network: Network, analysis: Analysis) -> None:
+    """Let `analysis_of` know the analysis that a network was made from."""
+    _KNOWN[network] = analysis
 
 
 def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:

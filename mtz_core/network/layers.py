@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64, Shaped
+from jaxtyping import Bool, Float, Int, Int64, Shaped
 from torch import Tensor
 
 Arguments = Mapping[str, Any]
@@ -269,7 +269,7 @@ class Convolution:
         return value * self.spatial if len(value) == 1 else value
 
     def _window(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> _Window:
-        """The input as the kernel sees it: padded (and spread), with the stride and dilation that are left."""
+        """The input as the kernel sees it (spread if need be), with the padding, stride and dilation that are left."""
         kernel = weight[2:]
         stride, dilation = self._all(arguments, "stride", 1), self._all(arguments, "dilation", 1)
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -286,11 +286,11 @@ class Convolution:
             extra = self._all(arguments, "output_padding", 0)
             after = [b + e for b, e in zip(before, extra, strict=True)]
             stride = [1] * self.spatial
-        if any(before) or any(after):
-            ends = zip(reversed(before), reversed(after), strict=True)
-            x = F.pad(x, [end for pair in ends for end in pair])
-        sizes = tuple((n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True))
-        return _Window(x, kernel, stride, dilation, sizes)
+        sizes = tuple(
+            (n + b + a - r - 1) // s + 1
+            for n, b, a, r, s in zip(x.shape[2:], before, after, reach, stride, strict=True)
+        )
+        return _Window(x, before, kernel, stride, dilation, sizes)
 
     def positions(self, x: Shaped[Tensor, "batch ..."], weight: tuple[int, ...], arguments: Arguments) -> int:
         """The number of positions of the kernel."""
@@ -304,25 +304,24 @@ class Convolution:
         positions: Int64[Tensor, " p"],
     ) -> Float[Tensor, "n inputs"]:
         """The unfolded patches at these positions."""
-        window = self._window(x, weight, arguments)
-        index = window.index(positions)
-        channels_last = window.x.movedim(1, -1).flatten(
-            1, -2
-        )  # whole channels are copied at once: several times faster
-        taken = channels_last.index_select(1, index.flatten()).unflatten(1, tuple(index.shape))
-        return taken.transpose(2, 3).flatten(0, 1).flatten(1)
+        return self._window(x, weight, arguments).patches(positions).flatten(0, 1).flatten(1)
 
     def output_rows(self, y: Float[Tensor, "batch ..."], positions: Int64[Tensor, " p"]) -> Float[Tensor, "n out"]:
         """The outputs at these positions."""
         return y.flatten(2)[:, :, positions].transpose(1, 2).flatten(0, 1)
 
 
+FEW = 0.3
+"""The taps, relative to the input's size, up to which it is faster to take them one by one than to turn the input."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """A padded input, and how a kernel moves over it.
+    """An input, and how a kernel moves over it.
 
     Attributes:
-        x: The padded input.
+        x: The input.
+        before: The zeros in front of it along every spatial axis. Those behind it are as many as positions need.
         kernel: The size of the kernel along every spatial axis.
         stride: The stride along every spatial axis.
         dilation: The dilation along every spatial axis.
@@ -330,21 +329,37 @@ class _Window:
     """
 
     x: Float[Tensor, "batch channels ..."]
+    before: list[int]
     kernel: tuple[int, ...]
     stride: list[int]
     dilation: list[int]
     sizes: tuple[int, ...]
 
-    def index(self, positions: Int64[Tensor, " p"]) -> Int64[Tensor, "p taps"]:
-        """Where in the flattened input every tap of the kernel lies at these positions."""
-        place, tap = torch.zeros_like(positions), torch.zeros(1, dtype=torch.int64)
+    def index(self, positions: Int64[Tensor, " p"]) -> tuple[Int64[Tensor, "p taps"], Bool[Tensor, "p taps"]]:
+        """Where in the flattened input every tap of the kernel lies at these positions, and whether it lies inside."""
+        place, inside = (
+            torch.zeros(len(positions), 1, dtype=torch.int64),
+            torch.ones(len(positions), 1, dtype=torch.bool),
+        )
         corners = torch.unravel_index(positions, self.sizes)
-        for corner, size, s, d, k in zip(
-            corners, self.x.shape[2:], self.stride, self.dilation, self.kernel, strict=True
+        for corner, size, b, s, d, k in zip(
+            corners, self.x.shape[2:], self.before, self.stride, self.dilation, self.kernel, strict=True
         ):
-            place = place * size + corner * s
-            tap = (tap[:, None] * size + torch.arange(k) * d).flatten()
-        return place[:, None] + tap
+            tap = corner[:, None] * s - b + torch.arange(k) * d
+            place = (place[:, :, None] * size + tap.clamp(0, size - 1)[:, None]).flatten(1)
+            inside = (inside[:, :, None] & ((tap >= 0) & (tap < size))[:, None]).flatten(1)
+        return place, inside
+
+    def patches(self, positions: Int64[Tensor, " p"]) -> Float[Tensor, "batch p channels taps"]:
+        """What the kernel sees at these positions."""
+        place, inside = self.index(positions)
+        x = self.x.flatten(2)
+        if place.numel() <= FEW * x.shape[2]:
+            taken = x[:, :, place].transpose(1, 2)
+        else:  # whole channels are copied at once
+            whole = x.transpose(1, 2).index_select(1, place.flatten())
+            taken = whole.unflatten(1, tuple(place.shape)).transpose(2, 3)
+        return taken if bool(inside.all()) else taken.masked_fill(~inside[:, None], 0)
 
 
 def _spread(x: Tensor, stride: list[int]) -> Tensor:
@@ -390,3 +405,22 @@ def with_ones(rows: Float[Tensor, "n columns"], conv_groups: int, bias: bool) ->
         return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     split = rows.unflatten(1, (conv_groups, -1))
     return torch.cat([split, split.new_ones(len(rows), conv_groups, 1)], dim=2).flatten(1)
+
+
+def from_rows(
+    rows: Float[Tensor, "n columns"], matrix: Float[Tensor, "out in"], conv_groups: int
+) -> Float[Tensor, "n out"]:
+    """Compute a layer's outputs from the rows of its input.
+
+    Args:
+        rows: The rows; those of several conv_groups lie side by side.
+        matrix: The layer's matrix.
+        conv_groups: How many layers lie side by side.
+
+    Returns:
+        The output of every row.
+    """
+    if conv_groups == 1:
+        return rows @ matrix.T
+    split = rows.unflatten(1, (conv_groups, -1)).transpose(0, 1)
+    return torch.bmm(split, matrix.unflatten(0, (conv_groups, -1)).mT).transpose(0, 1).flatten(1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.errors import MtzError
-from mtz_core.network.graph import INPUT, Axis, Network, Node, run, run_node
-from mtz_core.network.groups import Analysis, analyse
+from mtz_core.network.graph import FIXED, INPUT, Axis, Network, Node, run, run_node
+from mtz_core.network.groups import analysis_of
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
 from mtz_core.network.topology import SPLITS
@@ -69,17 +68,6 @@ class Reduced:
         return torch.from_numpy(np.flatnonzero(_stays(axis, self.keep)))
 
 
-_KNOWN: WeakKeyDictionary[Network, Analysis] = WeakKeyDictionary()
-
-
-def analysis_of(network: Network) -> Analysis:
-    """Analyse a traced network, once for as long as it is there."""
-    if network not in _KNOWN:
-        entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
-        _KNOWN[network] = analyse(network.graph.nodes, network.graph.output, *entry)
-    return _KNOWN[network]
-
-
 class Dropper:
     """Drops neurons from one network.
 
@@ -106,14 +94,15 @@ class Dropper:
         keep = self._checked(keep)
         if not keep:
             return Reduced.whole(self.network)
-        state = {name: self._cut(name, keep) for name in self.network.state}
-        graph = replace(self.network.graph, nodes=tuple(self._resized(keep, state)))
-        narrow = replace(self.network, graph=graph, state=state)
-        narrow = replace(narrow, graph=analysis_of(narrow).graph)
-        expected = {name: len(keep.get(name, range(width))) for name, width in graph.widths.items()}
-        if narrow.graph.widths != expected:
-            raise CannotDrop("its neuron groups change when neurons are dropped")
-        return Reduced(self.network, narrow, keep)
+        state, whole = {name: self._cut(name, keep) for name in self.network.state}, self.network.graph
+        graph = replace(
+            whole,
+            nodes=tuple(self._resized(keep, state)),
+            widths={**whole.widths, **{name: len(kept) for name, kept in keep.items()}},
+            rows={name: _left(axis, keep) for name, axis in whole.rows.items()},
+            columns={name: _left(axis, keep) for name, axis in whole.columns.items()},
+        )
+        return Reduced(self.network, replace(self.network, graph=graph, state=state), keep)
 
     def _checked(self, keep: Keep) -> Keep:
         """Find the groups that lose neurons.
@@ -189,6 +178,8 @@ class Dropper:
             narrow = self.narrow(keep).network
         except CannotDrop:
             return False
+        if analysis_of(narrow).graph.widths != narrow.graph.widths:  # its groups change when neurons are dropped
+            return False
         state = dict(self.network.state)
         unread = True
         for node in self.network.graph.nodes:
@@ -240,11 +231,11 @@ class Dropper:
         network = self.network
         metas = {name: tensor.to("meta") for name, tensor in state.items()}
         values: dict[str, Any] = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
-        nodes = []
+        nodes, gone = [], self._gone(keep)
         for node in network.graph.nodes:
             known = self._analysis.labels.values[node.name]
-            expected = [self._expected(node, value, keep) for value in (known if isinstance(known, list) else [known])]
-            node = self._retold(node, expected, keep, metas)
+            expected = [self._expected(node, value, gone) for value in (known if isinstance(known, list) else [known])]
+            node = self._retold(node, expected, gone, metas)
             try:
                 values[node.name] = run_node(node, values, metas, 1)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -257,7 +248,9 @@ class Dropper:
             nodes.append(node)
         return nodes
 
-    def _retold(self, node: Node, shapes: Sequence[tuple[int, ...]], keep: Keep, state: Mapping[str, Tensor]) -> Node:
+    def _retold(
+        self, node: Node, shapes: Sequence[tuple[int, ...]], gone: Bool[Tensor, " labels"], state: Mapping[str, Tensor]
+    ) -> Node:
         """Adapt a node's arguments to the shapes that its outputs are to have, and to the neurons that are left."""
         arguments = dict(node.arguments)
         expected = shapes[0]
@@ -270,7 +263,7 @@ class Dropper:
         if node.is_layer and node.layer.conv_groups(arguments) > 1:
             per_group = len(self.network.state[node.weight]) // arguments["groups"]
             arguments["groups"] = len(state[node.weight]) // per_group
-        stays = self._kept_along(node, keep)
+        stays = self._kept_along(node, gone)
         if stays is None:
             return replace(node, arguments=arguments)
         if node.kind in SPLITS:
@@ -291,22 +284,22 @@ class Dropper:
             arguments |= {"start": place[first], "length": place[end] - place[first]}
         return replace(node, arguments=arguments)
 
-    def _kept_along(self, node: Node, keep: Keep) -> Bool[Tensor, " n"] | None:
+    def _kept_along(self, node: Node, gone: Bool[Tensor, " labels"]) -> Bool[Tensor, " n"] | None:
         """Which neurons are left along the axis that a node cuts; None if it cuts none, or if all are left."""
         if node.kind not in _CUTS or "value" not in node.arguments["self"]:
             return None
         value = self._analysis.labels.values[node.arguments["self"]["value"]]
         axis = node.arguments.get("dim", 0) % value.labels.ndim
-        dropped = self._dropped(value.labels, keep).movedim(axis, 0).flatten(1).all(dim=1)
+        dropped = _dropped(value.labels, gone).movedim(axis, 0).flatten(1).all(dim=1)
         return ~dropped if len(dropped) > 1 and bool(dropped.any()) else None
 
-    def _expected(self, node: Node, value: Value, keep: Keep) -> tuple[int, ...]:
+    def _expected(self, node: Node, value: Value, gone: Bool[Tensor, " labels"]) -> tuple[int, ...]:
         """Find the shape of a node's value, or of one of them, without the dropped neurons, for one example.
 
         Args:
             node: The node.
             value: What is known of the value.
-            keep: For groups that lose neurons, those that stay.
+            gone: Which labels belong to dropped neurons.
 
         Returns:
             The shape.
@@ -314,7 +307,7 @@ class Dropper:
         Raises:
             CannotDrop: If the value mixes kept and dropped neurons.
         """
-        dropped = self._dropped(value.labels, keep)
+        dropped = _dropped(value.labels, gone)
         if not bool(dropped.any()):
             return tuple(value.meta.shape)
         mask = ~dropped
@@ -329,13 +322,16 @@ class Dropper:
             raise CannotDrop(f"operator {node.kind} of {node.module!r} mixes kept and dropped neurons")
         return tuple(sizes)
 
-    def _dropped(self, labels: Int64[Tensor, "..."], keep: Keep) -> Bool[Tensor, "..."]:
-        """Where labels belong to dropped neurons."""
-        gone = [self._analysis.members[name][i] for name, kept in keep.items() for i in self._others(name, kept)]
-        return torch.isin(self._analysis.labels.ties.resolve(labels), torch.tensor(gone, dtype=torch.int64))
+    def _gone(self, keep: Keep) -> Bool[Tensor, " labels"]:
+        """Which labels belong to dropped neurons."""
+        ties, members = self._analysis.labels.ties, self._analysis.members
+        neurons = [np.delete(np.array(members[name]), kept) for name, kept in keep.items()]
+        return torch.isin(ties.resolve(torch.arange(ties.count)), torch.from_numpy(np.concatenate(neurons)))
 
-    def _others(self, name: str, kept: Int64[np.ndarray, " k"]) -> list[int]:
-        return np.setdiff1d(np.arange(self.network.graph.widths[name]), kept).tolist()
+
+def _dropped(labels: Int64[Tensor, "..."], gone: Bool[Tensor, " labels"]) -> Bool[Tensor, "..."]:
+    """Where labels belong to dropped neurons."""
+    return (labels >= 0) & gone[labels.clamp(min=0)]
 
 
 def _stays(axis: Axis, keep: Keep) -> Bool[np.ndarray, " n"]:
@@ -346,6 +342,21 @@ def _stays(axis: Axis, keep: Keep) -> Bool[np.ndarray, " n"]:
             own = axis.group == number
             stays[own] = np.isin(axis.neuron[own], keep[name])
     return stays
+
+
+def _left(axis: Axis, keep: Keep) -> Axis:
+    """An axis without the dropped neurons; those that stay are numbered anew, groups listed as they first occur."""
+    stays = _stays(axis, keep)
+    group, neuron = axis.group[stays], axis.neuron[stays]
+    for number, name in enumerate(axis.groups):
+        if name in keep:
+            own = group == number
+            neuron[own] = np.searchsorted(keep[name], neuron[own])
+    numbers, first = np.unique(group, return_index=True)
+    order = [number for number in numbers[np.argsort(first)].tolist() if number >= 0]
+    places = np.full(len(axis.groups) + 1, FIXED)  # the last place is that of `FIXED`
+    places[order] = np.arange(len(order))
+    return Axis(tuple(axis.groups[number] for number in order), places[group], neuron)
 
 
 def _take(tensor: Tensor, stays: Bool[Tensor, "..."]) -> Tensor:

@@ -23,7 +23,7 @@ from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModul
 from mtz_core.network.exported import SIZES, ProgramReader
 from mtz_core.network.folding import Program, fold_constants, fold_weights
 from mtz_core.network.graph import Network, Node
-from mtz_core.network.groups import analyse
+from mtz_core.network.groups import analyse, remember
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
 from mtz_core.network.rewriting import rewrite
@@ -126,6 +126,7 @@ def _analysed(
         except UnsupportedModule:
             if nodes == opaque:
                 raise
+    remember(network, analysis)
     return network
 
 

@@ -29,6 +29,7 @@ from mtz_core.network.graph import run
 from mtz_core.planning.planner import NEVER, Plan, Planner
 from mtz_core.retraining import Targets, retrain_steps
 from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+from mtz_core.statistics.calibration import sampled_outputs
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport, TaskReport
@@ -51,6 +52,13 @@ FIRST, SIZES, CLOSE = 0.3, 7, 1.03
 
 ATTEMPTS, REWEIGHED, BACK = 2, 2, 3
 """How many plans of one size such a search tries, how often it reweighs the tasks, and how many groups step back."""
+
+
+AT_ONCE = 32
+"""The number of examples that go through a network at once where plans are merged: values that stay in the caches."""
+
+MOST_TARGETS = 2**30
+"""The most bytes of the originals' outputs that are kept for the merging of all plans; more are computed anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +131,7 @@ class BudgetSearch:
                     f"measure plans. Give at least {HELD_OUT}."
                 )
             size = len(own.batches[0])
-            self.fitting[task] = replace(own, batches=torch.split(examples[:-held], size))
+            self.fitting[task] = replace(own, batches=torch.split(examples[:-held], min(size, AT_ONCE)))
             self.held_out[task] = torch.split(examples[-held:], size)
         for task, own in traced.items():
             if not own.loss.tells:
@@ -132,6 +140,11 @@ class BudgetSearch:
                     "what it may lose. Give examples as it meets them in use."
                 )
         self._targets = targets_of(traced, self.held_out)
+        if config.method == "refit" and sum(map(_bytes_of_targets, traced.values())) <= MOST_TARGETS:
+            self.fitting = {
+                task: replace(own, targets=sampled_outputs(own.network, own.batches, config))
+                for task, own in self.fitting.items()
+            }
         balance = config.balance_of(tuple(traced))
         self.weights = {task: len(traced) * weight for task, weight in zip(traced, balance, strict=True)}
         self.planner = Planner(traced, config, budget.moves)
@@ -231,6 +244,15 @@ class BudgetSearch:
         """Count the damage to a task for less, the less the task has lost by a plan in comparison to the others."""
         losses = {task: self.weights[task] * max(loss, NEGLIGIBLE) for task, loss in candidate.loss.items()}
         return {task: counted[task] * (loss / max(losses.values())) ** GENTLE for task, loss in losses.items()}
+
+
+def _bytes_of_targets(own: Traced) -> int:
+    """The size of what a network's layers put out at the sampled positions of its calibration data."""
+    network = own.network
+    return sum(
+        own.moments[node.name].count * len(network.graph.rows[node.name].group) * network.state[node.weight].itemsize
+        for node in network.graph.layers
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64
 
 from mtz_core.merging.compatibility import why_separate
 from mtz_core.network.graph import INPUT, KERNEL, Axis, LayerGraph, Network
-from mtz_core.network.narrowing import analysis_of
+from mtz_core.network.groups import analysis_of
 from mtz_core.zipped.ownership import positions_of
 from mtz_core.zipped.structure import hidden_groups
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration
 from mtz_core.network.graph import INPUT, Network, Node, free_unused, run_node
-from mtz_core.network.layers import with_ones
+from mtz_core.network.layers import from_rows, with_ones
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.moments import Moments
+
+LayerOutputs = Mapping[str, Sequence[Float[Tensor, "_n _out"]]]
+"""For every layer, what it puts out at the sampled positions, batch by batch."""
 
 BATCH = 100
 """The number of examples that go through a network at once."""
@@ -135,13 +139,18 @@ def stream_rows(
                 x, shape = values[node.source], tuple(weight.shape)
                 rows[node.name] = layer_rows(node, shape, x, sample_positions(node, shape, x, config)).to(weight.dtype)
             values[node.name] = run_node(node, values, network.state, len(batch))
-            if node.is_layer and not bool(torch.isfinite(values[node.name]).all()):
+            if node.is_layer and not _all_finite(values[node.name]):
                 raise InvalidCalibration(
                     f"layer {node.name!r} puts out NaN or infinite values on the calibration data. "
                     "Check the network's weights and the scale of the data."
                 )
             free_unused(network.graph, values, node)
         yield rows
+
+
+def _all_finite(values: Float[Tensor, "..."]) -> bool:
+    """Whether all values are finite. They are if their sum is, which is cheap to tell; the sum may overflow."""
+    return isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def original_moments(
@@ -168,3 +177,28 @@ def original_moments(
         for layer, layer_moments in moments.items():
             layer_moments.add(rows[layer])
     return moments
+
+
+@torch.no_grad()
+def sampled_outputs(
+    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+) -> dict[str, list[Float[Tensor, "_n _out"]]]:
+    """Compute what every layer of an original network puts out at the sampled positions.
+
+    Args:
+        network: The original network.
+        batches: Its calibration data.
+        config: How rows are sampled, see `sample_positions`.
+
+    Returns:
+        The outputs of each layer by the layer's name, batch by batch.
+
+    Raises:
+        InvalidCalibration: If a layer's output is not finite.
+    """
+    outputs: dict[str, list[Tensor]] = {node.name: [] for node in network.graph.layers}
+    for rows in stream_rows(network, batches, config):
+        for node in network.graph.layers:
+            conv_groups = node.layer.conv_groups(node.arguments)
+            outputs[node.name].append(from_rows(rows[node.name], network.matrix(node), conv_groups))
+    return outputs

@@ -67,7 +67,8 @@ def sensitivities(
         for (name, value), gradient in zip(outputs.items(), gradients, strict=True):
             if gradient is not None:
                 axis = network.graph.node(name).layer.channel_axis(value.ndim)
-                totals[name] += gradient.to(torch.float64).square().movedim(axis, -1).flatten(0, -2).sum(dim=0)
+                others = [other for other in range(gradient.ndim) if other != axis]
+                totals[name] += gradient.to(torch.float64).square().sum(dim=others)
         count += len(batch)
     return {name: total / count for name, total in totals.items()}
 

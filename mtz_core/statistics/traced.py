@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from jaxtyping import Shaped
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtz_core.network.graph import Network
 from mtz_core.settings import Output, ZipConfig
-from mtz_core.statistics.calibration import original_moments
+from mtz_core.statistics.calibration import LayerOutputs, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities, loss_of, sensitivities
 from mtz_core.task_loss import TaskLoss
@@ -27,6 +27,9 @@ class Traced:
         sensitivity: The sensitivity of its loss to each layer's rows; if no task has them, tasks weigh alike.
         batches: Its calibration data; merging needs them.
         output: What the network's outputs mean; guessed if it is left out.
+        known_loss: The loss of its task, if it is made already.
+        targets: What every layer puts out at the sampled positions, batch by batch; merging takes it from the network
+            if it is left out.
     """
 
     network: Network
@@ -34,6 +37,8 @@ class Traced:
     sensitivity: Sensitivities | None = None
     batches: Sequence[Shaped[Tensor, "_ ..."]] = ()
     output: Output | None = None
+    known_loss: TaskLoss | None = None
+    targets: LayerOutputs | None = None
 
     @classmethod
     def measured(
@@ -58,10 +63,11 @@ class Traced:
             InvalidCalibration: If a layer's output is not finite, or outputs contradict what is declared.
         """
         moments = original_moments(network, list(batches), config)
-        own = cls(network, moments, None, batches, output)
-        return replace(own, sensitivity=sensitivities(network, batches, config.seed, own.loss))
+        loss = loss_of(network, batches, output)
+        sensitivity = sensitivities(network, batches, config.seed, loss)
+        return cls(network, moments, sensitivity, batches, output, loss)
 
     @cached_property
     def loss(self) -> TaskLoss:
         """The loss of its task, made on its calibration data."""
-        return loss_of(self.network, self.batches, self.output)
+        return self.known_loss or loss_of(self.network, self.batches, self.output)

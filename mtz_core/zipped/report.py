@@ -29,7 +29,7 @@ class LayerReport:
         shared: How many of them are stored once for several tasks.
         cost: Predicted loss of the shared ones, ``Σ_t ½ α_t (s* − s_t)ᵀ M_t (s* − s_t)``.
         error: Relative squared error of its outputs on calibration data, ``E‖ŷ − y‖² / E‖y‖²`` against the original
-            network, per task.
+            network, per task; empty where the original has not run along.
         parameters: Values that are stored.
         original_parameters: Values of the original layer, per task.
         note: Why nothing is shared, where that was not asked for.

@@ -1,7 +1,9 @@
 """Layers as matrices: rows against torch's own unfolding, and rows times matrix against the operator's own output."""
 
+import math
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mtz_core.network import layers
 from mtz_core.network.graph import Network, Node, run_node
 from mtz_core.network.layers import LAYERS, Convolution, with_ones
 from mtz_core.network.tracing import trace
@@ -32,9 +35,9 @@ def fits(geometry: dict[str, tuple[int, int]], size: tuple[int, int]) -> bool:
     )
 
 
-@given(geometries, st.tuples(st.integers(1, 8), st.integers(1, 8)), st.booleans())
+@given(geometries, st.tuples(st.integers(1, 8), st.integers(1, 8)), st.booleans(), st.sampled_from([0.0, math.inf]))
 def test_patches_are_the_unfolded_input(
-    geometry: dict[str, tuple[int, int]], size: tuple[int, int], channels_last: bool
+    geometry: dict[str, tuple[int, int]], size: tuple[int, int], channels_last: bool, few: float
 ) -> None:
     assume(fits(geometry, size))
     arguments = {key: list(value) for key, value in geometry.items() if key != "kernel_size"}
@@ -46,7 +49,8 @@ def test_patches_are_the_unfolded_input(
     count = layer.positions(x, weight, arguments)
     assert count == unfolded.shape[1]
     positions = torch.randperm(count)[: max(1, count // 2)].sort().values
-    rows = layer.rows(x, weight, arguments, positions)
+    with patch.object(layers, "FEW", few):
+        rows = layer.rows(x, weight, arguments, positions)
     assert torch.equal(rows, unfolded[:, positions].flatten(0, 1))
 
 

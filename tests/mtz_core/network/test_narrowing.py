@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtz_core.network.graph import Axis, Network, run
+from mtz_core.network.groups import analyse
 from mtz_core.network.narrowing import LEAST, CannotDrop, Dropper, Keep, Reduced
 from mtz_core.network.to_module import build_module
 from mtz_core.network.topology import first_difference
@@ -123,6 +124,21 @@ def test_a_narrower_network_is_traced_anew_with_the_same_groups(name: str) -> No
     narrow = dropper(name).narrow(random_keep(name, 2)).network
     again = trace(build_module(narrow).eval(), CASES[name].examples(2))
     assert sorted(again.graph.widths.values()) == sorted(narrow.graph.widths.values())
+
+
+@on_free_networks
+def test_the_graph_is_the_one_that_is_found_in_the_narrower_network(name: str) -> None:
+    for seed in (2, 6):
+        narrow = dropper(name).narrow(random_keep(name, seed)).network
+        entry = narrow.state, narrow.trainable, narrow.input_shape, narrow.input_dtype
+        found = analyse(narrow.graph.nodes, narrow.graph.output, *entry).graph
+        assert (narrow.graph.groups, narrow.graph.widths) == (found.groups, found.widths)
+        for axes, expected in ((narrow.graph.rows, found.rows), (narrow.graph.columns, found.columns)):
+            assert axes.keys() == expected.keys()
+            for layer, axis in axes.items():
+                assert axis.groups == expected[layer].groups
+                assert np.array_equal(axis.group, expected[layer].group)
+                assert np.array_equal(axis.neuron, expected[layer].neuron)
 
 
 @on_some_networks

@@ -130,7 +130,7 @@ def test_convolutions_in_groups_say_nothing() -> None:
     assert depthwise.layer.conv_groups(depthwise.arguments) > 1
     found = readers(network, "3.conv.0.0", moments, sensitivity, 0.1)
     assert len(found) == 1
-    assert found[0].rows.shape[0] == len(network.matrix(network.graph.node("3.conv.2.0")))
+    assert found[0].columns.shape[2] == len(network.matrix(network.graph.node("3.conv.2.0")))
 
 
 @on_all_groups
@@ -141,6 +141,20 @@ def test_a_copy_can_lose_neurons_without_its_original(name: str) -> None:
         other.drop(index(1, 2))
         assert torch.equal(reader.damages(index(0, 1, 2)), before)
         assert not torch.equal(other.damages(index(0)), before[:1])
+
+
+@on_all_groups
+def test_layers_with_the_same_columns_are_handled_at_once(name: str) -> None:
+    alone, width = reading(name), len(reading(name)[0].slots)
+    together = Reader.side_by_side([*alone, *alone])
+    assert len(together) == len({reader.slots.numpy().tobytes() for reader in alone})
+    neurons = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+    for start in range(0, width - 2, 2):  # more than half of the columns go, too
+        left = neurons[start:]
+        expected = 2 * torch.stack([reader.damages(left) for reader in alone]).sum(dim=0)
+        torch.testing.assert_close(sum(reader.damages(left) for reader in together), expected, rtol=1e-9, atol=0)
+        spent = 2 * sum(reader.drop(left[:2]) for reader in alone)
+        assert sum(reader.drop(left[:2]) for reader in together) == pytest.approx(spent, rel=1e-9)
 
 
 @on_all_groups

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mtz_core import Budget, MtzError, RetrainConfig, Validation, ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.merging.walk import finish, merge
 from mtz_core.network.tracing import trace
 from mtz_core.planning.search import BudgetSearch, FloorCandidate, FloorSearch
 from mtz_core.settings import Move
@@ -61,6 +62,22 @@ def budget_search(found: Mapping[str, nn.Module], calibration: Mapping[str, Tens
 
 def stored(zipped: ZippedNetwork) -> float:
     return zipped.report.stored_bytes / zipped.report.original_bytes
+
+
+def test_plans_are_merged_alike_whether_the_originals_outputs_are_kept_or_computed_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, config = networks(), ZipConfig(budget=Budget(size=0.4))
+    kept = budget_search(found, images(found), config)
+    monkeypatch.setattr("mtz_core.planning.search.MOST_TARGETS", 0)
+    anew = budget_search(found, images(found), config)
+    assert all(own.targets is not None for own in kept.fitting.values())
+    assert all(own.targets is None for own in (*anew.fitting.values(), *kept.traced.values()))
+    plan = kept.planner.plan(0.4)
+    merged = [finish(merge(one.fitting, plan.pairings, config, keep=plan.keep)) for one in (kept, anew)]
+    for name, tensor in merged[0].tensors().items():
+        torch.testing.assert_close(tensor, merged[1].tensors()[name], rtol=1e-4, atol=1e-6)
+    assert kept.best(0.4).same(anew.best(0.4))
 
 
 @pytest.mark.parametrize("size", [0.2, 0.35, 0.6, 0.9])

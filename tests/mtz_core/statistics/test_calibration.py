@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mtz_core import ZipConfig
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import Network, Node
+from mtz_core.network.graph import INPUT, Network, Node, run_node
 from mtz_core.network.tracing import trace
 from mtz_core.statistics.calibration import (
     BATCH,
@@ -17,6 +17,7 @@ from mtz_core.statistics.calibration import (
     layer_rows,
     original_moments,
     sample_positions,
+    sampled_outputs,
     stream_rows,
 )
 from tests.support.networks import CASES, Case, lenet5, mlp
@@ -203,3 +204,29 @@ def test_collecting_changes_neither_network_nor_data() -> None:
     original_moments(network, [data], ZipConfig())
     assert torch.equal(data, before)
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_sampled_outputs_are_what_layers_put_out_at_the_sampled_positions() -> None:
+    module, data, config = LENET5.network(1), LENET5.examples(7), ZipConfig(patches=9)
+    network = trace(module, data)
+    put_out: dict[str, Tensor] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            part.register_forward_hook(lambda part, x, y, name=name: put_out.update({name: y}))
+    module(data)
+    found = sampled_outputs(network, [data[:4], data[4:]], config)
+    assert found.keys() == put_out.keys()
+    values: dict[str, Tensor] = {INPUT: data}
+    for node in network.graph.nodes:
+        if node.is_layer:
+            sample = sample_positions(node, tuple(network.state[node.weight].shape), values[node.source], config)
+            expected = node.layer.output_rows(put_out[node.name], sample)
+            torch.testing.assert_close(torch.cat(found[node.name]), expected)
+        values[node.name] = run_node(node, values, network.state, len(data))
+
+
+def test_finite_outputs_whose_sum_is_not_are_taken() -> None:
+    network = trace(nn.Linear(1, 2, bias=False).requires_grad_(False).double(), torch.ones(2, 1, dtype=torch.float64))
+    network.state["weight"].fill_(1.7e308)
+    (moments,) = original_moments(network, [torch.ones(2, 1, dtype=torch.float64)], ZipConfig()).values()
+    assert moments.count == 2
