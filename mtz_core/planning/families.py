@@ -20,6 +20,7 @@ from mtz_core.planning.sizes import Sizes
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.ownership import NOT_A_MEMBER
+from mtz_core.zipped.structure import hidden_groups
 
 PARTITIONS = 2
 """Into how many different sets of families tasks are divided at most."""
@@ -90,11 +91,14 @@ class Sharing:
             save.
     """
 
-    def __init__(self, families: Sequence[Family], balance: Float64[np.ndarray, " tasks"]) -> None:
+    def __init__(
+        self, families: Sequence[Family], groups: Sequence[str], balance: Float64[np.ndarray, " tasks"]
+    ) -> None:
         """Rank the tuples of all families.
 
         Args:
             families: The families of two and more tasks.
+            groups: All groups that any task has.
             balance: How much the damage to each task counts where tuples are ranked.
 
         Raises:
@@ -102,8 +106,9 @@ class Sharing:
         """
         self.families, self._balance = families, balance
         self.tuples: dict[str, Tuples] = {}
-        for group in dict.fromkeys(name for family in families for name in family.pairings):
-            found = [family.all(group) for family in families if group in family.pairings]
+        nothing = np.zeros((0, len(balance)), dtype=np.int64), np.zeros((0, len(balance)))
+        for group in groups:
+            found = [family.all(group) for family in families if group in family.pairings] or [nothing]
             tuples, damage = (np.concatenate(parts) for parts in zip(*found, strict=True))
             saved = (tuples >= 0).sum(axis=1) - 1
             cheapest = np.argsort((damage @ balance) / saved, kind="stable")
@@ -148,8 +153,8 @@ def ways_to_share(
     Raises:
         MtzError: If the networks cannot be zipped together, or if a Hessian cannot be factorised.
     """
-    tasks = tuple(traced)
-    everyone = Sharing([Family(traced, tasks, config)], balance)
+    tasks, groups = tuple(traced), hidden_groups(own.network.graph for own in traced.values())
+    everyone = Sharing([Family(traced, tasks, config)], groups, balance)
     if len(tasks) < 3:
         return [everyone]
     pairs: dict[tuple[str, ...], Family] = {}
@@ -159,7 +164,7 @@ def ways_to_share(
     ways = []
     for clusters in _partitions(len(tasks), distances):
         members = [tuple(tasks[t] for t in cluster) for cluster in clusters if len(cluster) > 1]
-        ways.append(Sharing([pairs.get(own) or Family(traced, own, config) for own in members], balance))
+        ways.append(Sharing([pairs.get(own) or Family(traced, own, config) for own in members], groups, balance))
     return [*ways, everyone]
 
 

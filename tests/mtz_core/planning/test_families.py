@@ -154,3 +154,12 @@ def test_a_plan_of_some_is_never_worse_than_one_of_all_or_none() -> None:
         plan = own.plan(size)
         assert plan.bytes <= size * own.original_bytes
         assert plan.damage <= own.plan(size, dropping=1.0, sharing=1e12).damage * (1 + 1e-9)
+
+
+def test_a_group_that_one_network_alone_has_is_shared_by_nobody() -> None:
+    torch.manual_seed(1)
+    networks = {task: nn.Sequential(mlp((8,), 4), nn.Linear(4, 3)) for task in "ab"}
+    networks["c"] = nn.Sequential(mlp((8,), 4), nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    x = {task: torch.randn(60, 12) for task in networks}
+    report = zip_networks(networks, x, ZipConfig(budget=Budget(size=0.8), keep_separate=["1"])).report
+    assert report.stored_bytes <= 0.8 * report.original_bytes
