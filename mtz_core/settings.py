@@ -152,8 +152,9 @@ class ZipConfig:
             the next activation can tell apart. Range: 0 or more.
         matching_rounds: How often ``refit`` matches again the neuron groups whose pairings depend on each other, and
             the tuples of more than two networks. Range: 0 or more.
-        keep_separate: Paths of submodules that stay task-specific. Their operators need not be understood, and networks
-            may differ there: a path need not be in all of them.
+        keep_separate: Paths of submodules that stay task-specific, or names of operators as errors show them; ``""`` is
+            the outermost forward pass. What is kept separate need not be understood, and networks may differ there: a
+            path need not be in all of them.
         zip: Paths of the submodules that take part, as if everything else were listed under `keep_separate`. All
             networks have them. Empty: everything takes part.
         seed: Seed of everything that is sampled. Range: 0 or more.

@@ -241,7 +241,11 @@ def check_paths(settings: Mapping[str, Sequence[str]], *modules: nn.Module) -> N
         for path in paths:
             if ":" not in path and path not in known:
                 near = ", ".join(name for name in known if name) or "none"
-                raise UnsupportedModule(f"{setting}: there is no submodule {path!r}. Submodules: {near}.")
+                operators = " A single operator goes by its name, as errors show it, such as 'add.Tensor:3'."
+                raise UnsupportedModule(
+                    f"{setting}: there is no submodule {path!r}. Submodules: {near}."
+                    f"{operators if setting == 'keep_separate' else ''}"
+                )
 
 
 def _check_weights(module: nn.Module) -> None:
