@@ -224,7 +224,7 @@ def original_moments(network: Network, batches: Iterable[Batch], config: ZipConf
 
 @torch.no_grad()
 def sampled_outputs(
-    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+    network: Network, batches: Iterable[Batch], config: ZipConfig
 ) -> dict[str, list[Float[Tensor, "_n _out"]]]:
     """Compute what every layer of an original network puts out at the sampled positions.
 
