@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from mtz_core.batches import Batch, NamedTensors, concatenated, flattened
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.task_loss import TaskLoss
 
-Model = Callable[[Shaped[Tensor, "batch ..."]], Float[Tensor, "batch ..."]]
+Model = Callable[..., Any]
 
-Function = Callable[[Float[Tensor, "n ..."], Shaped[Tensor, "n ..."]], float]
-"""A metric of one's own: of outputs and labels, or the original's outputs where there are no labels."""
+Function = Callable[[Any, Any], float]
+"""A metric of one's own: of outputs and labels, or the original's outputs where there are no labels. Several outputs
+are a dict by name."""
 
 _SURE = 1.959964
 """The 97.5 % quantile of the normal distribution: intervals hold with 95 %."""
@@ -26,17 +27,18 @@ _RESAMPLES = 200
 
 
 @torch.no_grad()
-def outputs_of(network: Model, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Float[Tensor, "examples ..."]:
-    """The outputs for all examples. Raises `InvalidCalibration` without examples."""
-    parts = [network(batch) for batch in batches]
+def outputs_of(network: Model, batches: Iterable[Batch]) -> Any:
+    """The outputs for all examples, several as `NamedTensors`. Raises `InvalidCalibration` without examples."""
+    parts = [flattened(network(batch)) for batch in batches]
     if not parts:
         raise InvalidCalibration("there are no test examples. Give at least one.")
-    return torch.cat(parts)
+    return concatenated(parts)
 
 
-def predict(network: Model, batches: Iterable[Shaped[Tensor, "_ ..."]]) -> Int64[Tensor, " examples"]:
+def predict(network: Model, batches: Iterable[Batch]) -> Int64[Tensor, " examples"]:
     """The most likely class of every example. Raises `InvalidCalibration` without examples."""
-    return outputs_of(network, batches).argmax(dim=1)
+    found: Tensor = outputs_of(network, batches).argmax(dim=1)
+    return found
 
 
 def error_rate(predicted: Int64[Tensor, " n"], labels: Int64[Tensor, " n"]) -> float:
@@ -55,10 +57,10 @@ class Case:
         loss: The task's loss, which knows the kind of the outputs.
     """
 
-    outputs: Float[Tensor, "n ..."]
+    outputs: Any
     labels: Shaped[Tensor, "n ..."] | None
-    targets: Float[Tensor, "n ..."]
-    loss: TaskLoss
+    targets: Any
+    loss: Any
 
     def part(self, index: Int64[Tensor, " m"]) -> Case:
         """Some of the examples."""
@@ -66,7 +68,7 @@ class Case:
         return Case(self.outputs[index], labels, self.targets[index], self.loss)
 
     @property
-    def truth(self) -> Shaped[Tensor, "n ..."]:
+    def truth(self) -> Any:
         """The labels, or else the original's outputs."""
         return self.targets if self.labels is None else self.labels
 
@@ -79,11 +81,13 @@ class Metric:
         of: Computes one error for each example, from 0 to 1, or a single number for all.
         reads: ``labels`` where it cannot do without, else ``outputs``.
         unit: ``%``, or nothing for a number in units of its own.
+        joint: Whether it can measure several outputs together.
     """
 
     of: Callable[[Case], Float[Tensor, " n"] | float]
     reads: Literal["labels", "outputs"] = "outputs"
     unit: Literal["%", ""] = "%"
+    joint: bool = False
 
     @property
     def factor(self) -> float:
@@ -148,8 +152,8 @@ METRICS: Mapping[str, Metric] = {
     "error": Metric(_wrong, "labels"),
     "top5_error": Metric(_wrong_of_five, "labels"),
     "balanced_error": Metric(_wrong_by_class, "labels"),
-    "agreement": Metric(lambda case: 1 - case.loss.agreements(case.outputs, case.targets)),
-    "output_error": Metric(lambda case: float(case.loss.relative_error(case.outputs, case.targets))),
+    "agreement": Metric(lambda case: 1 - case.loss.agreements(case.outputs, case.targets), joint=True),
+    "output_error": Metric(lambda case: float(case.loss.relative_error(case.outputs, case.targets)), joint=True),
     "mean_absolute_error": Metric(_distance, unit=""),
     "correlation": Metric(_uncorrelated),
     "average_precision": Metric(_imprecise),
@@ -177,10 +181,14 @@ def metric_of(metric: Metric | str | Function) -> Metric:
     if isinstance(metric, Metric):
         return metric
     if callable(metric):
-        return Metric(lambda case: metric(case.outputs, case.truth), unit="")
+        return Metric(lambda case: metric(_by_name(case.outputs), _by_name(case.truth)), unit="", joint=True)
     if metric not in METRICS:
         raise InvalidConfig(f"the metric {metric!r} is unknown. Metrics: {', '.join(METRICS)}.")
     return METRICS[metric]
+
+
+def _by_name(values: Batch) -> Any:
+    return dict(values.tensors) if isinstance(values, NamedTensors) else values
 
 
 def error_of(metric: Metric, case: Case, task: str) -> float:
@@ -225,6 +233,11 @@ def _computed(metric: Metric, case: Case, task: str) -> tuple[float, bool]:
         raise InvalidConfig(
             f"the metric of {task!r} needs labels, and its data have none. Give labels, or take a metric without: "
             f"{', '.join(name for name, known in METRICS.items() if known.reads != 'labels')}."
+        )
+    if isinstance(case.outputs, NamedTensors) and not metric.joint:
+        raise InvalidConfig(
+            f"the metric of {task!r} measures one output, but its network has several: "
+            f"{', '.join(case.outputs.tensors)}. Take agreement or output_error, or a function: it is given a dict."
         )
     found = metric.of(case)
     if isinstance(found, Tensor) and found.ndim == 1 and len(found) == len(case.outputs):

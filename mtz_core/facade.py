@@ -7,12 +7,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import Signature
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from mtz_core.batches import (
+    ANY_NAMES,
+    Batch,
+    NamedTensors,
+    call,
+    concatenated,
+    divided,
+    is_finite,
+    is_positional,
+    shapes_in_words,
+    signature_of,
+)
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
 from mtz_core.evaluation import Case, Function, Model, check_labels, measure, metric_of, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
@@ -25,13 +38,16 @@ from mtz_core.planning.planner import Planner
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.retraining import Retraining, RetrainStep, Targets
 from mtz_core.settings import Budget, Move, RetrainConfig, ZipConfig
-from mtz_core.statistics.calibration import as_batches
+from mtz_core.statistics.calibration import as_batch, as_batches, has_several
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport, ZipReport
 
-Labelled = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-"""Examples with labels: a pair of tensors, or batches of pairs, as a ``DataLoader`` gives them."""
+Given = Tensor | Mapping[str, Tensor] | Iterable[Any]
+"""Examples: a tensor; of several inputs, a dict by name, or a tuple in the network's order; or batches of such."""
+
+Labelled = tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]]
+"""Examples with labels: a pair of both, or batches of pairs, as a ``DataLoader`` gives them."""
 
 RUINED = 0.5
 """The share of its information whose loss a warning tells."""
@@ -86,10 +102,10 @@ class Evaluation:
 
 def zip_networks(
     networks: Mapping[str, nn.Module],
-    calibration: Mapping[str, Tensor | Iterable[Any]],
+    calibration: Mapping[str, Given],
     config: ZipConfig | None = None,
     *,
-    validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None = None,
+    validation: Mapping[str, Validation | Given] | None = None,
     retraining: RetrainConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> ZippedNetwork:
@@ -100,7 +116,9 @@ def zip_networks(
     Args:
         networks: The network of each task.
         calibration: Examples of each task's inputs, ``[batch, *input shape]``: one tensor, or batches, such as a
-            ``DataLoader``. Labels in the batches are ignored.
+            ``DataLoader``. A dict, as a whole or as a batch, has several inputs by their names in the forward pass. So
+            has a tuple, in its order, if the network cannot do with one input. Labels in pairs ``(inputs, labels)``
+            are ignored.
         config: What to share, or the budget, and how; by default everything that can be shared.
         validation: Examples of each task: with labels, on which a floor is kept, or, with or without them, on which the
             result is judged and by which light retraining is validated. Without them, one calibration example in five
@@ -140,9 +158,12 @@ def zip_networks(
     for task in config.outputs or {}:
         if task not in networks:
             raise InvalidConfig(f"outputs: names {task!r}, but the tasks are {sorted(networks)}.")
-    batches = {task: as_batches(calibration[task], task) for task in sorted(networks)}
-    labelled = {task: _validation(data, task) for task, data in (validation or {}).items()} if floor else {}
-    held_out = _held_out(batches, validation)
+    taken = {task: signature_of(networks[task]) for task in sorted(networks)}
+    batches = {task: as_batches(calibration[task], task, own) for task, own in taken.items()}
+    if validation is not None and set(validation) != set(batches):
+        raise InvalidConfig(f"validation data is given for {sorted(validation)}, but the tasks are {sorted(batches)}.")
+    labelled = {task: _validation(own, task, taken[task]) for task, own in (validation or {}).items()} if floor else {}
+    held_out = _held_out(batches, validation, taken)
     if retraining is not None and not floor:
         retraining.balance_of(tuple(batches))
         _check_held_out(batches, held_out)
@@ -167,7 +188,7 @@ def zip_networks(
     else:
         search = BudgetSearch(traced, config, budget, held_out if validation is not None else None)
         if floor:
-            training = {task: torch.cat(own) for task, own in batches.items()}
+            training = {task: concatenated(own) for task, own in batches.items()}
             found = FloorSearch(search, networks, training, labelled, retraining or RetrainConfig())
             tried = list(steps.count("plan", found.steps(), None, lambda step: step.what))
             zipped = min((step for step in tried if step.kept), key=lambda step: step.size).zipped
@@ -177,7 +198,7 @@ def zip_networks(
             best = search.best_of(plans)
             zipped = steps.merged(search.merging(best.plan), traced).judged(best.judged)
     if retraining is not None and not floor:
-        fitting, rest = ({task: torch.cat(own) for task, own in data.items()} for data in (batches, held_out))
+        fitting, rest = ({task: concatenated(own) for task, own in data.items()} for data in (batches, held_out))
         run = Retraining(zipped, networks, fitting, rest, retraining)
         for _ in steps.count("retrain", run.steps(), None, _iteration):
             pass
@@ -193,8 +214,8 @@ def zip_networks(
 def retrain(
     zipped: ZippedNetwork,
     originals: Mapping[str, nn.Module],
-    training: Mapping[str, Tensor | Iterable[Any]],
-    validation: Mapping[str, Tensor | Iterable[Any]],
+    training: Mapping[str, Given],
+    validation: Mapping[str, Given],
     config: RetrainConfig | None = None,
     *,
     labels: Targets | None = None,
@@ -219,7 +240,8 @@ def retrain(
         InvalidConfig: A task is unknown, or settings contradict what is given.
     """
     splits = [
-        {task: torch.cat(as_batches(data, task)) for task, data in split.items()} for split in (training, validation)
+        {task: concatenated(as_batches(data, task, _taken(zipped, task))) for task, data in given.items()}
+        for given in (training, validation)
     ]
     run = Retraining(zipped, originals, splits[0], splits[1], config or RetrainConfig(), labels=labels)
     return tuple(_Steps(on_progress).count("retrain", run.steps(), None, _iteration))
@@ -227,7 +249,7 @@ def retrain(
 
 def evaluate(
     zipped: ZippedNetwork,
-    test: Mapping[str, Labelled | Tensor | Iterable[Any]],
+    test: Mapping[str, Labelled | Given],
     *,
     originals: Mapping[str, nn.Module] | None = None,
     metric: str | Function = "error",
@@ -258,16 +280,17 @@ def evaluate(
     with evaluation_mode(zipped):
         for task, data in test.items():
             needs_labels = found_metric.reads == "labels" or callable(metric)
-            inputs, labels = _labelled(data, task) if needs_labels else (_examples(data, task), None)
-            batches = torch.split(inputs, _BATCH)
+            taken = zipped.signature(task)
+            inputs, labels = _labelled(data, task, taken) if needs_labels else (_examples(data, task, taken), None)
+            batches = divided(inputs, _BATCH)
             outputs = _outputs(partial(zipped, task=task), batches, task)
             before = None
             if originals is not None:
                 with evaluation_mode(originals[task]):
-                    before = _outputs(originals[task], batches, task)
+                    before = _outputs(partial(call, originals[task]), batches, task)
             elif found_metric.reads == "outputs" and not callable(metric):
                 raise InvalidConfig(f"the metric {metric!r} compares with the original networks. Give originals.")
-            if found_metric.reads == "labels" and labels is not None:
+            if found_metric.reads == "labels" and labels is not None and isinstance(outputs, Tensor):
                 check_labels(labels, len(inputs), outputs.shape[1], task)
             loss = zipped.loss_of(task, outputs if before is None else before)
             error = measure(found_metric, Case(outputs, labels, outputs if before is None else before, loss), task)
@@ -324,7 +347,7 @@ def _share(traced: Mapping[str, Traced], config: ZipConfig, steps: _Steps) -> Zi
     return steps.merged(merge(traced, pairings, config, descent(matches)), traced)
 
 
-def _measured(task: str, network: Network, batches: Sequence[Tensor], config: ZipConfig) -> Traced:
+def _measured(task: str, network: Network, batches: Sequence[Batch], config: ZipConfig) -> Traced:
     try:
         return Traced.measured(network, batches, config, config.output_of(task))
     except MtzError as error:
@@ -332,32 +355,32 @@ def _measured(task: str, network: Network, batches: Sequence[Tensor], config: Zi
 
 
 def _held_out(
-    batches: Mapping[str, list[Tensor]], validation: Mapping[str, Validation | Tensor | Iterable[Any]] | None
-) -> dict[str, list[Tensor]]:
+    batches: Mapping[str, list[Batch]],
+    validation: Mapping[str, Validation | Given] | None,
+    taken: Mapping[str, Signature],
+) -> dict[str, list[Batch]]:
     """Return the examples on which a result is judged: those for validation, or one calibration example in `HELD_OUT`.
 
     Of fewer than `HELD_OUT` examples none is held out.
 
     Raises:
-        InvalidConfig: Validation data is given for other tasks.
-        InvalidCalibration: Validation data is of another shape.
+        InvalidCalibration: Validation data is of other inputs or of another shape.
     """
     if validation is None:
         counts = {task: min(sum(map(len, own)) // HELD_OUT, _MOST_HELD_OUT) for task, own in batches.items()}
-        return {task: [torch.cat(batches[task])[-count:]] for task, count in counts.items() if count}
-    if set(validation) != set(batches):
-        raise InvalidConfig(f"validation data is given for {sorted(validation)}, but the tasks are {sorted(batches)}.")
-    held_out = {task: list(torch.split(_examples(data, task), _BATCH)) for task, data in validation.items()}
+        return {task: [concatenated(batches[task])[-count:]] for task, count in counts.items() if count}
+    held_out = {task: list(divided(_examples(data, task, taken[task]), _BATCH)) for task, data in validation.items()}
     for task, own in held_out.items():
-        if own[0].shape[1:] != batches[task][0].shape[1:]:
+        shapes = [shapes_in_words(batch) for batch in (own[0], batches[task][0])]
+        if shapes[0] != shapes[1]:
             raise InvalidCalibration(
-                f"validation examples of {task!r} have shape {list(own[0].shape[1:])}, calibration examples "
-                f"{list(batches[task][0].shape[1:])}. Bring them to one."
+                f"validation examples of {task!r} have shape {shapes[0]}, calibration examples {shapes[1]}. Bring them "
+                "to one."
             )
     return held_out
 
 
-def _check_held_out(batches: Mapping[str, list[Tensor]], held_out: Mapping[str, list[Tensor]]) -> None:
+def _check_held_out(batches: Mapping[str, list[Batch]], held_out: Mapping[str, list[Batch]]) -> None:
     for task in sorted(batches.keys() - held_out.keys()):
         raise InvalidCalibration(
             f"{task!r} has {sum(map(len, batches[task]))} calibration examples; light retraining holds one in "
@@ -365,19 +388,28 @@ def _check_held_out(batches: Mapping[str, list[Tensor]], held_out: Mapping[str, 
         )
 
 
-def _without(batches: list[Tensor], held_out: list[Tensor]) -> list[Tensor]:
+def _without(batches: list[Batch], held_out: list[Batch]) -> list[Batch]:
     """Return batches without their last examples, which are held out."""
     count = sum(map(len, batches)) - sum(map(len, held_out))
-    return list(torch.split(torch.cat(batches)[:count], len(batches[0])))
+    return list(divided(concatenated(batches)[:count], len(batches[0])))
 
 
-def _examples(data: Validation | Tensor | Iterable[Any], task: str) -> Tensor:
+def _taken(zipped: ZippedNetwork, task: str) -> Signature:
+    """What a task's network takes, if it is one of the zipped network's."""
+    return zipped.signature(task) if task in zipped.tasks else ANY_NAMES
+
+
+def _examples(data: Validation | Given, task: str, taken: Signature) -> Batch:
     """Return examples, whatever labels they come with."""
-    if isinstance(data, Validation):
-        return data.examples
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        data = data[0]
-    return torch.cat(as_batches(data, task))
+    given: Any = data.examples if isinstance(data, Validation) else data
+    if not is_positional(given, taken) and _is_pair(given, taken):
+        given = given[0]
+    return concatenated(as_batches(given, task, taken))
+
+
+def _is_pair(data: Any, taken: Signature) -> bool:
+    """Whether data is all examples with their labels; otherwise it is batches of such."""
+    return isinstance(data, tuple) and len(data) == 2 and (isinstance(data[0], Tensor) or has_several(data[0], taken))
 
 
 def _iteration(step: RetrainStep) -> str:
@@ -385,32 +417,42 @@ def _iteration(step: RetrainStep) -> str:
     return f"iteration {step.iteration}, validation loss {losses}"
 
 
-def _outputs(network: Model, batches: Sequence[Tensor], task: str) -> Tensor:
+def _outputs(network: Model, batches: Sequence[Batch], task: str) -> Any:
     """Return outputs for test data, which may not be what the network is meant for."""
     try:
         outputs = outputs_of(network, batches)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InvalidCalibration(
             f"the network of {task!r} cannot run on the test data: {reason}. Give the inputs that it was trained for."
         ) from error
-    if not bool(torch.isfinite(outputs).all()):
+    if not is_finite(outputs):
         raise InvalidCalibration(
             f"the network of {task!r} has outputs that are not finite. Check its inputs and weights."
         )
     return outputs
 
 
-def _validation(data: Any, task: str) -> Validation:
-    return data if isinstance(data, Validation) else Validation(*_labelled(data, task))
+def _validation(data: Any, task: str, taken: Signature) -> Validation:
+    if not isinstance(data, Validation):
+        return Validation(*_labelled(data, task, taken))
+    return replace(data, examples=_examples(data, task, taken))
 
 
-def _labelled(data: Any, task: str) -> tuple[Shaped[Tensor, "_ ..."], Shaped[Tensor, "_ ..."]]:
+def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Shaped[Tensor, "_ ..."]]:
     """Return all examples and labels of a task."""
-    whole = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-    pairs: list[Any] = [data] if whole else list(data) if isinstance(data, Iterable) else [data]
+    pairs: list[Any] = [data] if _is_pair(data, taken) else list(data) if isinstance(data, Iterable) else [data]
+    pairs = [
+        (as_batch(pair[0], task, taken), pair[1]) if isinstance(pair, (tuple, list)) and len(pair) == 2 else pair
+        for pair in pairs
+    ]
     for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        if (
+            not isinstance(pair, tuple)
+            or len(pair) != 2
+            or not isinstance(pair[0], (Tensor, NamedTensors))
+            or not isinstance(pair[1], Tensor)
+        ):
             raise InvalidCalibration(
                 f"the data of {task!r} are not examples with labels. Give a pair of tensors, or batches of pairs."
             )
@@ -420,7 +462,7 @@ def _labelled(data: Any, task: str) -> tuple[Shaped[Tensor, "_ ..."], Shaped[Ten
             )
     if not pairs:
         raise InvalidCalibration(f"there are no examples with labels for {task!r}. Give at least one.")
-    inputs, labels = (torch.cat([pair[part] for pair in pairs]) for part in (0, 1))
+    inputs, labels = concatenated([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
     return inputs, labels.long() if not labels.is_floating_point() else labels
 
 
@@ -438,7 +480,7 @@ def _warn_of_ruin(report: ZipReport, ruined: Sequence[str], traced: Mapping[str,
         judged = report.tasks[task]
         warnings.warn(
             f"{task!r} has lost {100 * judged.lost:.0f} % of what it knew ({judged.agreement:.1f} % agreement with its "
-            f"original, on {judged.examples} held-out examples; its outputs are {judged.output}"
+            f"original, on {judged.examples} held-out examples; its outputs are {judged.kinds}"
             f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {remedy}.",
             ZipWarning,
             stacklevel=3,

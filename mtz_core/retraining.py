@@ -10,19 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num, Shaped
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mtz_core.batches import (
+    Batch,
+    NamedTensors,
+    call,
+    concatenated,
+    divided,
+    flattened,
+    is_finite,
+    shapes_in_words,
+    tensors_of,
+)
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.network.graph import INPUT, free_unused, run_node
+from mtz_core.network.graph import free_unused, given_name, input_values, run_node
 from mtz_core.network.tracing import evaluation_mode
 from mtz_core.settings import RetrainConfig
-from mtz_core.task_loss import TaskLoss
+from mtz_core.task_loss import Distillation
 from mtz_core.zipped.module import ZippedNetwork
 
 WARM_UP = 5
@@ -59,8 +72,8 @@ class Targets:
         validation: Of each task, for its validation examples.
     """
 
-    training: Mapping[str, Num[Tensor, "_ ..."]]
-    validation: Mapping[str, Num[Tensor, "_ ..."]]
+    training: Mapping[str, Num[Tensor, "_ ..."] | NamedTensors]
+    validation: Mapping[str, Num[Tensor, "_ ..."] | NamedTensors]
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,8 @@ class RetrainState:
 
 def original_outputs(
     originals: Mapping[str, nn.Module],
-    training: Mapping[str, Shaped[Tensor, "_ ..."]],
-    validation: Mapping[str, Shaped[Tensor, "_ ..."]],
+    training: Mapping[str, Batch],
+    validation: Mapping[str, Batch],
 ) -> Targets:
     """Compute what distillation aims at, once for all runs with the same originals and examples.
 
@@ -89,21 +102,21 @@ def original_outputs(
     Raises:
         InvalidCalibration: A task has no examples, or some are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Batch]] = {}
     for split, examples in (("training", training), ("validation", validation)):
         found[split] = {}
         for task, original in originals.items():
             _check_examples(task, split, examples)
             with evaluation_mode(original):
-                found[split][task] = _outputs(original, examples[task])
+                found[split][task] = _outputs(partial(call, original), examples[task])
     return Targets(found["training"], found["validation"])
 
 
 def retrain_steps(
     zipped: ZippedNetwork,
     originals: Mapping[str, nn.Module],
-    training: Mapping[str, Shaped[Tensor, "_ ..."]],
-    validation: Mapping[str, Shaped[Tensor, "_ ..."]],
+    training: Mapping[str, Batch],
+    validation: Mapping[str, Batch],
     config: RetrainConfig,
     *,
     labels: Targets | None = None,
@@ -139,8 +152,8 @@ class Retraining:
         self,
         zipped: ZippedNetwork,
         originals: Mapping[str, nn.Module],
-        training: Mapping[str, Shaped[Tensor, "_ ..."]],
-        validation: Mapping[str, Shaped[Tensor, "_ ..."]],
+        training: Mapping[str, Batch],
+        validation: Mapping[str, Batch],
         config: RetrainConfig,
         *,
         labels: Targets | None = None,
@@ -151,7 +164,7 @@ class Retraining:
         self._balance = dict(zip(tasks, config.balance_of(tasks), strict=True))
         zipped.eval()  # dropout stays off: the originals' outputs are those without it
         splits = {"training": training, "validation": validation}
-        own: dict[tuple[str, str], Tensor] = {}
+        own: dict[tuple[str, str], Batch] = {}
         for split, examples in splits.items():
             _check_names(f"{split} data", examples, tasks)
             for task in tasks:
@@ -274,16 +287,17 @@ class Retraining:
                     self._average[name].lerp_(tensor, AVERAGED / (iteration + AVERAGED - 1))
         return due, {task: total / (due - done) for task, total in sums.items()}
 
-    def _run(self, x: Shaped[Tensor, "batch ..."], task: str) -> Float[Tensor, "batch ..."]:
+    def _run(self, x: Batch, task: str) -> Batch:
         """The outputs of one task in training: whatever has statistics follows the batches if these are updated."""
         if self._config.statistics == "kept":
-            return self._zipped(x, task)
+            return flattened(self._zipped(x, task))
         graph, state = self._zipped.structure.networks[task].graph, self._zipped.state_of(task)
-        values = {INPUT: x}
+        values = input_values(self._zipped.batch_for(x, task))
         for node in graph.nodes:
             values[node.name] = run_node(node, values, state, len(x), training="running_mean" in node.arguments)
             free_unused(graph, values, node)
-        return values[graph.output]
+        output: Batch = values[graph.output]
+        return output
 
     @torch.no_grad()
     def _validate(self, iteration: int, training_loss: Mapping[str, float]) -> RetrainStep:
@@ -291,7 +305,7 @@ class Retraining:
         losses = {}
         for task, data in self._data["validation"].items():
 
-            def averaged(x: Tensor, task: str = task) -> Tensor:
+            def averaged(x: Batch, task: str = task) -> Any:
                 return functional_call(self._zipped, self._average, (x, task))
 
             losses[task] = float(data.loss(_outputs(averaged, data.examples), self._config))
@@ -311,6 +325,13 @@ class Retraining:
 
 def _check_logits(zipped: ZippedNetwork) -> None:
     """Raises `InvalidConfig` where a task's outputs are known to be no logits, which is what labels are read for."""
+    for task in zipped.tasks:
+        endings = zipped.structure.networks[task].graph.endings
+        if len(endings) > 1:
+            raise InvalidConfig(
+                f"labels are compared with one output, but the network of {task!r} has several: {', '.join(endings)}. "
+                "Set retrain.labels to 0."
+            )
     for task, judged in zipped.report.tasks.items():
         if judged.output in ("probabilities", "multi-label", "embedding") or (
             judged.output != "logits" and not judged.guessed
@@ -321,23 +342,11 @@ def _check_logits(zipped: ZippedNetwork) -> None:
             )
 
 
-_Distillation = Callable[[Tensor, Tensor], Tensor]
-"""The loss of outputs against the original's."""
-
-
-def _distillations(
-    zipped: ZippedNetwork, targets: Mapping[str, Tensor], config: RetrainConfig
-) -> dict[str, _Distillation]:
+def _distillations(zipped: ZippedNetwork, targets: Mapping[str, Any], config: RetrainConfig) -> dict[str, Distillation]:
     """For every task, the divergence of its outputs at the temperature of distillation, as a share of the most."""
-    found: dict[str, _Distillation] = {}
+    found: dict[str, Distillation] = {}
     for task in zipped.tasks:
-        loss = zipped.loss_of(task, targets[task])
-        most = loss.information_in(targets[task], config.temperature)
-
-        def distil(outputs: Tensor, aims: Tensor, loss: TaskLoss = loss, most: float = most) -> Tensor:
-            return loss.divergences(outputs, aims, config.temperature).mean() / (most if loss.tells else 1.0)
-
-        found[task] = distil
+        found[task] = zipped.loss_of(task, targets[task]).distillation(targets[task], config.temperature)
     return found
 
 
@@ -345,10 +354,10 @@ def _distillations(
 class _Examples:
     """Examples of one task and what their outputs are drawn to."""
 
-    examples: Shaped[Tensor, "n ..."]
-    outputs: Float[Tensor, "n classes ..."] | None
+    examples: Batch
+    outputs: Batch | None
     labels: Int[Tensor, "n ..."] | None
-    distil: _Distillation | None
+    distil: Distillation | None
 
     def part(self, index: Int[Tensor, " batch"]) -> _Examples:
         return _Examples(
@@ -358,12 +367,12 @@ class _Examples:
             self.distil,
         )
 
-    def loss(self, outputs: Float[Tensor, "n classes ..."], config: RetrainConfig) -> Float[Tensor, ""]:
+    def loss(self, outputs: Batch, config: RetrainConfig) -> Float[Tensor, ""]:
         """Distillation and cross-entropy, mixed as configured, mean over the examples."""
-        loss = outputs.new_zeros(())
+        loss = next(iter(tensors_of(outputs).values())).new_zeros(())
         if self.outputs is not None and self.distil is not None:
             loss = loss + (1 - config.labels) * self.distil(outputs, self.outputs)
-        if self.labels is not None:
+        if self.labels is not None and isinstance(outputs, Tensor):
             loss = loss + config.labels * F.cross_entropy(outputs, self.labels)
         return loss
 
@@ -374,36 +383,40 @@ def _check_names(what: str, given: Mapping[str, object], tasks: tuple[str, ...])
         raise InvalidConfig(f"{what}: {unknown[0]!r} is no task of the zipped network. Tasks: {', '.join(tasks)}.")
 
 
-def _check_examples(task: str, split: str, examples: Mapping[str, Tensor]) -> None:
+def _check_examples(task: str, split: str, examples: Mapping[str, Batch]) -> None:
     if task not in examples or not len(examples[task]):
         raise InvalidCalibration(f"light retraining has no {split} examples for {task!r}.")
-    if not bool(torch.isfinite(examples[task]).all()):
+    if not is_finite(examples[task]):
         raise InvalidCalibration(f"the {split} examples for {task!r} have NaN or infinite values.")
 
 
 @torch.no_grad()
-def _output_of_one(zipped: ZippedNetwork, task: str, split: str, examples: Tensor) -> Float[Tensor, "1 classes ..."]:
+def _output_of_one(zipped: ZippedNetwork, task: str, split: str, examples: Batch) -> Batch:
     """What the network puts out for the first example, if it accepts such examples."""
     try:
-        return zipped(examples[:1], task)
+        return flattened(zipped(examples[:1], task))
     except Exception as error:  # torch raises many kinds for shapes and types that do not fit
-        found, made_for = list(examples.shape[1:]), list(zipped.structure.networks[task].input_shape)
+        inputs = zipped.structure.networks[task].inputs
+        made_for = ", ".join(f"{given_name(name)} {list(own.shape)}".strip() for name, own in inputs.items())
+        dtypes = ", ".join(str(own.dtype) for own in tensors_of(examples).values())
         raise InvalidCalibration(
-            f"the {split} examples for {task!r} have shape {found} and are {examples.dtype}; the zipped network, made "
-            f"from shape {made_for}, does not accept them: " + str(error).partition("\n")[0]
+            f"the {split} examples for {task!r} have shape {shapes_in_words(examples)} and are {dtypes}; the zipped "
+            f"network, made from shape {made_for}, does not accept them: " + str(error).partition("\n")[0]
         ) from error
 
 
-def _checked_outputs(task: str, split: str, given: Mapping[str, Tensor], examples: Tensor, one: Tensor) -> Tensor:
+def _checked_outputs(task: str, split: str, given: Mapping[str, Batch], examples: Batch, one: Batch) -> Batch:
     """The originals' outputs of one task, if they fit its examples and the network's own output for `one` of them."""
-    expected = (len(examples), *one.shape[1:])
-    if task not in given or given[task].shape != expected:
-        found = list(given[task].shape) if task in given else "none"
+    expected = {name: [len(examples), *own.shape[1:]] for name, own in tensors_of(one).items()}
+    known = tensors_of(given[task]) if task in given else {}
+    found = {name: list(own.shape) for name, own in known.items()}
+    if found != expected:
+        shapes = [", ".join(f"{name} {shape}".strip() for name, shape in own.items()) for own in (expected, found)]
         raise InvalidCalibration(
-            f"the original outputs for the {split} examples of {task!r} should have shape {list(expected)}, "
-            f"but have {found}. Compute them from the same examples."
+            f"the original outputs for the {split} examples of {task!r} should have shape {shapes[0]}, "
+            f"but have {shapes[1] or 'none'}. Compute them from the same examples."
         )
-    if not bool(torch.isfinite(given[task]).all()):
+    if not is_finite(given[task]):
         raise InvalidCalibration(
             f"the original network of {task!r} puts out NaN or infinite values for its {split} examples. "
             "Mend its weights, or leave such examples out."
@@ -411,8 +424,9 @@ def _checked_outputs(task: str, split: str, given: Mapping[str, Tensor], example
     return given[task]
 
 
-def _checked_labels(task: str, split: str, given: Mapping[str, Tensor], examples: Tensor, one: Tensor) -> Tensor:
+def _checked_labels(task: str, split: str, given: Mapping[str, Any], examples: Batch, one: Batch) -> Tensor:
     """The labels of one task as class numbers, if every example has one that the network knows."""
+    assert isinstance(one, Tensor)
     classes, expected = one.shape[1], (len(examples), *one.shape[2:])
     if task not in given:
         raise InvalidCalibration(f"there are no {split} labels for {task!r}. Give them, or set retrain.labels to 0.")
@@ -433,10 +447,8 @@ def _checked_labels(task: str, split: str, given: Mapping[str, Tensor], examples
 
 
 @torch.no_grad()
-def _outputs(
-    network: Callable[[Tensor], Tensor], examples: Shaped[Tensor, "examples ..."], batch: int = 500
-) -> Float[Tensor, "examples classes ..."]:
-    return torch.cat([network(part) for part in torch.split(examples, batch)])
+def _outputs(network: Callable[[Batch], Any], examples: Batch, batch: int = 500) -> Batch:
+    return concatenated([flattened(network(part)) for part in divided(examples, batch)])
 
 
 def _draws(examples: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:

@@ -50,13 +50,15 @@ class Output:
             or ``embedding`` (a direction). Classes, labels and channels lie along the second axis.
         tolerance: The error that makes no difference, in units of the outputs, for ``regression`` and ``heatmap``.
             Without it each output counts in units of its own spread on calibration data. Range: above 0.
+        weight: How much it counts beside other outputs of the same network. Range: above 0.
 
     Raises:
-        InvalidConfig: The kind is unknown, or the tolerance is out of range or has no meaning for it.
+        InvalidConfig: The kind is unknown, the tolerance has no meaning for it, or a number is out of range.
     """
 
     kind: Kind
     tolerance: float | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -66,10 +68,12 @@ class Output:
                 raise InvalidConfig(f"output.tolerance: {self.kind} has none. Leave it out, or declare regression.")
             if not _is_number(self.tolerance) or not 0 < self.tolerance < float("inf"):
                 raise InvalidConfig(f"output.tolerance: {self.tolerance!r} is impossible. Allowed: a positive number.")
+        if not _is_number(self.weight) or not 0 < self.weight < float("inf"):
+            raise InvalidConfig(f"output.weight: {self.weight!r} is impossible. Allowed: a positive number.")
 
     @classmethod
     def declared(cls, given: Output | str | Mapping[str, Any] | None) -> Output | None:
-        """Take a declaration in any of its forms: a kind, ``{kind: …, tolerance: …}``, or None to have it guessed.
+        """Take a declaration in any of its forms: a kind, ``{kind: …, …}``, or None to have it guessed.
 
         Returns:
             The declaration; None if there is none.
@@ -80,10 +84,26 @@ class Output:
         if given is None or isinstance(given, Output):
             return given
         if isinstance(given, Mapping):
-            if "kind" not in given or not given.keys() <= {"kind", "tolerance"}:
-                raise InvalidConfig(f"output: {dict(given)!r} is no declaration. Allowed: {{kind: …, tolerance: …}}.")
+            if "kind" not in given or not given.keys() <= _OUTPUT_FIELDS:
+                raise InvalidConfig(
+                    f"output: {dict(given)!r} is no declaration. Allowed: {{kind: …, tolerance: …, weight: …}}."
+                )
             return cls(**given)
         return cls(given)  # type: ignore[arg-type]
+
+
+_OUTPUT_FIELDS = frozenset({"kind", "tolerance", "weight"})
+
+Outputs = Output | Mapping[str, Output]
+"""What a network puts out: one output, or several by name."""
+
+
+def _declared(given: Any) -> Outputs | None:
+    """Take what is declared of a network's outputs: of one, or of each by its name."""
+    if isinstance(given, Mapping) and given and not given.keys() & _OUTPUT_FIELDS:
+        found = {str(name): Output.declared(own) for name, own in given.items()}
+        return {name: own for name, own in found.items() if own is not None}
+    return Output.declared(given)
 
 
 @dataclass(frozen=True)
@@ -159,7 +179,8 @@ class ZipConfig:
             networks have them. Empty: everything takes part.
         seed: Seed of everything that is sampled. Range: 0 or more.
         budget: What the zipped network may cost, in place of `share`.
-        outputs: What each network puts out, ``{task: Output}``, or its kind alone; where it is left out it is guessed.
+        outputs: What each network puts out, ``{task: Output}``, or its kind alone; of several outputs
+            ``{task: {name: Output}}``. Where it is left out it is guessed.
 
     Raises:
         InvalidConfig: A value is out of range, or both `share` and `budget` are given.
@@ -175,7 +196,7 @@ class ZipConfig:
     keep_separate: Sequence[str] = ()
     seed: int = 0
     budget: Budget | None = None
-    outputs: Mapping[str, Output | Kind] | None = None
+    outputs: Mapping[str, Output | Kind | Mapping[str, Any]] | None = None
     zip: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -208,7 +229,7 @@ class ZipConfig:
         if self.outputs is not None:
             if not isinstance(self.outputs, Mapping):
                 raise InvalidConfig(f"outputs: {self.outputs!r} is impossible. Allowed: {{task: kind of output}}.")
-            object.__setattr__(self, "outputs", {task: Output.declared(own) for task, own in self.outputs.items()})
+            object.__setattr__(self, "outputs", {task: _declared(own) for task, own in self.outputs.items()})
 
     def _take_former_budget(self) -> None:
         """Take a budget given as `share`, as before version 0.2, for one."""
@@ -278,9 +299,9 @@ class ZipConfig:
                 raise InvalidConfig(f"share.{layer}: {count} is impossible. Allowed: 0 to {narrowest[layer]}.")
         return {group: int(self.share.get(group, 0)) for group in narrowest}
 
-    def output_of(self, task: str) -> Output | None:
+    def output_of(self, task: str) -> Outputs | None:
         """Return what a task's network is declared to put out; None if that is to be guessed."""
-        return Output.declared((self.outputs or {}).get(task))
+        return _declared((self.outputs or {}).get(task))
 
     def balance_of(self, tasks: Sequence[str]) -> list[float]:
         """Return the weights of the tasks, which sum to 1.

@@ -13,24 +13,32 @@ parameters* ``η`` and a divergence between two outputs, of an original and of w
 
 Divided by the divergence of the best constant answer, the *information* in the outputs, this is the share of its own
 information that a task loses: 0 for the original itself, 1 for an answer that does not depend on the input. So losses
-of different kinds can be compared and added.
+of different kinds can be compared and added. The loss of several outputs is the mean of theirs, by declared weights;
+an output that does not depend on the input has none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mtz_core.batches import Batch, NamedTensors, tensors_of
 from mtz_core.errors import InvalidCalibration
-from mtz_core.settings import HAVE_TOLERANCE, Kind, Output
+from mtz_core.settings import HAVE_TOLERANCE, Kind, Output, Outputs
 
 TEMPERATURE = 2.0
 """The temperature of predictions. Without it, a confident network would look as if it could lose everything."""
+
+Distillation = Callable[[Any, Any], Float[Tensor, ""]]
+"""A loss of outputs against the original's."""
 
 _CATEGORICAL = ("logits", "probabilities")
 
@@ -164,6 +172,15 @@ class TaskLoss:
         """The share of its information that a task loses, mean over the examples."""
         return self.divergences(outputs, targets).mean() / (self.information if self.tells else 1.0)
 
+    def distillation(self, targets: Float[Tensor, "examples ..."], temperature: float) -> Distillation:
+        """The divergence at another temperature, as a share of the information in these targets."""
+        most = self.information_in(targets, temperature) if self.tells else 1.0
+
+        def distil(outputs: Tensor, aims: Tensor) -> Tensor:
+            return self.divergences(outputs, aims, temperature).mean() / most
+
+        return distil
+
     def score(self, natural: Float[Tensor, "batch ..."], generator: torch.Generator) -> Float[Tensor, "batch ..."]:
         """Draw a gradient by the natural parameters whose second moment is the curvature of the loss.
 
@@ -229,6 +246,122 @@ class TaskLoss:
             found, aim = (values - values.mean(dim=_axis(values), keepdim=True) for values in (found, aim))
         spread = float((aim - aim.mean(dim=0)).square().sum())
         return float((found - aim).square().sum()) / (spread or 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class JointLoss:
+    """The loss of a task with several outputs, which are `NamedTensors`; see `TaskLoss` for what its methods do.
+
+    Attributes:
+        losses: The loss of every output, by its name.
+    """
+
+    losses: Mapping[str, TaskLoss]
+
+    @property
+    def kind(self) -> str:
+        """The kind of every output, in words."""
+        return ", ".join(f"{name}: {loss.kind}" for name, loss in self.losses.items())
+
+    @property
+    def tells(self) -> bool:
+        """Whether any output depends on the input, so far as the data show."""
+        return any(loss.tells for loss in self.losses.values())
+
+    @property
+    def guessed(self) -> str:
+        """Why kinds were taken, in words; empty where all were declared."""
+        return "; ".join(f"{name}: {loss.guessed}" for name, loss in self.losses.items() if loss.guessed)
+
+    @cached_property
+    def weights(self) -> Mapping[str, float]:
+        """How much every output counts. The sum is 1."""
+        given = {name: loss.output.weight * (loss.tells or not self.tells) for name, loss in self.losses.items()}
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
+
+    def natural(self, outputs: Any) -> Any:
+        """The natural parameters of outputs; their gradients are those of the outputs."""
+        return NamedTensors({name: loss.natural(outputs.tensors[name]) for name, loss in self.losses.items()})
+
+    def __call__(self, outputs: Any, targets: Any) -> Float[Tensor, ""]:
+        """The share of its information that a task loses, mean over the examples."""
+        each = [w * self.losses[n](outputs.tensors[n], targets.tensors[n]) for n, w in self.weights.items() if w]
+        return torch.stack(each).sum()
+
+    def distillation(self, targets: Any, temperature: float) -> Distillation:
+        """The divergence at another temperature, as a share of the information in these targets."""
+        parts = {n: loss.distillation(targets.tensors[n], temperature) for n, loss in self.losses.items()}
+
+        def distil(outputs: Any, aims: Any) -> Tensor:
+            each = [w * parts[n](outputs.tensors[n], aims.tensors[n]) for n, w in self.weights.items() if w]
+            return torch.stack(each).sum()
+
+        return distil
+
+    def score(self, natural: Any, generator: torch.Generator) -> Any:
+        """Draw a gradient for each output, independently, so that its second moment is the curvature of the loss.
+
+        Args:
+            natural: The natural parameters of the network's outputs.
+            generator: The generator of what is drawn.
+
+        Returns:
+            The gradients.
+        """
+        drawn = {name: loss.score(natural.tensors[name], generator) for name, loss in self.losses.items()}
+        return NamedTensors({name: self.weights[name] ** 0.5 * own for name, own in drawn.items()})
+
+    def agreements(self, outputs: Any, targets: Any) -> Float[Tensor, " batch"]:
+        """How far outputs agree with the original's, for every example; see `TaskLoss.agreements`."""
+        each = [w * self.losses[n].agreements(outputs.tensors[n], targets.tensors[n]) for n, w in self.weights.items()]
+        return torch.stack(each).sum(dim=0)
+
+    def agreement(self, outputs: Any, targets: Any) -> float:
+        """The mean of `agreements`, in percent."""
+        return 100 * float(self.agreements(outputs, targets).mean())
+
+    def relative_error(self, outputs: Any, targets: Any) -> float:
+        """The mean of the outputs' relative errors, by their weights; see `TaskLoss.relative_error`."""
+        return sum(
+            w * self.losses[n].relative_error(outputs.tensors[n], targets.tensors[n]) for n, w in self.weights.items()
+        )
+
+
+Loss = TaskLoss | JointLoss
+"""The loss of one task."""
+
+
+def make_loss(targets: Batch, declared: Outputs | None, endings: Mapping[str, str]) -> Loss:
+    """Make the loss of a task.
+
+    Args:
+        targets: The original network's outputs.
+        declared: What they mean; guessed from the values and the last operators if it is left out.
+        endings: The ATen operator that computes each output, by the output's name; of one alone the name may be empty.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InvalidCalibration: If outputs contradict what is declared, or if there are no such outputs.
+    """
+    names = ", ".join(name for name in endings if name)
+    if isinstance(declared, Mapping):
+        for name in declared:
+            if name not in endings:
+                raise InvalidCalibration(f"there is no output {name!r}. Outputs: {names or 'one without a name'}.")
+        known = dict(declared)
+    elif declared is not None and len(endings) > 1:
+        raise InvalidCalibration(f"it has several outputs ({names}). Declare each by its name.")
+    else:
+        known = {} if declared is None else dict.fromkeys(endings, declared)
+    losses = {}
+    for (name, ending), own in zip(endings.items(), tensors_of(targets).values(), strict=True):
+        try:
+            losses[name] = TaskLoss.of(own, known.get(name), ending)
+        except InvalidCalibration as error:
+            raise InvalidCalibration(f"output {name!r}: {error}" if name else str(error)) from error
+    return JointLoss(losses) if len(losses) > 1 else next(iter(losses.values()))
 
 
 def _mean(each: Tensor) -> Tensor:

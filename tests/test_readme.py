@@ -23,6 +23,7 @@ from flows.cli import app
 from flows.spec.fleet_file import FleetFile
 from mtz_core.network.operations import OPERATIONS
 from tasks.params import read_yaml, validate
+from tests.support.several import MaskedEncoder, masked
 
 ROOT = Path.cwd()
 PAGES = (*sorted(Path().glob("*.md")), Path("data/README.md"), *sorted(Path("docs").rglob("*.md")))
@@ -79,6 +80,14 @@ def names() -> dict[str, Any]:
     )
     given |= {name: perceptron(3).eval() for name in ("net_a", "net_b", "a", "b", "c", "d", "module", "network")}
     labels = torch.zeros(200, dtype=torch.int64)
+    texts = masked(60)
+    given |= {
+        "ids": texts["input_ids"],
+        "mask": texts["attention_mask"],
+        "batch_1": texts,
+        "batch_2": masked(60, seed=2),
+    }
+    given |= {"bert_a": MaskedEncoder().eval(), "bert_b": MaskedEncoder().eval()}
     return {**given, "example": x[:2], "labels": labels, "labels_a": labels}
 
 

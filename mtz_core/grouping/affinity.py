@@ -192,7 +192,7 @@ def _constant(size: int) -> Float[Tensor, " size"]:
 
 def _structure(network: Network) -> str:
     graph = network.graph
-    digest = hashlib.sha256(repr((network.input_shape, network.input_dtype, graph.output, graph.groups)).encode())
+    digest = hashlib.sha256(repr((network.inputs, graph.output, graph.groups)).encode())
     digest.update(repr((graph.nodes, graph.widths)).encode())
     digest.update(repr([(name, tensor.shape, tensor.dtype) for name, tensor in network.state.items()]).encode())
     for axis in (*graph.rows.values(), *graph.columns.values()):
@@ -266,13 +266,17 @@ def _outline(first: Network, second: Network) -> _Outline:
 
 def _why_not(first: Network, second: Network) -> str:
     """Why two networks cannot be zipped, in words; empty if they can."""
-    if first.input_shape != second.input_shape:
-        shapes = [" × ".join(map(str, network.input_shape)) for network in (first, second)]
-        return f"their inputs differ: {shapes[0]} and {shapes[1]}"
+    shapes = [[own.shape for own in network.inputs.values()] for network in (first, second)]
+    if shapes[0] != shapes[1]:
+        said = [", ".join(" × ".join(map(str, shape)) for shape in own) for own in shapes]
+        return f"their inputs differ: {said[0]} and {said[1]}"
     difference = first_difference(first.graph, second.graph)
     if difference is not None:
         return f"their topologies differ: {difference[0]} where the other has {difference[1]}"
-    dtypes = [[n.input_dtype, *(n.state[node.weight].dtype for node in n.graph.layers)] for n in (first, second)]
+    dtypes = [
+        [*(i.dtype for i in n.inputs.values()), *(n.state[node.weight].dtype for node in n.graph.layers)]
+        for n in (first, second)
+    ]
     unlike = next((pair for pair in zip(*dtypes, strict=True) if pair[0] != pair[1]), None)
     return f"their inputs or weights differ in type: {unlike[0]} and {unlike[1]}" if unlike else ""
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mtz_core.batches import signature_of
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.merging.compatibility import KEPT_SEPARATE, kept_separate
 from mtz_core.merging.fitting import LayerFit, following_clip
@@ -70,7 +71,7 @@ def add_network(
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     _check_request(zipped, task, config)
-    batches = as_batches(calibration, task)
+    batches = as_batches(calibration, task, signature_of(network))
     traced = _alike(zipped, task, trace_task(task, network, batches[0], config))
     structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
     whole = Reduced.whole(traced)

@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 import torch
 
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
-from mtz_core.network.graph import LayerGraph, Network, Node
+from mtz_core.network.graph import OUTPUTS, LayerGraph, Network, Node
 from mtz_core.network.groups import analysis_of
 from mtz_core.network.topology import Difference, describe, find_difference
 from mtz_core.network.tracing import lies_in
@@ -230,7 +230,9 @@ def _unlike_parts(networks: Mapping[str, Network]) -> list[str]:
     (reference, *others) = networks.values()
     paths: set[str] = set()
     for other in others:
-        sides = [[node for node in n.graph.nodes if not node.separate] for n in (reference, other)]
+        sides = [
+            [node for node in n.graph.nodes if not node.separate and node.kind != OUTPUTS] for n in (reference, other)
+        ]
         first, second = ([(node.module, describe(node)) for node in side] for side in sides)
         for tag, *spans in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
             if tag != "equal":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
 
+from mtz_core.batches import Batch
 from mtz_core.evaluation import outputs_of
 from mtz_core.network.graph import run
 from mtz_core.statistics.traced import Traced
@@ -19,11 +19,11 @@ HELD_OUT = 5
 """One calibration example in this many is held out."""
 
 
-Examples = Mapping[str, Sequence[Shaped[Tensor, "_ ..."]]]
+Examples = Mapping[str, Sequence[Batch]]
 """Batches of every task's examples."""
 
 
-def targets_of(traced: Mapping[str, Traced], examples: Examples) -> dict[str, Float[Tensor, "examples ..."]]:
+def targets_of(traced: Mapping[str, Traced], examples: Examples) -> dict[str, Any]:
     """The originals' outputs. Raises `InvalidCalibration` if a task has no examples."""
     networks = {task: traced[task].network for task in examples}
     return {t: outputs_of(partial(run, n.graph, n.state), examples[t]) for t, n in networks.items()}
@@ -34,7 +34,7 @@ def judge(
     zipped: ZippedNetwork,
     traced: Mapping[str, Traced],
     examples: Examples,
-    targets: Mapping[str, Float[Tensor, "examples ..."]] | None = None,
+    targets: Mapping[str, Any] | None = None,
 ) -> dict[str, TaskReport]:
     """Compare a zipped network with its originals.
 
@@ -55,6 +55,5 @@ def judge(
     for task, batches in examples.items():
         loss, aims = traced[task].loss, targets[task]
         outputs = outputs_of(partial(zipped, task=task), batches)
-        lost, agreement = float(loss(outputs, aims)), loss.agreement(outputs, aims)
-        reports[task] = TaskReport(loss.kind, loss.output.tolerance, loss.guessed, lost, agreement, len(aims))
+        reports[task] = TaskReport.of(loss, float(loss(outputs, aims)), loss.agreement(outputs, aims), len(aims))
     return reports

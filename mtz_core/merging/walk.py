@@ -14,18 +14,19 @@ to the amplitude of its own fit), and the Hessians, the expensive part, stay the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from mtz_core.batches import Batch
 from mtz_core.errors import InvalidConfig, MtzError
 from mtz_core.merging.compatibility import check_compatible, why_separate
 from mtz_core.merging.fitting import LayerFit, fit, following_clip
 from mtz_core.merging.pairing import Pairing
-from mtz_core.network.graph import INPUT, Network, Node, free_unused, run_node
+from mtz_core.network.graph import Network, Node, free_unused, input_values, run_node
 from mtz_core.network.narrowing import Dropper, Keep, Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import ZipConfig
@@ -53,7 +54,7 @@ def check_task_name(task: object) -> None:
         raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
 
 
-def trace_task(task: str, module: nn.Module, example: Shaped[Tensor, "batch ..."], config: ZipConfig) -> Network:
+def trace_task(task: str, module: nn.Module, example: Batch, config: ZipConfig) -> Network:
     """Trace a task's network, naming the task in errors.
 
     Args:
@@ -96,14 +97,13 @@ class ActivationStream:
         targets: What the original's layers put out at the sampled positions, if that is known.
     """
 
-    def __init__(
-        self, reduced: Reduced, batches: Iterable[Shaped[Tensor, "_ ..."]], targets: LayerOutputs | None = None
-    ) -> None:
+    def __init__(self, reduced: Reduced, batches: Sequence[Batch], targets: LayerOutputs | None = None) -> None:
         self.reduced, self.targets = reduced, targets
-        self.zipped: dict[str, list[Any]] = {INPUT: list(batches)}
-        self.original: dict[str, list[Any]] = {INPUT: list(self.zipped[INPUT])} if targets is None else {}
-        self._intact = {INPUT}
-        self._sizes = [len(batch) for batch in self.zipped[INPUT]]
+        given = [input_values(batch) for batch in batches]
+        self.zipped: dict[str, list[Any]] = {name: [own[name] for own in given] for name in given[0]}
+        self.original = {name: list(own) for name, own in self.zipped.items()} if targets is None else {}
+        self._intact = {*self.zipped}
+        self._sizes = [len(batch) for batch in batches]
 
     def intact(self, name: str) -> bool:
         """Whether the zipped network has computed this value as the original does."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mtz_core.batches import Form
 from mtz_core.errors import UnsupportedModule
-from mtz_core.network.graph import GETITEM, INPUT, Node, operator
+from mtz_core.network.graph import GETITEM, OUTPUTS, Node, operator
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.rewriting import path_of
 
@@ -24,14 +25,24 @@ class ProgramReader:
     Attributes:
         module: The module.
         programs: Its programs, one for each of the batch sizes `SIZES`.
+        inputs: The names of the values that it is given, in its order.
+        outputs: The names of its outputs, in the order of the programs, and what holds them.
         names: The name of every value, by the name of the node of the first program.
         replaced: Nodes whose values were changed in place, and the nodes that changed them.
         tensors: The stored tensor that each placeholder of the first program stands for, once `nodes` has run.
     """
 
-    def __init__(self, module: nn.Module, programs: Sequence[torch.export.ExportedProgram]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        programs: Sequence[torch.export.ExportedProgram],
+        inputs: Sequence[str],
+        outputs: tuple[Sequence[str], Form] = (("",), 0),
+    ) -> None:
         self.module = module
         self.programs = programs
+        self.inputs = inputs
+        self.outputs = outputs
         self.names: dict[str, str] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
 
@@ -59,6 +70,7 @@ class ProgramReader:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
+        entry = dict(zip(signature.user_inputs, self.inputs, strict=True))
         tied = self._tied()
         self.tensors = {name: tied.get(target, target) for name, target in given.items()}
         pairs = list(zip(first.graph.nodes, second.graph.nodes, strict=False))
@@ -70,14 +82,39 @@ class ProgramReader:
         nodes: list[Node] = []
         for a, b in pairs:
             if a.op == "placeholder":
-                self.names[a.name] = INPUT
+                self.names[a.name] = entry.get(a.name, "")
             elif a.op == "call_function":
                 nodes.append(self._node(a, b, len(nodes)))
                 self.names[a.name] = nodes[-1].name
             elif a.op != "output":
                 raise self._unsupported(a, f"it is a {a.op.replace('_', ' ')}")
-        (result,) = (self._current(node) for node in first.graph.output_node().args[0] if node is not None)
-        return nodes, self.names[result.name]
+        names, form = self.outputs
+        results = self._results(first, len(names))
+        for name, a, b in zip(names, results, self._results(second, len(names)), strict=True):
+            shapes = [node.meta["val"].shape[1:] for node in (a, b) if "val" in node.meta]
+            if len({*shapes}) > 1:
+                raise UnsupportedModule(
+                    f"the shape of {type(self.module).__name__}'s output{f' {name!r}' if name else ''} depends on the "
+                    "number of examples. Wrap the network in a module that returns the same for each example, whatever "
+                    "others are there."
+                )
+        if form == 0:
+            return nodes, self.names[results[0].name]
+        values = [self._reference(node) for node in results]
+        for name, value in zip(names, values, strict=True):
+            if "state" in value:
+                raise UnsupportedModule(
+                    f"the output {name!r} of {type(self.module).__name__} does not depend on its input. Wrap the "
+                    "network in a module that leaves it out."
+                )
+        arguments = {"names": list(names), "values": values, "form": form}
+        return [*nodes, Node(OUTPUTS, OUTPUTS, arguments)], OUTPUTS
+
+    def _results(self, program: torch.export.ExportedProgram, count: int) -> list[fx.Node]:
+        """The nodes whose values a program returns. What is written into buffers comes before them."""
+        given = program.graph.output_node().args[0]
+        assert isinstance(given, (tuple, list))
+        return [self._current(node) for node in given if isinstance(node, fx.Node)][-count:]
 
     def _tied(self) -> dict[str, str]:
         """One name for each parameter that goes by several."""

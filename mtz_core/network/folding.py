@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtz_core.network.graph import GETITEM, Node, leaves, operator, run_node
+from mtz_core.network.graph import GETITEM, OUTPUTS, Node, leaves, operator, run_node
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
 
@@ -38,7 +38,7 @@ def fold_constants(
             values[node.name] = run_node(node, values, state, batch=0)
         else:
             kept.append(node)
-    folded = {source for node in kept for source in node.sources if source in values}
+    folded = dict.fromkeys(source for node in kept for source in node.sources if source in values)
     names = {source: f"constant:{source}" for source in folded}
     constants = {name: values[source].clone() for source, name in names.items()}
     return [_with_states(node, names) for node in kept], {**state, **constants}
@@ -140,7 +140,7 @@ def _computed(program: Program) -> dict[str, _Computed]:
 
 
 def _is_function(node: Node) -> bool:
-    if node.kind == GETITEM:
+    if node.kind in (GETITEM, OUTPUTS):
         return True
     found = operator(node.kind)
     return torch.Tag.nondeterministic_seeded not in found.tags and not found._schema.is_mutable

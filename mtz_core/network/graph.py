@@ -15,16 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mtz_core.batches import Batch, Form, one_or_named, tensors_of
 from mtz_core.network.layers import LAYERS, Layer
 
 INPUT = ":input"
-"""The name of the network's input, as a value and as a neuron group. No path of a module holds a colon."""
+"""The name of the network's input, as a value and as a neuron group. No path of a module holds a colon.
+
+Of inputs with names, the value is called by its own, as in ``:input:attention_mask``; the group is one.
+"""
 
 KERNEL = ":kernel"
 """Stands in an `Axis` for the columns of a grouped convolution: every row has them, for what its conv_group reads."""
+
+OUTPUTS = ":outputs"
+"""The name and the kind of a node that gathers what a network returns, if that is not one tensor."""
 
 GETITEM = "getitem"
 """The kind of a node that selects one of several values of another node."""
@@ -150,6 +157,60 @@ class Axis:
     neuron: Int64[np.ndarray, " n"]
 
 
+@dataclass(frozen=True)
+class Input:
+    """What a network is given.
+
+    Attributes:
+        shape: The shape of one example.
+        dtype: The dtype of the examples.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Inputs = Mapping[str, Input]
+"""The inputs of a network by the names of their values: ``:input`` alone, or one for each name."""
+
+
+def input_values(batch: Batch) -> dict[str, Any]:
+    """The values that a network starts from, by name."""
+    return {f"{INPUT}:{name}" if name else INPUT: tensor for name, tensor in tensors_of(batch).items()}
+
+
+def given_name(value: str) -> str:
+    """The name by which an input is given, from that of its value; empty for one without a name."""
+    return value.removeprefix(INPUT).removeprefix(":")
+
+
+def inputs_of(batch: Batch) -> dict[str, Input]:
+    """What a network is given that reads this batch."""
+    return {name: Input(tuple(x.shape[1:]), x.dtype) for name, x in input_values(batch).items()}
+
+
+def blank_values(inputs: Inputs, batch: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Inputs without values, on the meta device.
+
+    Args:
+        inputs: The inputs.
+        batch: The number of examples.
+        dtype: The dtype of floating-point inputs; their own if it is left out.
+
+    Returns:
+        A tensor for each input, by the name of its value.
+    """
+    return {
+        name: torch.empty(
+            batch,
+            *own.shape,
+            dtype=dtype if dtype is not None and own.dtype.is_floating_point else own.dtype,
+            device="meta",
+        )
+        for name, own in inputs.items()
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
     """A network's structure, without weights.
@@ -176,9 +237,23 @@ class LayerGraph:
         return tuple(node for node in self.nodes if node.is_layer)
 
     @property
+    def form(self) -> Form:
+        """What holds the network's outputs; 0 for a tensor alone."""
+        return self.node(OUTPUTS).arguments["form"] if self.output == OUTPUTS else 0
+
+    @cached_property
+    def endings(self) -> Mapping[str, str]:
+        """The kind of the node that computes each output, by the output's name; empty if an output is an input."""
+        outputs = {"": self.output}
+        if self.output == OUTPUTS:
+            node = self.node(OUTPUTS)
+            outputs = dict(zip(node.arguments["names"], node.sources, strict=True))
+        return {name: self._by_name[own].kind if own in self._by_name else "" for name, own in outputs.items()}
+
+    @property
     def ending(self) -> str:
         """The kind of the node that computes the output; empty if the output is the input."""
-        return "" if self.output == INPUT else self.node(self.output).kind
+        return next(iter(self.endings.values()))
 
     @cached_property
     def _by_name(self) -> Mapping[str, Node]:
@@ -217,8 +292,7 @@ class Network:
         graph: The graph.
         state: The tensors by name.
         trainable: The names of the tensors that are parameters.
-        input_shape: The shape of one example.
-        input_dtype: The dtype of the examples.
+        inputs: What the network is given.
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
         unlike: Why layers stay separate that nobody has listed: where the network differs from another one, in words.
     """
@@ -226,10 +300,19 @@ class Network:
     graph: LayerGraph
     state: Mapping[str, Tensor]
     trainable: frozenset[str]
-    input_shape: tuple[int, ...]
-    input_dtype: torch.dtype
+    inputs: Inputs
     non_persistent: frozenset[str] = frozenset()
     unlike: str = ""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example; of several inputs, of the first one's."""
+        return next(iter(self.inputs.values())).shape
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype of the examples; of several inputs, of the first one's."""
+        return next(iter(self.inputs.values())).dtype
 
     @property
     def parameters(self) -> int:
@@ -323,6 +406,8 @@ def run_node(
     arguments = {name: resolve(value, values, state, batch) for name, value in node.arguments.items()}
     if node.kind == GETITEM:
         return arguments["value"][arguments["index"]]
+    if node.kind == OUTPUTS:
+        return one_or_named(dict(zip(arguments["names"], arguments["values"], strict=True)))
     if training:
         arguments |= dict.fromkeys(_TRAINING & arguments.keys(), True)
     found = operator(node.kind)
@@ -331,10 +416,8 @@ def run_node(
     return found(**arguments)
 
 
-def run(
-    graph: LayerGraph, state: Mapping[str, Tensor], x: Shaped[Tensor, "batch ..."], training: bool = False
-) -> Float[Tensor, "..."]:
-    """Compute the output of a network. Values are freed after their last use.
+def run(graph: LayerGraph, state: Mapping[str, Tensor], x: Batch, training: bool = False) -> Any:
+    """Compute the output, or outputs, of a network. Values are freed after their last use.
 
     Args:
         graph: The network's graph.
@@ -343,14 +426,13 @@ def run(
         training: Whether dropout is active and normalisations use (and update) the statistics of the batch.
 
     Returns:
-        The output. A network that squeezes its values drops a batch of one.
+        The output; several as `NamedTensors`. A network that squeezes its values drops a batch of one.
     """
-    values: dict[str, Any] = {INPUT: x}
+    values = input_values(x)
     for node in graph.nodes:
         values[node.name] = run_node(node, values, state, len(x), training)
         free_unused(graph, values, node)
-    output: Tensor = values[graph.output]
-    return output
+    return values[graph.output]
 
 
 def free_unused(graph: LayerGraph, values: dict[str, Any], node: Node) -> None:

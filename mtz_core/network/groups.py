@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, LayerGraph, Network, NeuronGroup, Node
+from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, Inputs, LayerGraph, Network, NeuronGroup, Node
 from mtz_core.network.labelling import Labelling, label_network
-from mtz_core.network.ties import THE_INPUT, THE_KERNEL
+from mtz_core.network.ties import THE_KERNEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,7 @@ def analyse(
     output: str,
     state: Mapping[str, Tensor],
     trainable: frozenset[str],
-    input_shape: tuple[int, ...],
-    input_dtype: torch.dtype,
+    inputs: Inputs,
 ) -> Analysis:
     """Find the neuron groups of a network.
 
@@ -60,8 +59,7 @@ def analyse(
         output: The value that is the network's output.
         state: The stored tensors by name.
         trainable: The names of the tensors that are parameters.
-        input_shape: The shape of one example.
-        input_dtype: The dtype of the examples.
+        inputs: What the network is given.
 
     Returns:
         The graph and its analysis.
@@ -69,7 +67,7 @@ def analyse(
     Raises:
         UnsupportedModule: If there is no rule for an operator, or if its rule does not cover how it is used.
     """
-    return _collect(label_network(nodes, state, trainable, input_shape, input_dtype), nodes, output)
+    return _collect(label_network(nodes, state, trainable, inputs), nodes, output)
 
 
 _KNOWN: WeakKeyDictionary[Network, Analysis] = WeakKeyDictionary()
@@ -78,7 +76,7 @@ _KNOWN: WeakKeyDictionary[Network, Analysis] = WeakKeyDictionary()
 def analysis_of(network: Network) -> Analysis:
     """Analyse a traced network, once for as long as it is there."""
     if network not in _KNOWN:
-        entry = (network.state, network.trainable, network.input_shape, network.input_dtype)
+        entry = (network.state, network.trainable, network.inputs)
         _KNOWN[network] = analyse(network.graph.nodes, network.graph.output, *entry)
     return _KNOWN[network]
 
@@ -100,8 +98,10 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
         for side, labels in (("rows", found.rows), ("columns", found.columns))
         if node.name in labels
     }
-    entry = int(ties.resolve(torch.tensor([THE_INPUT])))
-    ends = set(ties.resolve(found.values[output].labels).flatten().tolist())
+    entries = {*ties.resolve(torch.tensor(ties.inputs)).tolist()}
+    outputs = found.values[output]
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    ends = {label for value in outputs for label in ties.resolve(value.labels).flatten().tolist()}
     occurrences: dict[int, list[tuple[int, str, int]]] = {}
     for number, node in enumerate(nodes):
         for side in ("rows", "columns"):
@@ -111,7 +111,7 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
                     occurrences.setdefault(label, []).append((number, side, count))
     written = {label for label, places in occurrences.items() if any(side == "rows" for _, side, _ in places)}
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for label in written - {entry, FIXED, int(ties.resolve(torch.tensor([THE_KERNEL])))}:
+    for label in written - {*entries, FIXED, int(ties.resolve(torch.tensor([THE_KERNEL])))}:
         alike.setdefault((label in ends, *occurrences[label]), []).append(label)
     names = {node.name for node in layers}
     groups, members = _name_groups(alike, nodes, tables, names)
@@ -121,11 +121,13 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
         for g in groups
     ]
     members[KERNEL] = [int(ties.resolve(torch.tensor([THE_KERNEL])))]
-    if entry in occurrences and entry not in written:
-        readers = tuple(nodes[n].name for n, side, _ in occurrences[entry] if side == "columns" and nodes[n].is_layer)
-        groups.insert(0, NeuronGroup(INPUT, (), readers, hidden=False))
-        members[INPUT] = [entry]
+    given = sorted(label for label in entries if label in occurrences and label not in written)
+    if given:
+        reading = {n for label in given for n, side, _ in occurrences[label] if side == "columns" and nodes[n].is_layer}
+        groups.insert(0, NeuronGroup(INPUT, (), tuple(nodes[n].name for n in sorted(reading)), hidden=False))
+        members[INPUT] = given[:1]
     place = {label: (name, i) for name, labels in members.items() for i, label in enumerate(labels)}
+    place |= dict.fromkeys(given, (INPUT, 0))
     axes = {key: _axis(labels, place) for key, labels in tables.items()}
     graph = LayerGraph(
         nodes=tuple(nodes),

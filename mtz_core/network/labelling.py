@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mtz_core.errors import UnsupportedModule
-from mtz_core.network.graph import FIXED, GETITEM, INPUT, Node, operator, resolve
+from mtz_core.network.graph import FIXED, GETITEM, INPUT, OUTPUTS, Inputs, Node, blank_values, operator, resolve
 from mtz_core.network.layers import LAYERS, Convolution
 from mtz_core.network.operations import CREATION, EveryPair, NotUnderstood, Value, operation_of
 from mtz_core.network.ties import THE_INPUT, THE_KERNEL, Ties, compress
@@ -40,8 +40,7 @@ def label_network(
     nodes: Sequence[Node],
     state: Mapping[str, Tensor],
     trainable: frozenset[str],
-    input_shape: tuple[int, ...],
-    input_dtype: torch.dtype,
+    inputs: Inputs,
 ) -> Labelling:
     """Label all values of a network, for a batch of one example.
 
@@ -49,8 +48,7 @@ def label_network(
         nodes: The nodes, in an order in which they can run.
         state: The stored tensors by name.
         trainable: The names of the tensors that are parameters.
-        input_shape: The shape of one example.
-        input_dtype: The dtype of the examples.
+        inputs: What the network is given.
 
     Returns:
         The labels.
@@ -60,9 +58,12 @@ def label_network(
             are kept separate need no rule.
     """
     found = Labelling()
-    entry = torch.empty(1, *input_shape, dtype=input_dtype, device="meta")
-    found.values[INPUT] = Value(entry, torch.full([1] * entry.ndim, THE_INPUT))
+    for name, entry in blank_values(inputs, 1).items():
+        found.values[name] = Value(entry, torch.full([1] * entry.ndim, _input_label(found.ties, name, entry)))
     for node in nodes:
+        if node.kind == OUTPUTS:
+            found.values[node.name] = [found.values[source] for source in node.sources]
+            continue
         try:
             read = _opaque(found, node, state) if node.opaque else _label(found, node, state, trainable)
             found.values[node.name] = read
@@ -74,6 +75,16 @@ def label_network(
                 ) from error
             found.values[node.name] = _opaque(found, node, state)
     return found
+
+
+def _input_label(ties: Ties, name: str, entry: Tensor) -> int:
+    """The label of an input. Of those with names, whole numbers (tokens, masks) belong to no neuron."""
+    if name == INPUT:
+        return THE_INPUT
+    if not entry.is_floating_point():
+        return FIXED
+    ties.inputs.append(int(ties.fresh(1)))
+    return ties.inputs[-1]
 
 
 def _remedy(node: Node, trainable: frozenset[str]) -> str:
@@ -286,6 +297,6 @@ def _grouped(ties: Ties, read: Int64[Tensor, " channels"], conv_groups: int) -> 
     ties.tie(channels, first)
     neurons = ties.resolve(first[:, 0])
     own = ties.fresh(conv_groups)
-    no_neuron = (neurons == ties.resolve(torch.tensor([THE_INPUT]))) | (neurons < 0)
+    no_neuron = ties.are_inputs(neurons) | (neurons < 0)
     ties.pin(torch.where(no_neuron, own, FIXED), torch.arange(conv_groups))
     return torch.where(no_neuron, own, neurons)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from mtz_core.batches import Batch, tensors_of
 from mtz_core.errors import MtzError
-from mtz_core.network.graph import FIXED, INPUT, Axis, Network, Node, run, run_node
+from mtz_core.network.graph import FIXED, Axis, Network, Node, blank_values, run, run_node
 from mtz_core.network.groups import analysis_of
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
@@ -129,7 +130,7 @@ class Dropper:
                 fewer[name] = kept
         return fewer
 
-    def droppable(self, examples: Shaped[Tensor, "batch ..."]) -> tuple[str, ...]:
+    def droppable(self, examples: Batch) -> tuple[str, ...]:
         """Find the hidden groups that can lose neurons, any of them and however many others lose, by trying.
 
         All groups lose neurons at once; if that fails, each alone, and then as many as can together.
@@ -172,7 +173,7 @@ class Dropper:
         return trial
 
     @torch.no_grad()
-    def _agrees(self, keep: Keep, examples: Shaped[Tensor, "batch ..."]) -> bool:
+    def _agrees(self, keep: Keep, examples: Batch) -> bool:
         """Whether the narrower network computes what the whole one does when nothing reads the dropped neurons."""
         try:
             narrow = self.narrow(keep).network
@@ -192,10 +193,9 @@ class Dropper:
                 unread = False
         if unread:
             return False
-        whole = run(self.network.graph, state, examples)
-        fewer = run(narrow.graph, narrow.state, examples)
-        scale = max(float(whole.abs().max()), 1e-30)
-        return whole.shape == fewer.shape and bool((whole - fewer).abs().max() <= TOLERANCE * scale)
+        whole = tensors_of(run(self.network.graph, state, examples))
+        fewer = tensors_of(run(narrow.graph, narrow.state, examples))
+        return all(_near(fewer[name], output) for name, output in whole.items())
 
     def _cut(self, name: str, keep: Keep) -> Tensor:
         """A stored tensor without the dropped neurons' part; the tensor itself if nothing of it belongs to them."""
@@ -230,7 +230,7 @@ class Dropper:
         """
         network = self.network
         metas = {name: tensor.to("meta") for name, tensor in state.items()}
-        values: dict[str, Any] = {INPUT: torch.empty(1, *network.input_shape, dtype=network.input_dtype, device="meta")}
+        values = blank_values(network.inputs, 1)
         nodes, gone = [], self._gone(keep)
         for node in network.graph.nodes:
             known = self._analysis.labels.values[node.name]
@@ -243,7 +243,8 @@ class Dropper:
                     f"operator {node.kind} of {node.module!r} is bound to the number of neurons"
                 ) from error
             found = values[node.name]
-            if [tuple(one.shape) for one in (found if isinstance(found, (list, tuple)) else [found])] != expected:
+            parts = found if isinstance(found, (list, tuple)) else tensors_of(found).values()
+            if [tuple(one.shape) for one in parts] != expected:
                 raise CannotDrop(f"operator {node.kind} of {node.module!r} is bound to the number of neurons")
             nodes.append(node)
         return nodes
@@ -375,6 +376,11 @@ _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 
 _CUTS = SPLITS | {"slice.Tensor", "narrow"}
 """Operators that cut an axis at given places."""
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    scale = max(float(expected.abs().max()), 1e-30)
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= TOLERANCE * scale)
 
 
 def _size(old: Any, new: int) -> Any:

@@ -102,6 +102,7 @@ def pointwise(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tens
     """The rule of what acts on every element alone: elements that meet are tied."""
     values = list(operands(arguments))
     met = [value for value in values if not value.constant] or values
+    met = [value for value in met if not _acts_alike(ties, value, met)] or met
     labels = torch.full([1] * out.ndim, FIXED)
     for value in met:
         labels = _meet(ties, labels, value.labels)
@@ -112,6 +113,15 @@ def pointwise(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tens
         if value.constant and value not in met:
             _meet_constant(ties, labels, value)
     return labels
+
+
+def _acts_alike(ties: Ties, value: Value, others: Sequence[Value]) -> bool:
+    """Whether a value is an input with a name, such as a mask, that meets all neurons of the other values alike."""
+    named = ties.inputs[1:]
+    if not named or value.labels.numel() > 1 or int(value.labels) not in named:
+        return False
+    axes = {axis for other in others for axis in varying(other.labels)}
+    return bool(axes) and all(-axis > value.meta.ndim or value.meta.shape[axis] == 1 for axis in axes)
 
 
 def _meet(ties: Ties, a: Tensor, b: Tensor) -> Tensor:

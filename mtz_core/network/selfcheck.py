@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Int64
 from torch import Tensor
 
+from mtz_core.batches import Batch, mapped, tensors_of
 from mtz_core.errors import UnsupportedModule
-from mtz_core.network.graph import INPUT, Axis, Network, free_unused, run_node
+from mtz_core.network.graph import INPUT, Axis, Network, free_unused, input_values, run_node
 from mtz_core.network.groups import Analysis
 from mtz_core.network.operations import Value
 
@@ -24,9 +26,7 @@ Permutations = Mapping[str, Int64[np.ndarray, " _neurons"]]
 
 
 @torch.no_grad()
-def check(
-    network: Network, analysis: Analysis, examples: Shaped[Tensor, "batch ..."], expected: Float[Tensor, "batch ..."]
-) -> None:
+def check(network: Network, analysis: Analysis, examples: Batch, expected: Batch) -> None:
     """Compare the graph with the module, then the graph with itself, its neurons permuted.
 
     Args:
@@ -39,7 +39,7 @@ def check(
         UnsupportedModule: If the outputs differ. The message names the neuron group at fault.
     """
     same = _run(network, analysis, examples, {})
-    if same.shape != expected.shape or not _close(same, expected.cpu()):
+    if not _close(same, mapped(Tensor.cpu, expected)):
         raise UnsupportedModule(
             "the traced network does not compute what the module does. Its forward pass has effects that torch.export "
             "does not see; leave this network out of the group."
@@ -74,7 +74,13 @@ def _between(network: Network, analysis: Analysis, group: str) -> str:
     return ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(found: Batch, expected: Batch) -> bool:
+    """Whether all outputs are the same but for rounding."""
+    a, b = tensors_of(found), tensors_of(expected)
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and _near(a[name], b[name]) for name in a)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
     finite = torch.isfinite(b)
     if not bool((torch.isfinite(a) == finite).all()):
         return False
@@ -91,7 +97,7 @@ def _permutation(classes: Int64[np.ndarray, " n"], generator: np.random.Generato
     return order
 
 
-def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: Permutations) -> Tensor:
+def _run(network: Network, analysis: Analysis, examples: Batch, permutations: Permutations) -> Batch:
     """The network's output with permuted neurons. Weights are copied one layer at a time."""
     graph = network.graph
     constants = {
@@ -99,7 +105,7 @@ def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: P
         for name, tensor in network.state.items()
         if name in analysis.constants
     }
-    values = {INPUT: examples.cpu().clone()}
+    values: dict[str, Any] = {name: value.cpu().clone() for name, value in input_values(examples).items()}
     for node in graph.nodes:
         state = {name: constants.get(name, network.state[name]) for name in node.state}
         if node.name in analysis.rows:
@@ -110,7 +116,8 @@ def _run(network: Network, analysis: Analysis, examples: Tensor, permutations: P
             state[node.weight] = node.layer.from_matrix(matrix, tuple(weight.shape))
         values[node.name] = run_node(node, values, state, len(examples))
         free_unused(graph, values, node)
-    return values[graph.output]
+    output: Batch = values[graph.output]
+    return output
 
 
 def _order(axis: Axis, permutations: Permutations) -> Int64[np.ndarray, " n"]:

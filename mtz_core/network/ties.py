@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -23,7 +23,10 @@ from torch import Tensor
 from mtz_core.network.graph import FIXED
 
 THE_INPUT, THE_KERNEL = 0, 1
-"""The labels of everything in the network's input, and of the columns of a grouped convolution."""
+"""The labels of everything in the network's input, and of the columns of a grouped convolution.
+
+Inputs with names have labels of their own.
+"""
 
 
 @dataclass
@@ -32,10 +35,12 @@ class Ties:
 
     Attributes:
         count: The number of labels.
+        inputs: The labels of the network's inputs.
         colours: Labels, and what distinguishes each from labels that are otherwise alike (see `pin`).
     """
 
     count: int = 2
+    inputs: list[int] = field(default_factory=lambda: [THE_INPUT])
     _pairs: list[Int64[Tensor, "2 _n"]] = field(default_factory=list)
     _roots: Int64[Tensor, " labels"] = field(default_factory=lambda: torch.arange(2))
     colours: list[tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]] = field(default_factory=list)
@@ -47,6 +52,10 @@ class Ties:
         self._roots = torch.cat([self._roots, labels])
         self.count += count
         return labels
+
+    def are_inputs(self, labels: Int64[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Whether labels are those of an input."""
+        return torch.isin(labels, self.resolve(torch.tensor(self.inputs)))
 
     def tie(self, a: Int64[Tensor, "..."], b: Int64[Tensor, "..."]) -> None:
         """Tie labels element by element, where neither is `FIXED`. Shapes broadcast."""

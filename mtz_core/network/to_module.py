@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mtz_core.network.graph import GETITEM, INPUT, Network, Node, leaves, operator, run_node
+from mtz_core.batches import formed
+from mtz_core.network.graph import GETITEM, OUTPUTS, Network, Node, blank_values, given_name, leaves, operator, run_node
 
 _NORMALISATIONS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _DROPOUTS: Mapping[str, type[nn.Module]] = {
@@ -36,13 +37,16 @@ def build_module(network: Network) -> fx.GraphModule:
     """
     root = nn.Module()
     drawing = fx.Graph()
-    x = drawing.placeholder("x")
-    drawn: dict[str, fx.Node] = {INPUT: x}
-    shapes: dict[str, Any] = {INPUT: torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta")}
+    drawn: dict[str, Any] = {name: drawing.placeholder(given_name(name) or "x") for name in network.inputs}
+    x = next(iter(drawn.values()))
+    shapes = blank_values(network.inputs, 2)
     metas = {name: tensor.to("meta") for name, tensor in network.state.items()}
     count: list[fx.Node] = []
     for node in network.graph.nodes:
         shapes[node.name] = run_node(node, shapes, metas, 2)
+        if node.kind == OUTPUTS:
+            drawn[node.name] = formed(network.graph.form, [drawn[source] for source in node.sources])
+            continue
         module = _module(node, network, shapes)
         if module is not None:
             path, part = module

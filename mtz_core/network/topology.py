@@ -1,6 +1,7 @@
 """Whether two networks have one topology and, if not, the first difference in words.
 
-What is kept separate may be anything: it is looked through to what it reads.
+What is kept separate may be anything: it is looked through to what it reads. What holds the outputs of a network, if it
+returns several, makes no difference.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mtz_core.network.graph import INPUT, LayerGraph, Node
+from mtz_core.network.graph import INPUT, OUTPUTS, LayerGraph, Node
 from mtz_core.network.layers import LAYERS
 
 
@@ -104,9 +105,12 @@ def _unlike(sides: tuple[_Described, ...], ended: tuple[str, str], both: bool = 
 
 def _steps(graph: LayerGraph, whole: bool) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """What every node does and reads, of the whole network or of what is not kept separate, which is looked through."""
-    origins: dict[str, tuple[str, ...]] = {INPUT: ("input",)}
+    inputs = {source for node in graph.nodes for source in node.sources if source.startswith(INPUT)}
+    origins: dict[str, tuple[str, ...]] = {name: (name.lstrip(":").replace(":", " "),) for name in inputs}
     count = 0
     for node in graph.nodes:
+        if node.kind == OUTPUTS:
+            continue
         if node.separate and not whole:
             origins[node.name] = tuple(sorted({origin for source in node.sources for origin in origins[source]}))
             continue

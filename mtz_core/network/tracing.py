@@ -11,18 +11,36 @@ from __future__ import annotations
 import keyword
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from mtz_core.batches import (
+    Batch,
+    Form,
+    NamedTensors,
+    arguments_of,
+    bound,
+    call,
+    concatenated,
+    is_positional,
+    mapped,
+    needs_several,
+    one_or_named,
+    opened,
+    signature_of,
+    tensors_of,
+)
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
 from mtz_core.network.exported import SIZES, ProgramReader
 from mtz_core.network.folding import Program, fold_constants, fold_weights
-from mtz_core.network.graph import Network, Node
+from mtz_core.network.graph import Network, Node, inputs_of
 from mtz_core.network.groups import analyse, remember
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
@@ -33,12 +51,17 @@ CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
 
 
-def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = (), only: Sequence[str] = ()) -> Network:
+def trace(
+    module: nn.Module,
+    example: Batch | Mapping[str, Tensor] | Sequence[Tensor],
+    keep_separate: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> Network:
     """Trace a module by exporting it on an example input. The module is not modified.
 
     Args:
         module: The module.
-        example: A batch of its inputs, ``[batch, …]``.
+        example: A batch of its input, ``[batch, …]``; of several, a dict by name, or a tuple in the module's order.
         keep_separate: Paths of submodules, or names of operators, that will not be shared and need no rule.
         only: Paths of submodules that take part in sharing; everything else is kept separate. If there are none,
             everything takes part.
@@ -53,12 +76,8 @@ def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = (),
     """
     if not isinstance(module, nn.Module):
         raise UnsupportedModule(f"{module!r} is not a torch.nn.Module.")
-    if not isinstance(example, Tensor):
-        raise InvalidCalibration(
-            f"{type(module).__name__} is given a {type(example).__name__} as its input, but zipping needs a network of "
-            "one tensor. Wrap it in a module that takes one tensor and cuts it into its inputs."
-        )
-    if example.ndim < 2:
+    example = _given(module, example)
+    if isinstance(example, Tensor) and example.ndim < 2:
         raise InvalidCalibration(
             f"an example of shape {list(example.shape[1:])} has no features for a network to read."
         )
@@ -66,9 +85,10 @@ def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = (),
     check_paths({"keep_separate": keep_separate, "zip": only}, module)
     _check_weights(module)
     with evaluation_mode(module), _buffers_kept(module), _plain_attention(), _without_stack_traces():
-        examples, expected = _accepted(module, example)
-        programs = [_export(module, examples[:size].clone()) for size in SIZES]
-    reader = ProgramReader(module, programs)
+        examples, expected, form = _accepted(module, example)
+        with nullcontext() if form == 0 else _returning_tensors(module):
+            programs = [_export(module, mapped(torch.clone, examples[:size])) for size in SIZES]
+    reader = ProgramReader(module, programs, tuple(inputs_of(examples)), (tuple(expected), form))
     nodes, output = reader.nodes()
     nodes = _reachable(nodes, output)
     parameters = frozenset(dict(module.named_parameters()))
@@ -84,7 +104,7 @@ def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = (),
     state = {name: program.state[name] for name in program.state if name in used}
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
     passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
-    network = _analysed(program, example, passing, examples, expected)
+    network = _analysed(program, example, passing, examples, one_or_named(expected))
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
     return network
@@ -92,10 +112,10 @@ def trace(module: nn.Module, example: Tensor, keep_separate: Sequence[str] = (),
 
 def _analysed(
     program: Program,
-    example: Shaped[Tensor, "batch ..."],
+    example: Batch,
     non_persistent: frozenset[str],
-    examples: Shaped[Tensor, "size ..."],
-    expected: Shaped[Tensor, "size ..."],
+    examples: Batch,
+    expected: Batch,
 ) -> Network:
     """Find the neuron groups, and check them.
 
@@ -115,7 +135,7 @@ def _analysed(
     Raises:
         UnsupportedModule: If a part cannot be zipped.
     """
-    entry = program.state, program.parameters, tuple(example.shape[1:]), example.dtype
+    entry = program.state, program.parameters, inputs_of(example)
     opaque = [replace(node, opaque=node.separate and not node.is_layer) for node in program.nodes]
     for nodes in (program.nodes, opaque):
         analysis = analyse(nodes, program.output, *entry)
@@ -130,11 +150,29 @@ def _analysed(
     return network
 
 
+def _given(module: nn.Module, example: Any) -> Batch:
+    """What a module is given as an example."""
+    taken, name = signature_of(module), type(module).__name__
+    if isinstance(example, (NamedTensors, Mapping)) or is_positional(example, taken):
+        return bound(example, taken, f"the inputs of {name}")
+    if not isinstance(example, Tensor):
+        raise InvalidCalibration(
+            f"{name} is given a {type(example).__name__} as its input. Give a tensor; of several inputs, a dict by "
+            "their names in its forward pass."
+        )
+    if needs_several(taken):
+        raise InvalidCalibration(
+            f"{name} is given one tensor, but needs several inputs. Give a dict by their names in its forward pass: "
+            f"{', '.join(taken.parameters)}."
+        )
+    return example
+
+
 def _generic(example: Shaped[Tensor, "batch ..."], count: int) -> Shaped[Tensor, "count ..."]:
     """The first example, and others near it: inputs that are all zero, or all alike, would prove little."""
     given, generator = example.detach().cpu(), torch.Generator().manual_seed(0)
     shape = (count - 1, *example.shape[1:])
-    if not example.is_floating_point():  # tokens: such as occur in the examples
+    if not example.is_floating_point():  # tokens or masks: such as occur in the examples
         drawn = torch.randint(given.numel(), shape, generator=generator)
         return torch.cat([given[:1], given.flatten()[drawn]]).to(example.device)
     deviation = float(given[:1].std()) if given[:1].numel() > 1 else 0.0
@@ -142,31 +180,31 @@ def _generic(example: Shaped[Tensor, "batch ..."], count: int) -> Shaped[Tensor,
     return torch.cat([given[:1], given[:1] + noise * (deviation or 1.0)]).to(example.device)
 
 
-def _accepted(module: nn.Module, example: Shaped[Tensor, "batch ..."]) -> tuple[Tensor, Tensor]:
+def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tensor], Form]:
     """Find examples that the module accepts: generic ones if it does, copies of the first one otherwise.
 
     Returns:
-        The examples and the module's outputs.
+        The examples, the module's outputs by name, and what holds these.
 
     Raises:
         InvalidCalibration: If the module accepts neither.
     """
-    examples = _generic(example, CHECKED_SIZE)
+    examples = mapped(lambda own: _generic(own, CHECKED_SIZE), example)
     try:
-        return examples, _output(module, examples)
+        return examples, *_outputs(module, examples)
     except InvalidCalibration:
-        examples = torch.cat([example[:1]] * CHECKED_SIZE)
+        examples = concatenated([example[:1]] * CHECKED_SIZE)
     try:
-        return examples, _output(module, examples)
+        return examples, *_outputs(module, examples)
     except InvalidCalibration as error:
         remedy = "Check that the calibration data are meant for this network."
         if isinstance(module, fx.GraphModule):
             remedy += (
-                " A program must be exported for any number of examples, with dynamic_shapes=({0: Dim('batch')},)."
+                " A program must be exported for any number of examples, with dynamic_shapes=({0: Dim('batch')},), and "
+                "is given several inputs as it was when it was exported: a tuple by position, a dict by name."
             )
         raise InvalidCalibration(
-            f"{type(module).__name__} does not accept an input of shape {list(example.shape)} ({example.dtype}): "
-            f"{error} {remedy}"
+            f"{type(module).__name__} does not accept an input of {_in_words(example)}: {error} {remedy}"
         ) from error
 
 
@@ -181,24 +219,56 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _output(module: nn.Module, examples: Tensor) -> Tensor:
+def _in_words(example: Batch) -> str:
+    shapes = {name: f"shape {list(own.shape)} ({own.dtype})" for name, own in tensors_of(example).items()}
+    return ", ".join(f"{name} of {shape}" if name else shape for name, shape in shapes.items())
+
+
+def _outputs(module: nn.Module, examples: Batch) -> tuple[dict[str, Tensor], Form]:
     try:
-        output = module(examples.clone())
+        output = call(module, mapped(torch.clone, examples))
     except Exception as error:  # whatever a user's forward raises means the same: this input does not fit it
         raise InvalidCalibration(_first_line(error)) from error
-    if not isinstance(output, Tensor):
-        raise UnsupportedModule(
-            f"{type(module).__name__} does not return one tensor but {type(output).__name__}. Wrap it in a module that "
-            "returns the logits alone."
-        )
-    return output
+    try:
+        tensors, form = opened(output)
+    except UnsupportedModule as error:
+        raise UnsupportedModule(f"{type(module).__name__}: {error}") from error
+    for name, tensor in tensors.items() if form != 0 else ():
+        if not tensor.is_floating_point() or not tensor.ndim or len(tensor) != len(examples):
+            raise UnsupportedModule(
+                f"{type(module).__name__}: its output {name!r} has shape {list(tensor.shape)} and dtype {tensor.dtype} "
+                f"for {len(examples)} examples, not numbers for each. If it is a loss, leave labels out of the inputs; "
+                "otherwise wrap the network in a module that leaves it out."
+            )
+    if not tensors:
+        raise UnsupportedModule(f"{type(module).__name__} returns no tensor but {type(output).__name__}.")
+    return tensors, form
 
 
-def _export(module: nn.Module, examples: Tensor) -> torch.export.ExportedProgram:
+@contextmanager
+def _returning_tensors(module: nn.Module) -> Iterator[None]:
+    """Let a module return the tensors that it returns, in a tuple without what holds them."""
+    own, forward = vars(module).get("forward"), module.forward
+
+    @wraps(forward)
+    def tensors(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        return tuple(opened(forward(*arguments, **named))[0].values())
+
+    module.forward = tensors
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings():  # some modules set their weights anew in every forward pass
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-            program = torch.export.export(module, (examples,), strict=False)
+            program = torch.export.export(module, *arguments_of(examples), strict=False)
     except Exception as error:
         raise UnsupportedModule(
             f"{type(module).__name__} cannot be exported by torch.export: {_first_line(error)} "

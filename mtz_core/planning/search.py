@@ -17,10 +17,10 @@ from functools import partial
 from itertools import islice
 from math import exp, hypot, log
 
-import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from mtz_core.batches import Batch, concatenated, divided
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.evaluation import Case, Function, Metric, check_labels, error_of, metric_of, outputs_of
 from mtz_core.merging.judging import HELD_OUT, judge, targets_of
@@ -101,7 +101,7 @@ class BudgetSearch:
         traced: Mapping[str, Traced],
         config: ZipConfig,
         budget: Budget,
-        held_out: Mapping[str, Sequence[Shaped[Tensor, "_ ..."]]] | None = None,
+        held_out: Mapping[str, Sequence[Batch]] | None = None,
     ) -> None:
         """Split the calibration data and match the networks.
 
@@ -121,9 +121,9 @@ class BudgetSearch:
         """
         self.traced, self.config, self.budget = traced, config, budget
         self.fitting: dict[str, Traced] = dict(traced)
-        self.held_out: dict[str, Sequence[Tensor]] = dict(held_out or {})
+        self.held_out: dict[str, Sequence[Batch]] = dict(held_out or {})
         for task, own in traced.items() if held_out is None else ():
-            examples = torch.cat(list(own.batches))
+            examples = concatenated(own.batches)
             held = len(examples) // HELD_OUT
             if not held:
                 raise InvalidCalibration(
@@ -131,8 +131,8 @@ class BudgetSearch:
                     f"measure plans. Give at least {HELD_OUT}."
                 )
             size = len(own.batches[0])
-            self.fitting[task] = replace(own, batches=torch.split(examples[:-held], min(size, AT_ONCE)))
-            self.held_out[task] = torch.split(examples[-held:], size)
+            self.fitting[task] = replace(own, batches=divided(examples[:-held], min(size, AT_ONCE)))
+            self.held_out[task] = divided(examples[-held:], size)
         for task, own in traced.items():
             if not own.loss.tells:
                 raise InvalidCalibration(
@@ -265,7 +265,7 @@ class Validation:
         metric: A metric, its name, or a function; see `mtz_core.evaluation.metric_of`.
     """
 
-    examples: Shaped[Tensor, "n ..."]
+    examples: Batch
     labels: Shaped[Tensor, "labels ..."] | None
     metric: Metric | str | Function = "error"
 
@@ -305,7 +305,7 @@ class FloorSearch:
         self,
         budget_search: BudgetSearch,
         originals: Mapping[str, nn.Module],
-        training: Mapping[str, Shaped[Tensor, "_ ..."]],
+        training: Mapping[str, Batch],
         validation: Mapping[str, Validation],
         retraining: RetrainConfig,
     ) -> None:
@@ -335,17 +335,18 @@ class FloorSearch:
         outputs = {}
         networks = {task: own.network for task, own in budget_search.traced.items()}
         for task, network in networks.items():
-            outputs[task] = outputs_of(partial(run, network.graph, network.state), torch.split(examples[task], 500))
+            outputs[task] = outputs_of(partial(run, network.graph, network.state), divided(examples[task], 500))
             labels = validation[task].labels
-            if labels is not None and metric_of(validation[task].metric).reads == "labels":
-                check_labels(labels, len(examples[task]), outputs[task].shape[1], task)
+            own = outputs[task]
+            if labels is not None and metric_of(validation[task].metric).reads == "labels" and isinstance(own, Tensor):
+                check_labels(labels, len(examples[task]), own.shape[1], task)
         self._targets = Targets(
-            {t: outputs_of(partial(run, n.graph, n.state), torch.split(training[t], 500)) for t, n in networks.items()},
+            {t: outputs_of(partial(run, n.graph, n.state), divided(training[t], 500)) for t, n in networks.items()},
             outputs,
         )
         self._before = {task: self._error(task, outputs[task]) for task in tasks}
 
-    def _error(self, task: str, outputs: Float[Tensor, "n ..."]) -> float:
+    def _error(self, task: str, outputs: Batch) -> float:
         own, loss = self._validation[task], self._budget_search.traced[task].loss
         case = Case(outputs, own.labels, self._targets.validation[task], loss)
         return error_of(metric_of(own.metric), case, task)
@@ -405,7 +406,7 @@ class FloorSearch:
                 iterations = step.iteration
         lost = {}
         for task, own in self._validation.items():
-            outputs = outputs_of(partial(zipped, task=task), torch.split(own.examples, 500))
+            outputs = outputs_of(partial(zipped, task=task), divided(own.examples, 500))
             lost[task] = self._error(task, outputs) - self._before[task]
         size = plan.bytes / self._budget_search.planner.original_bytes
         kept = all(points <= self._floors[task] + 1e-9 for task, points in lost.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import Signature
 from math import isfinite
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from mtz_core.batches import ANY_NAMES, Batch, NamedTensors, bound, divided, is_positional, needs_several, tensors_of
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import INPUT, Network, Node, free_unused, run_node
+from mtz_core.network.graph import Network, Node, free_unused, input_values, run_node
 from mtz_core.network.layers import from_rows, with_ones
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.moments import Moments
@@ -23,56 +25,99 @@ BATCH = 100
 """The number of examples that go through a network at once."""
 
 
-def as_batches(data: Tensor | Iterable[Any], task: str) -> list[Shaped[Tensor, "_ ..."]]:
+def as_batches(data: Tensor | Iterable[Any], task: str, taken: Signature = ANY_NAMES) -> list[Any]:
     """Turn calibration data into a list of batches.
 
     Args:
         data: One tensor of examples, or batches: tensors, or pairs of ``(inputs, labels)`` as a ``DataLoader`` of a
-            labelled data set gives them; labels are left aside. Floating-point values, or whole numbers for tokens.
+            labelled data set gives them; labels are left aside. Floating-point values, or whole numbers for tokens. A
+            dict, as a whole or as a batch, has several inputs by name. If the network cannot do with one input, so has
+            a tuple or list of as many tensors, in the network's order.
         task: The task's name, for errors.
+        taken: The inputs that the task's network takes.
 
     Returns:
-        The batches that are not empty. A single tensor is split into batches of `BATCH` examples.
+        The batches that are not empty: tensors, or `NamedTensors` of several inputs. What is given as a whole is split
+            into batches of `BATCH` examples.
 
     Raises:
-        InvalidCalibration: If there are no examples, if a batch is no tensor, if dtypes or shapes of examples differ,
-            or if values are not finite.
+        InvalidCalibration: If there are no examples, if a batch is no tensor, if inputs are missing or unknown or of
+            unequal lengths, if dtypes or shapes of examples differ, or if values are not finite.
     """
-    if isinstance(data, Tensor) and data.ndim:
-        batches = list(torch.split(data, BATCH))
+    if isinstance(data, NamedTensors) or has_several(data, taken) or (isinstance(data, Tensor) and data.ndim):
+        batches: list[Any] = list(divided(as_batch(data, task, taken), BATCH))
     elif isinstance(data, Iterable) and not isinstance(data, Tensor):
-        batches = [_inputs(batch) for batch in data]
+        batches = [as_batch(_inputs(batch, taken), task, taken) for batch in data]
     else:
         raise InvalidCalibration(f"the calibration data of {task!r} are neither a tensor of examples nor batches.")
     for batch in batches:
-        if not isinstance(batch, Tensor) or not batch.ndim:
+        if not isinstance(batch, NamedTensors) and (not isinstance(batch, Tensor) or not batch.ndim):
             raise InvalidCalibration(
                 f"the calibration data of {task!r} have a batch of type {type(batch).__name__}. Give tensors of "
-                "examples, or pairs of (inputs, labels)."
+                "examples, dicts of tensors by the names of inputs, or pairs of (inputs, labels)."
             )
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         raise InvalidCalibration(f"the calibration data of {task!r} are empty. Give at least one example.")
+    first = tensors_of(batches[0])
     for batch in batches:
-        known = batch.is_floating_point() or batch.dtype in (torch.int32, torch.int64)
-        if not known or batch.dtype != batches[0].dtype:
+        if tensors_of(batch).keys() != first.keys():
+            names = [", ".join(own) or "one tensor" for own in (first, tensors_of(batch))]
             raise InvalidCalibration(
-                f"the calibration data of {task!r} have dtype {batch.dtype}. Give floating-point values (or whole "
-                "numbers, for tokens) of one dtype, as the network is meant to read them."
+                f"the calibration data of {task!r} mix batches of {names[0]} and of {names[1]}. Give the same inputs "
+                "in all."
             )
-        if batch.shape[1:] != batches[0].shape[1:]:
-            raise InvalidCalibration(
-                f"the calibration data of {task!r} mix examples of shape {list(batches[0].shape[1:])} and "
-                f"{list(batch.shape[1:])}. Give one shape."
-            )
-        if not bool(torch.isfinite(batch).all()):
-            raise InvalidCalibration(f"the calibration data of {task!r} have NaN or infinite values.")
+        for name, tensor in tensors_of(batch).items():
+            _check_examples(tensor, first[name], f"{task!r}" + (f" ({name})" if name else ""), masks=bool(name))
     return batches
 
 
-def _inputs(batch: Any) -> Any:
+def as_batch(given: Any, task: str, taken: Signature = ANY_NAMES) -> Any:
+    """Take several inputs for a batch; anything else is returned as it is.
+
+    Args:
+        given: A tensor, a dict of several, a tuple or list of several if the network cannot do with one, or whatever.
+        task: The task's name, for errors.
+        taken: The inputs that the task's network takes.
+
+    Returns:
+        The batch.
+
+    Raises:
+        InvalidCalibration: If inputs are missing or unknown, no tensors, or of unequal lengths.
+    """
+    if has_several(given, taken) or (isinstance(given, Tensor) and needs_several(taken)):
+        inputs = (given,) if isinstance(given, Tensor) else given
+        return bound(inputs, taken, f"the calibration data of {task!r}")
+    return given
+
+
+def has_several(given: object, taken: Signature) -> bool:
+    """Whether a value is one batch of inputs by name, or of several inputs in the network's order."""
+    return isinstance(given, Mapping) or is_positional(given, taken)
+
+
+def _check_examples(tensor: Tensor, first: Tensor, whose: str, masks: bool) -> None:
+    """Check one input of a batch, given the same input of the first batch. One of several may be a mask."""
+    whole = (torch.int32, torch.int64, *((torch.bool,) if masks else ()))
+    if not (tensor.is_floating_point() or tensor.dtype in whole) or tensor.dtype != first.dtype:
+        raise InvalidCalibration(
+            f"the calibration data of {whose} have dtype {tensor.dtype}. Give floating-point values (or whole "
+            "numbers, for tokens) of one dtype, as the network is meant to read them."
+        )
+    if tensor.shape[1:] != first.shape[1:]:
+        raise InvalidCalibration(
+            f"the calibration data of {whose} mix examples of shape {list(first.shape[1:])} and "
+            f"{list(tensor.shape[1:])}. Give one shape."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise InvalidCalibration(f"the calibration data of {whose} have NaN or infinite values.")
+
+
+def _inputs(batch: Any, taken: Signature) -> Any:
     """Return the inputs of a batch, which may come with its labels."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not is_positional(batch, taken)
+    return batch[0] if pair else batch
 
 
 def sample_positions(
@@ -115,7 +160,7 @@ def layer_rows(
 
 @torch.no_grad()
 def stream_rows(
-    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+    network: Network, batches: Iterable[Batch], config: ZipConfig
 ) -> Iterator[Mapping[str, Float[Tensor, "n columns"]]]:
     """Stream the sampled input rows of every layer of an original network.
 
@@ -132,7 +177,7 @@ def stream_rows(
     """
     for batch in batches:
         rows: dict[str, Tensor] = {}
-        values: dict[str, Any] = {INPUT: batch}
+        values = input_values(batch)
         for node in network.graph.nodes:
             if node.is_layer:
                 weight = network.state[node.weight]
@@ -153,9 +198,7 @@ def _all_finite(values: Float[Tensor, "..."]) -> bool:
     return isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def original_moments(
-    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
-) -> dict[str, Moments]:
+def original_moments(network: Network, batches: Iterable[Batch], config: ZipConfig) -> dict[str, Moments]:
     """Accumulate the second moments of every layer's input in an original network.
 
     Args:
@@ -181,7 +224,7 @@ def original_moments(
 
 @torch.no_grad()
 def sampled_outputs(
-    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], config: ZipConfig
+    network: Network, batches: Iterable[Batch], config: ZipConfig
 ) -> dict[str, list[Float[Tensor, "_n _out"]]]:
     """Compute what every layer of an original network puts out at the sampled positions.
 

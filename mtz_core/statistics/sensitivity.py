@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
+from mtz_core.batches import Batch, concatenated, divided, tensors_of
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import INPUT, Network, free_unused, run, run_node
-from mtz_core.settings import Output
-from mtz_core.task_loss import TaskLoss
+from mtz_core.network.graph import Network, free_unused, input_values, run, run_node
+from mtz_core.settings import Outputs
+from mtz_core.task_loss import Loss, make_loss
 
 Sensitivities = Mapping[str, Float[Tensor, " _out"]]
 """For every layer, the sensitivity of the loss to each of its rows, per squared unit of the layer's output."""
@@ -31,7 +32,7 @@ _BATCH = 100
 
 
 def sensitivities(
-    network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], seed: int = 0, loss: TaskLoss | None = None
+    network: Network, batches: Iterable[Batch], seed: int = 0, loss: Loss | None = None
 ) -> dict[str, Float[Tensor, " _out"]]:
     """Estimate ``E[Σ_positions g²]`` for every row of every layer.
 
@@ -57,13 +58,16 @@ def sensitivities(
         for node in network.graph.layers
     }
     count = 0
-    for batch in (part for given in batches for part in torch.split(given, AT_ONCE)):
+    for batch in (part for given in batches for part in divided(given, AT_ONCE)):
         outputs: dict[str, Tensor] = {}
         with torch.enable_grad():
             natural = loss.natural(_run_watched(network, batch, outputs))
         with torch.no_grad():
             score = loss.score(natural, generator)
-        gradients = torch.autograd.grad(natural, list(outputs.values()), score, allow_unused=True)
+        ends = [(own, tensors_of(score)[name]) for name, own in tensors_of(natural).items() if own.requires_grad]
+        gradients = torch.autograd.grad(
+            [own for own, _ in ends], list(outputs.values()), [drawn for _, drawn in ends], allow_unused=True
+        )
         for (name, value), gradient in zip(outputs.items(), gradients, strict=True):
             if gradient is not None:
                 axis = network.graph.node(name).layer.channel_axis(value.ndim)
@@ -74,7 +78,7 @@ def sensitivities(
 
 
 @torch.no_grad()
-def loss_of(network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], declared: Output | None = None) -> TaskLoss:
+def loss_of(network: Network, batches: Iterable[Batch], declared: Outputs | None = None) -> Loss:
     """Make a task's loss from its original network's outputs.
 
     Args:
@@ -88,14 +92,14 @@ def loss_of(network: Network, batches: Iterable[Shaped[Tensor, "_ ..."]], declar
     Raises:
         InvalidCalibration: If there are no examples, or if outputs contradict what is declared.
     """
-    parts = [part for given in batches for part in torch.split(given, _BATCH) if len(part)]
+    parts = [part for given in batches for part in divided(given, _BATCH) if len(part)]
     targets = [run(network.graph, network.state, part) for part in parts]
     if not targets:
         raise InvalidCalibration("there are no calibration examples. Give at least one.")
-    return TaskLoss.of(torch.cat(targets), declared, network.graph.ending)
+    return make_loss(concatenated(targets), declared, network.graph.endings)
 
 
-def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+def _run_watched(network: Network, x: Batch, outputs: dict[str, Tensor]) -> Any:
     """Run the network and collect what its layers put out.
 
     Args:
@@ -106,7 +110,7 @@ def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Ten
     Returns:
         The network's output.
     """
-    values: dict[str, Any] = {INPUT: x}
+    values = input_values(x)
     with torch.enable_grad():
         for node in network.graph.nodes:
             value = run_node(node, values, network.state, len(x))
@@ -115,5 +119,4 @@ def _run_watched(network: Network, x: Tensor, outputs: dict[str, Tensor]) -> Ten
                 outputs[node.name] = value
             values[node.name] = value
             free_unused(network.graph, values, node)
-    result: Tensor = values[network.graph.output]
-    return result
+    return values[network.graph.output]

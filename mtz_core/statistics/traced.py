@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from jaxtyping import Shaped
-from torch import Tensor
-
+from mtz_core.batches import Batch
 from mtz_core.network.graph import Network
-from mtz_core.settings import Output, ZipConfig
+from mtz_core.settings import Outputs, ZipConfig
 from mtz_core.statistics.calibration import LayerOutputs, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities, loss_of, sensitivities
-from mtz_core.task_loss import TaskLoss
+from mtz_core.task_loss import Loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +33,18 @@ class Traced:
     network: Network
     moments: Mapping[str, Moments] = field(default_factory=dict)
     sensitivity: Sensitivities | None = None
-    batches: Sequence[Shaped[Tensor, "_ ..."]] = ()
-    output: Output | None = None
-    known_loss: TaskLoss | None = None
+    batches: Sequence[Batch] = ()
+    output: Outputs | None = None
+    known_loss: Loss | None = None
     targets: LayerOutputs | None = None
 
     @classmethod
     def measured(
         cls,
         network: Network,
-        batches: Sequence[Shaped[Tensor, "_ ..."]],
+        batches: Sequence[Batch],
         config: ZipConfig,
-        output: Output | None = None,
+        output: Outputs | None = None,
     ) -> Traced:
         """Measure a network on its calibration data.
 
@@ -68,6 +66,6 @@ class Traced:
         return cls(network, moments, sensitivity, batches, output, loss)
 
     @cached_property
-    def loss(self) -> TaskLoss:
+    def loss(self) -> Loss:
         """The loss of its task, made on its calibration data."""
         return self.known_loss or loss_of(self.network, self.batches, self.output)

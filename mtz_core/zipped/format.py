@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mtz_core.errors import InvalidZippedFile, UnsupportedModule
-from mtz_core.network.graph import INPUT, Node
+from mtz_core.network.graph import INPUT, Input, Inputs, Node
 from mtz_core.network.groups import analyse
 from mtz_core.network.topology import first_difference
 from mtz_core.zipped.ownership import NOT_A_MEMBER
@@ -70,8 +70,7 @@ def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path
 
 def _describe(network: TaskStructure) -> dict[str, Any]:
     return {
-        "input_shape": list(network.input_shape),
-        "input_dtype": _dtype_name(network.input_dtype),
+        **_describe_inputs(network.inputs),
         "nodes": [dataclasses.asdict(node) for node in network.graph.nodes],
         "output": network.graph.output,
         "shapes": {name: list(shape) for name, shape in network.shapes.items()},
@@ -79,6 +78,13 @@ def _describe(network: TaskStructure) -> dict[str, Any]:
         "non_persistent": sorted(network.non_persistent),
         "original": {"parameters": network.parameters, "bytes": network.bytes},
     }
+
+
+def _describe_inputs(inputs: Inputs) -> dict[str, Any]:
+    described = {
+        name: {"input_shape": list(own.shape), "input_dtype": _dtype_name(own.dtype)} for name, own in inputs.items()
+    }
+    return described.get(INPUT, {"inputs": described})
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -245,7 +251,10 @@ def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
         ValueError: If the nodes are out of order, or if a trainable tensor is missing or not floating point.
     """
     nodes = tuple(Node(**node) for node in entry["nodes"])
-    seen = {INPUT}
+    stated = entry.get("inputs", {INPUT: entry})
+    if not stated or not all(name == INPUT or name.startswith(f"{INPUT}:") for name in stated):
+        raise ValueError(f"{task!r} has no inputs, or inputs of other names")
+    seen = {*stated}
     for node in nodes:
         if not set(node.sources) <= seen or node.name in seen:
             raise ValueError(f"node {node.name!r} is out of order")
@@ -261,10 +270,14 @@ def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
     for name in sorted(trainable):
         if name not in state or not state[name].is_floating_point():
             raise ValueError(f"{name!r} is no parameter of {task!r}")
-    shape, dtype = tuple(entry["input_shape"]), getattr(torch, entry["input_dtype"])
-    if dtype.is_floating_point:  # the network may have been turned to another precision since it was traced
-        dtype = precision
-    graph = analyse(nodes, entry["output"], state, trainable, shape, dtype).graph
+    inputs = {name: _read_input(own, precision) for name, own in stated.items()}
+    graph = analyse(nodes, entry["output"], state, trainable, inputs).graph
     original = entry["original"]
     sizes = int(original["parameters"]), int(original["bytes"])
-    return TaskStructure(graph, shapes, trainable, shape, dtype, *sizes, frozenset(entry.get("non_persistent", ())))
+    return TaskStructure(graph, shapes, trainable, inputs, *sizes, frozenset(entry.get("non_persistent", ())))
+
+
+def _read_input(entry: Mapping[str, Any], precision: torch.dtype) -> Input:
+    """Read an input. The network may have been turned to another precision since it was traced."""
+    dtype = getattr(torch, entry["input_dtype"])
+    return Input(tuple(entry["input_shape"]), precision if dtype.is_floating_point else dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from mtz_core.errors import InvalidConfig, InvalidZippedFile
-from mtz_core.network.graph import INPUT, Network, Node, free_unused, run, run_node
+from mtz_core.batches import Batch, bound, concatenated, flattened, formed, shapes_in_words, tensors_of
+from mtz_core.errors import InvalidCalibration, InvalidConfig, InvalidZippedFile
+from mtz_core.network.graph import (
+    INPUT,
+    LayerGraph,
+    Network,
+    Node,
+    blank_values,
+    free_unused,
+    given_name,
+    input_values,
+    run,
+    run_node,
+)
 from mtz_core.network.to_module import build_module
 from mtz_core.settings import ZipConfig
-from mtz_core.task_loss import TaskLoss
+from mtz_core.task_loss import Loss, make_loss
 from mtz_core.zipped import format
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.prefix import Order, Prefix, common_prefix
@@ -67,82 +80,111 @@ class ZippedNetwork(nn.Module):
         self.structure = replace(self.structure, report=report)
         return self
 
-    def loss_of(self, task: str, targets: Float[Tensor, "examples ..."]) -> TaskLoss:
+    def loss_of(self, task: str, targets: Batch) -> Loss:
         """Make a task's loss for its original network's outputs, of the kind that was declared or found in zipping."""
         judged = self.report.tasks.get(task)
-        ending = self.structure.networks[task].graph.ending
-        return TaskLoss.of(targets, None if judged is None else judged.declared, ending)
+        endings = self.structure.networks[task].graph.endings
+        return make_loss(targets, None if judged is None else judged.declared, endings)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every stored tensor by its name, detached."""
         names = (*self.structure.block_shapes(), *self.structure.own_shapes())
         return {name: self._get(name).detach() for name in names}
 
-    def forward(self, x: Shaped[Tensor, "batch ..."], task: str | Sequence[str]) -> Float[Tensor, "batch ..."]:
+    def forward(
+        self, x: Batch | Mapping[str, Tensor] | Sequence[Shaped[Tensor, "..."]], task: str | Sequence[str]
+    ) -> Any:
         """Run one task, or every example's own task.
 
         Args:
-            x: Examples, ``[batch, *input shape]``.
+            x: Examples, ``[batch, *input shape]``; of several inputs, a dict by name, or a tuple in their order.
             task: The task, or one for each example.
 
         Returns:
-            The outputs, ``[batch, *output shape]``.
+            The outputs, ``[batch, *output shape]``; several in dicts, lists or tuples as in the original network.
 
         Raises:
             InvalidConfig: A task is not in here, or the outputs of a mixed batch differ in shape.
+            InvalidCalibration: Inputs are missing or unknown, or of unequal lengths.
         """
         if not isinstance(task, str) and isinstance(task, Iterable):
             return self._mixed(x, list(task))
         self._check_task(task)
-        return run(self.structure.networks[task].graph, self.state_of(task), x, self.training)
+        graph = self.structure.networks[task].graph
+        return _formed(graph, run(graph, self.state_of(task), self.batch_for(x, task), self.training))
 
-    def _mixed(self, x: Tensor, tasks: list[str]) -> Tensor:
+    def signature(self, task: str) -> Signature:
+        """Return which inputs a task's network takes."""
+        names = [given_name(name) or "x" for name in self.structure.networks[task].inputs]
+        return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+
+    def batch_for(self, x: Any, task: str) -> Batch:
+        """Return the inputs of a task, by name if they have names.
+
+        Raises:
+            InvalidCalibration: Inputs are missing or unknown, or of unequal lengths.
+        """
+        if INPUT in self.structure.networks[task].inputs:
+            if not isinstance(x, Tensor):
+                raise InvalidCalibration(f"the network of {task!r} takes one tensor, but is given {type(x).__name__}.")
+            return x
+        given = (x,) if isinstance(x, Tensor) else x
+        return bound(given, self.signature(task), f"the inputs of {task!r}")
+
+    def _mixed(self, given: Any, tasks: list[str]) -> Any:
+        for task in tasks:
+            self._check_task(task)
+        x = self.batch_for(given, tasks[0]) if tasks else given
         if len(tasks) != len(x):
             raise InvalidConfig(f"task lists {len(tasks)} tasks for {len(x)} examples. List one for each.")
-        outputs: list[tuple[Tensor, Tensor]] = []
+        outputs: list[tuple[Tensor, Batch]] = []
+        device = next(iter(tensors_of(x).values())).device
         for task in dict.fromkeys(tasks):
-            index = torch.tensor([i for i, t in enumerate(tasks) if t == task], device=x.device)
-            outputs.append((index, self(x[index], task=task)))
-        if len({output.shape[1:] for _, output in outputs}) != 1:
+            index = torch.tensor([i for i, t in enumerate(tasks) if t == task], device=device)
+            outputs.append((index, flattened(self(x[index], task=task))))
+        forms = {str(self.structure.networks[task].graph.form) for task in tasks}
+        if len(forms) != 1 or len({shapes_in_words(output) for _, output in outputs}) != 1:
             raise InvalidConfig(
                 f"a batch cannot mix {', '.join(dict.fromkeys(tasks))}: their outputs differ in shape. "
                 "Call the network once per task."
             )
         order = torch.cat([index for index, _ in outputs]).argsort()
-        return torch.cat([output for _, output in outputs])[order]
+        return _formed(self.structure.networks[tasks[0]].graph, concatenated([own for _, own in outputs])[order])
 
-    def run_all(self, x: Shaped[Tensor, "batch ..."]) -> dict[str, Float[Tensor, "batch ..."]]:
+    def run_all(self, x: Batch | Mapping[str, Tensor] | Sequence[Shaped[Tensor, "..."]]) -> dict[str, Any]:
         """Run all tasks on the same examples; what all of them share from the input on is computed once.
 
         Args:
-            x: Examples, ``[batch, *input shape]``.
+            x: Examples, as for one task.
 
         Returns:
             The outputs of each task.
 
         Raises:
-            InvalidConfig: The tasks read inputs of different shapes.
+            InvalidConfig: The tasks read inputs of different names or shapes.
+            InvalidCalibration: Inputs are missing or unknown, or of unequal lengths.
         """
         networks = self.structure.networks
-        if len({(network.input_shape, network.input_dtype) for network in networks.values()}) != 1:
-            raise InvalidConfig("the tasks read different inputs. Call the network once per task.")
         first = self.tasks[0]
+        if any(network.inputs != networks[first].inputs for network in networks.values()):
+            raise InvalidConfig("the tasks read different inputs. Call the network once per task.")
+        batch = self.batch_for(x, first)
         if self._prefix is None:
             self._prefix = common_prefix(self.structure, self._precision)
         prefix = self._prefix
-        shared: dict[str, Any] = {INPUT: x}
+        shared = input_values(batch)
         state = self.state_of(first)
         for node in networks[first].graph.nodes:
             if node.name in prefix.nodes:
-                shared[node.name] = run_node(node, shared, state, len(x), self.training)
+                shared[node.name] = run_node(node, shared, state, len(batch), self.training)
                 for source in set(node.sources) - prefix.frontier:
                     if networks[first].graph.last_use.get(source) == node.name:
                         shared.pop(source)
-        return {task: self._rest(task, shared, prefix.nodes, prefix.orders[task], len(x)) for task in self.tasks}
+        return {task: self._rest(task, shared, prefix.nodes, prefix.orders[task], len(batch)) for task in self.tasks}
 
     def _rest(
         self, task: str, shared: Mapping[str, Any], done: frozenset[str], orders: Mapping[str, Order], batch: int
-    ) -> Tensor:
+    ) -> Any:
         """One task from the end of the common prefix on."""
         graph, state = self.structure.networks[task].graph, self.state_of(task)
         values: dict[str, Any] = {name: orders[name].apply(value) for name, value in shared.items()}
@@ -150,8 +192,7 @@ class ZippedNetwork(nn.Module):
             if node.name not in done:
                 values[node.name] = run_node(node, values, state, batch, self.training)
                 free_unused(graph, values, node)
-        output: Tensor = values[graph.output]
-        return output
+        return _formed(graph, values[graph.output])
 
     def network(self, task: str) -> nn.Module:
         """Return one task alone, as a plain torch module with dense weights that needs nothing of this package.
@@ -163,9 +204,9 @@ class ZippedNetwork(nn.Module):
         """
         self._check_task(task)
         part = self.structure.networks[task]
-        dtype = self._precision if part.input_dtype.is_floating_point else part.input_dtype
+        precise = {n: replace(i, dtype=self._precision) for n, i in part.inputs.items() if i.dtype.is_floating_point}
         state = {name: tensor.detach().clone() for name, tensor in self.state_of(task).items()}
-        alone = Network(part.graph, state, part.trainable, part.input_shape, dtype, part.non_persistent)
+        alone = Network(part.graph, state, part.trainable, {**part.inputs, **precise}, part.non_persistent)
         return build_module(alone).train(self.training)
 
     def without(self, task: str) -> ZippedNetwork:
@@ -319,7 +360,8 @@ def load(folder: str | Path) -> ZippedNetwork:
     shapes = ZippedNetwork(structure, {name: tensor.to("meta") for name, tensor in tensors.items()}).eval()
     try:
         for task, network in structure.networks.items():
-            shapes(torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta"), task)
+            values = blank_values(network.inputs, 2)
+            shapes(values.get(INPUT, {given_name(name): value for name, value in values.items()}), task)
     except Exception as error:  # torch raises many kinds for settings that make no sense
         raise InvalidZippedFile(
             f"{Path(folder) / format.MANIFEST} is malformed: the network cannot run: {str(error).splitlines()[0]}"
@@ -332,6 +374,11 @@ def _read_former_names(module: nn.Module, state: dict[str, Any], prefix: str, *_
     former = f"{prefix}_parameters_by_name."
     for name in [name for name in state if name.startswith(former)]:
         state[prefix + name.removeprefix(former)] = state.pop(name)
+
+
+def _formed(graph: LayerGraph, outputs: Batch) -> Any:
+    """Outputs in what held them in the original network."""
+    return formed(graph.form, list(tensors_of(outputs).values()))
 
 
 def _attribute(name: str) -> str:

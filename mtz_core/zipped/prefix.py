@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from mtz_core.network.graph import INPUT, Node, run_node
+from mtz_core.network.graph import OUTPUTS, Node, blank_values, run_node
 from mtz_core.network.operations import movement, operation_of
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.structure import ZippedStructure
@@ -47,7 +47,7 @@ class Prefix:
 
     Attributes:
         nodes: The nodes that need to run only once.
-        frontier: The values among theirs, or the input, that other nodes read or that are the output.
+        frontier: The values among theirs, or the inputs, that other nodes read or that are the output.
         orders: For every task, the order of its channels in each of these values.
     """
 
@@ -68,16 +68,17 @@ def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.flo
     """
     first, *others = structure.tasks
     graphs = {task: network.graph for task, network in structure.networks.items()}
-    orders: dict[str, dict[str, Order]] = {task: {INPUT: Order()} for task in structure.tasks}
+    orders: dict[str, dict[str, Order]] = {
+        task: {name: Order() for name in network.inputs} for task, network in structure.networks.items()
+    }
     nodes: set[str] = set()
     entry = structure.networks[first]
     state = {name: torch.empty(shape, dtype=precision, device="meta") for name, shape in entry.shapes.items()}
-    dtype = precision if entry.input_dtype.is_floating_point else entry.input_dtype
-    values: dict[str, Any] = {INPUT: torch.empty(1, *entry.input_shape, dtype=dtype, device="meta")}
+    values = blank_values(entry.inputs, 1, precision)
     nodes_of = [{node.name: node for node in graph.nodes} for graph in graphs.values()]
     for node in graphs[first].nodes:
         steps = [own.get(node.name) for own in nodes_of]
-        if any(source not in orders[first] for source in node.sources) or not node.sources:
+        if any(source not in orders[first] for source in node.sources) or not node.sources or node.kind == OUTPUTS:
             continue
         if any(step is None or (step.kind, step.arguments) != (node.kind, node.arguments) for step in steps):
             continue
@@ -95,7 +96,7 @@ def common_prefix(structure: ZippedStructure, precision: torch.dtype = torch.flo
             orders[task][node.name] = order
     read = {s for graph in graphs.values() for node in graph.nodes if node.name not in nodes for s in node.sources}
     read |= {graph.output for graph in graphs.values()}
-    return Prefix(frozenset(nodes), frozenset(read & {INPUT, *nodes}), orders)
+    return Prefix(frozenset(nodes), frozenset(read & {*entry.inputs, *nodes}), orders)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

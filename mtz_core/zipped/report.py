@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mtz_core.settings import Kind, Output
+from mtz_core.settings import Kind, Output, Outputs
+from mtz_core.task_loss import JointLoss, Loss
 
 ROWS = 24
 """The most layers that a printed report lists; of more, it shows the first and the last."""
@@ -64,7 +65,7 @@ class TaskReport:
     """How well a task came through zipping, judged on examples to which nothing was fitted.
 
     Attributes:
-        output: The kind of its outputs, see `mtz_core.Output`.
+        output: The kind of its outputs, see `mtz_core.Output`; of several outputs the fields of each, by name.
         tolerance: The error that makes no difference to it, if one is declared.
         guessed: Why this kind was taken, in words; empty where it was declared.
         lost: The share of its own information that it has lost: 0 for none, 1 for all; see `mtz_core.task_loss`.
@@ -72,17 +73,34 @@ class TaskReport:
         examples: How many examples it was judged on.
     """
 
-    output: Kind
+    output: Kind | Mapping[str, Mapping[str, Any]]
     tolerance: float | None
     guessed: str
     lost: float
     agreement: float
     examples: int
 
+    @classmethod
+    def of(cls, loss: Loss, lost: float, agreement: float, examples: int) -> TaskReport:
+        """Make a report on a task that has this loss."""
+        if isinstance(loss, JointLoss):
+            several = {name: asdict(own.output) for name, own in loss.losses.items()}
+            return cls(several, None, loss.guessed, lost, agreement, examples)
+        return cls(loss.kind, loss.output.tolerance, loss.guessed, lost, agreement, examples)
+
     @property
-    def declared(self) -> Output:
+    def declared(self) -> Outputs:
         """What the outputs mean."""
+        if isinstance(self.output, Mapping):
+            return {name: Output(**own) for name, own in self.output.items()}
         return Output(self.output, self.tolerance)
+
+    @property
+    def kinds(self) -> str:
+        """The kind of the outputs, or of each, in words."""
+        if isinstance(self.output, Mapping):
+            return ", ".join(f"{name}: {own['kind']}" for name, own in self.output.items())
+        return self.output
 
     def brief(self) -> str:
         """Return the figures in a few words."""
@@ -91,7 +109,7 @@ class TaskReport:
     def __str__(self) -> str:
         """Return a line for people."""
         guessed = f", guessed, as {self.guessed}" if self.guessed else ""
-        return f"{self.brief()}, on {self.examples} held-out examples; outputs are {self.output}{guessed}"
+        return f"{self.brief()}, on {self.examples} held-out examples; outputs are {self.kinds}{guessed}"
 
 
 @dataclass(frozen=True)

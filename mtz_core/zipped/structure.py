@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mtz_core.network.graph import Axis, LayerGraph, Network, Node
+from mtz_core.network.graph import Axis, Inputs, LayerGraph, Network, Node
 from mtz_core.zipped.ownership import Arrangement, Members, Owners, arrange, one_size, positions_of
 from mtz_core.zipped.report import LayerReport, ZipReport
 
@@ -57,8 +57,7 @@ class TaskStructure:
         graph: The task's graph.
         shapes: The shape of every tensor that the task's network needs, by the tensor's name.
         trainable: The names of the tensors that are parameters.
-        input_shape: The shape of one example.
-        input_dtype: The dtype of the examples.
+        inputs: What the network is given.
         parameters: The number of trainable values in the task's original network.
         bytes: The size of the task's original network, in bytes.
         non_persistent: The names of the tensors that the original's ``state_dict`` leaves out.
@@ -67,8 +66,7 @@ class TaskStructure:
     graph: LayerGraph
     shapes: Mapping[str, tuple[int, ...]]
     trainable: frozenset[str]
-    input_shape: tuple[int, ...]
-    input_dtype: torch.dtype
+    inputs: Inputs
     parameters: int
     bytes: int
     non_persistent: frozenset[str] = frozenset()
@@ -86,9 +84,18 @@ class TaskStructure:
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state.items()}
         original = original or network
-        entry = network.input_shape, network.input_dtype
         sizes = original.parameters, original.bytes
-        return cls(network.graph, shapes, network.trainable, *entry, *sizes, network.non_persistent)
+        return cls(network.graph, shapes, network.trainable, network.inputs, *sizes, network.non_persistent)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example; of several inputs, of the first one's."""
+        return next(iter(self.inputs.values())).shape
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype of the examples; of several inputs, of the first one's."""
+        return next(iter(self.inputs.values())).dtype
 
     @cached_property
     def matrices(self) -> frozenset[str]:

@@ -4,7 +4,8 @@ A split is `{split}.parquet`; `{split}.arrow`, an Arrow IPC file or stream; or a
 `save_to_disk` of Hugging Face datasets writes it. Its columns are
 
     image: struct<bytes, path>            encoded images, which become values from 0 to 1, or
-    input: fixed_shape_tensor or lists    anything else, taken as it is: floating-point numbers, or tokens
+    input: fixed_shape_tensor or lists    anything else, taken as it is: floating-point numbers, or tokens, or
+    NAME: the same                        one of several inputs, by its name in the network's forward pass
     label: int64                          class numbers from 0; or numbers, one or several for each example; or none
 
 Tables are read in pieces, so they may be larger than memory where only a sample or a batch at a time is wanted.
@@ -12,10 +13,11 @@ Tables are read in pieces, so they may be larger than memory where only a sample
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from mtz_core.batches import NamedTensors
 from mtz_core.errors import MtzError
 from tasks.data.images import InvalidImage, pixels_of
 from tasks.data.layout import IMAGE, INPUT, LABEL, SAVED, SAVED_STATE, SUFFIXES
@@ -37,7 +40,8 @@ class InvalidData(MtzError):
 
 LAYOUT = (
     "Expected are the columns image: struct<bytes, path> with encoded images, or input: fixed_shape_tensor (or lists "
-    "of one length) of floating-point numbers, or of whole ones for tokens; and label: int64."
+    "of one length) of floating-point numbers, or of whole ones for tokens, or such columns by the names of the "
+    "network's inputs; and label: int64."
 )
 
 _ROWS = 128
@@ -46,11 +50,14 @@ _ROWS = 128
 _FILE = b"ARROW1"
 """What an Arrow IPC file begins with; a stream does not."""
 
-_Piece = tuple[np.ndarray, np.ndarray | None]
+_Arrays = Mapping[str, np.ndarray]
+"""Inputs by the names of their columns."""
+
+_Piece = tuple[_Arrays, np.ndarray | None]
 """Inputs, and their labels."""
 
 
-def read_images(folder: Path, split: str, count: int | None = None, seed: int = 0) -> Shaped[Tensor, "n ..."]:
+def read_images(folder: Path, split: str, count: int | None = None, seed: int = 0) -> Any:
     """Read the inputs of a split; labels stay unread.
 
     Args:
@@ -60,8 +67,8 @@ def read_images(folder: Path, split: str, count: int | None = None, seed: int = 
         seed: The seed of the sample.
 
     Returns:
-        The inputs, float32, or int64 if they are tokens. Images are `[n, channels, height, width]` with values from 0
-        to 1.
+        The inputs, float32, or int64 if they are tokens; of several columns `NamedTensors`. Images are `[n, channels,
+        height, width]` with values from 0 to 1.
 
     Raises:
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
@@ -70,9 +77,7 @@ def read_images(folder: Path, split: str, count: int | None = None, seed: int = 
     return table.read(_sample(table.rows, count, seed), labelled=False)[0]
 
 
-def read_examples(
-    folder: Path, split: str, count: int | None = None, seed: int = 0
-) -> tuple[Shaped[Tensor, "n ..."], Int64[Tensor, " n"]]:
+def read_examples(folder: Path, split: str, count: int | None = None, seed: int = 0) -> tuple[Any, Int64[Tensor, " n"]]:
     """Read the inputs of a split and their labels.
 
     Args:
@@ -97,7 +102,7 @@ def read_examples(
     return inputs, labels
 
 
-def read_labelled(folder: Path, split: str) -> tuple[Shaped[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]:
+def read_labelled(folder: Path, split: str) -> tuple[Any, Shaped[Tensor, "n ..."] | None]:
     """Read the inputs of a split and their labels, if it has any.
 
     Args:
@@ -116,7 +121,7 @@ def read_labelled(folder: Path, split: str) -> tuple[Shaped[Tensor, "n ..."], Sh
 
 def read_batches(
     folder: Path, split: str, size: int, labelled: bool = True
-) -> Iterator[tuple[Shaped[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]]:
+) -> Iterator[tuple[Any, Shaped[Tensor, "n ..."] | None]]:
     """Read a split batch by batch, so that no more than a batch of it is in memory.
 
     Args:
@@ -135,11 +140,11 @@ def read_batches(
     held: list[_Piece] = []
     for piece in table.pieces(np.arange(table.rows), labelled and table.labelled):
         held.append(piece)
-        while sum(len(inputs) for inputs, _ in held) >= size:
-            inputs, labels = _together(held)
-            yield _tensors(inputs[:size], None if labels is None else labels[:size])
-            held = [(inputs[size:], None if labels is None else labels[size:])]
-    if any(len(inputs) for inputs, _ in held):
+        while sum(_count(inputs) for inputs, _ in held) >= size:
+            whole = _together(held)
+            yield _tensors(*_part(whole, slice(size)))
+            held = [_part(whole, slice(size, None))]
+    if any(_count(inputs) for inputs, _ in held):
         yield _tensors(*_together(held))
 
 
@@ -192,14 +197,14 @@ class _Table:
         files: Its files.
         schema: The columns of each file.
         rows: How many rows it has.
-        column: The name of the inputs' column.
+        columns: The names of the inputs' columns.
     """
 
     path: Path
     files: Sequence[Path]
     schema: pa.Schema
     rows: int
-    column: str
+    columns: Sequence[str]
 
     @classmethod
     def of(cls, folder: Path, split: str) -> _Table:
@@ -209,7 +214,9 @@ class _Table:
         with _readable(path):
             schemas, counts = zip(*(_outline(file) for file in files), strict=True)
         columns = [name for name in (IMAGE, INPUT) if name in schemas[0].names]
-        if len(columns) != 1:
+        if not columns:
+            columns = [own.name for own in schemas[0] if own.name != LABEL and _is_numbers(own.type, masks=True)]
+        if not columns or {IMAGE, INPUT} <= {*columns}:
             raise InvalidData(
                 f"{path} has {'both columns' if columns else 'no column'} {IMAGE!r} or {INPUT!r}. {LAYOUT}"
             )
@@ -222,7 +229,7 @@ class _Table:
             raise InvalidData(f"{path}: column {columns[0]} is {kind}. {LAYOUT}")
         if not sum(counts):
             raise InvalidData(f"{path} is empty. Give at least one example.")
-        return cls(path, files, schemas[0], sum(counts), columns[0])
+        return cls(path, files, schemas[0], sum(counts), columns)
 
     @property
     def labelled(self) -> bool:
@@ -237,15 +244,16 @@ class _Table:
 
     def pieces(self, index: Int64[np.ndarray, " n"], labelled: bool) -> Iterator[_Piece]:
         """Yield the inputs of some rows in ascending order, and their labels if they are wanted, a few at a time."""
-        first, shape = 0, None
-        for batch in self._batches([self.column, *([LABEL] if labelled else [])]):
+        first, shapes = 0, None
+        for batch in self._batches([*self.columns, *([LABEL] if labelled else [])]):
             labels = self._labels(batch.column(LABEL)) if labelled else None
             within = index[slice(*np.searchsorted(index, (first, first + len(batch))))] - first
-            inputs = self._inputs(batch.column(self.column), within, first)
+            inputs = {name: self._inputs(batch.column(name), name, within, first) for name in self.columns}
             first += len(batch)
             if len(within):
-                shape = shape or inputs.shape[1:]
-                if inputs.shape[1:] != shape:
+                found = [values.shape[1:] for values in inputs.values()]
+                shapes = shapes or found
+                if found != shapes:
                     raise self._mixed()
                 yield inputs, None if labels is None else labels[within]
 
@@ -257,10 +265,10 @@ class _Table:
                     for start in range(0, len(batch), _ROWS):
                         yield batch.slice(start, _ROWS)
 
-    def _inputs(self, column: pa.Array, within: Int64[np.ndarray, " n"], first: int) -> np.ndarray:
-        if self.column == IMAGE:
+    def _inputs(self, column: pa.Array, name: str, within: Int64[np.ndarray, " n"], first: int) -> np.ndarray:
+        if name == IMAGE:
             return self._pixels(column.field("bytes"), within, first)
-        values = self._numbers(column, INPUT)[within]
+        values = self._numbers(column, name)[within]
         if values.dtype == np.float32:
             finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
             if not finite.all():
@@ -295,7 +303,7 @@ class _Table:
         raise InvalidData(f"{self.path}: column {LABEL} is {column.type}. {LAYOUT}")
 
     def _numbers(self, column: pa.Array, name: str) -> np.ndarray:
-        """Return a column of numbers as one array, `[rows, …]`, float32 or int64."""
+        """Return a column of numbers as one array, `[rows, …]`, float32, int64 or bool."""
         shape = [len(column)]
         if isinstance(column.type, pa.FixedShapeTensorType):
             missing = column.null_count or column.storage.flatten().null_count
@@ -315,10 +323,11 @@ class _Table:
             values = column if missing else column.to_numpy(zero_copy_only=False).reshape(shape)
         if missing:
             raise InvalidData(f"{self.path}: column {name} has rows without a value. Leave them out.")
-        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
+        dtype = {"f": np.float32, "b": np.bool_}.get(values.dtype.kind, np.int64)
+        return values.astype(dtype, copy=False)
 
     def _mixed(self) -> InvalidData:
-        what = "images of different sizes or colours" if self.column == IMAGE else "examples of different shapes"
+        what = "images of different sizes or colours" if IMAGE in self.columns else "examples of different shapes"
         return InvalidData(f"{self.path} mixes {what}. Bring them to one.")
 
 
@@ -372,13 +381,13 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _is_numbers(kind: pa.DataType) -> bool:
-    """Return whether a column holds tensors of numbers, or lists of them."""
+def _is_numbers(kind: pa.DataType, masks: bool = False) -> bool:
+    """Return whether a column holds tensors or lists of numbers, or, if `masks` may be there, of truth values."""
     if not isinstance(kind, pa.FixedShapeTensorType) and not _is_list(kind):
         return False
     while isinstance(kind, pa.FixedShapeTensorType) or _is_list(kind):
         kind = kind.value_type
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or (masks and pa.types.is_boolean(kind))
 
 
 def _sample(total: int, count: int | None, seed: int) -> Int64[np.ndarray, " n"]:
@@ -392,19 +401,32 @@ def _together(pieces: Iterable[_Piece], count: int | None = None) -> _Piece:
     """Return the rows of all pieces in one array each; with their count, they are held once only."""
     if count is None:
         pieces = list(pieces)
-        count = sum(len(inputs) for inputs, _ in pieces)
-    inputs, labels, first = np.empty(0), None, 0
+        count = sum(_count(inputs) for inputs, _ in pieces)
+    inputs: dict[str, np.ndarray] = {}
+    labels, first = None, 0
     for some, own in pieces:
         if first == 0:
-            inputs = np.empty((count, *some.shape[1:]), some.dtype)
+            inputs = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in some.items()}
             labels = None if own is None else np.empty((count, *own.shape[1:]), own.dtype)
-        part = slice(first, first + len(some))
-        inputs[part] = some
+        part = slice(first, first + _count(some))
+        for name, values in some.items():
+            inputs[name][part] = values
         if labels is not None:
             labels[part] = own
-        first += len(some)
+        first = part.stop
     return inputs, labels
 
 
-def _tensors(inputs: np.ndarray, labels: np.ndarray | None) -> tuple[Tensor, Tensor | None]:
-    return torch.from_numpy(inputs), None if labels is None else torch.from_numpy(labels)
+def _count(inputs: _Arrays) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _part(piece: _Piece, part: slice) -> _Piece:
+    inputs, labels = piece
+    return {name: values[part] for name, values in inputs.items()}, None if labels is None else labels[part]
+
+
+def _tensors(inputs: _Arrays, labels: np.ndarray | None) -> tuple[Any, Tensor | None]:
+    tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+    one = next((tensors[name] for name in (IMAGE, INPUT) if name in tensors), None)
+    return NamedTensors(tensors) if one is None else one, None if labels is None else torch.from_numpy(labels)

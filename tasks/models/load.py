@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import sys
+from typing import Any
 
-from mtz_core.errors import MtzError
-from mtz_core.network.graph import INPUT, Network
+from torch import Tensor, nn
+
+from mtz_core.batches import Batch, needs_several, signature_of
+from mtz_core.errors import MtzError, UnsupportedModule
+from mtz_core.network.graph import Network, given_name, input_values
 from mtz_core.network.tracing import trace
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_batches, read_examples, read_images
@@ -76,13 +79,26 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
         The network as the core sees it.
 
     Raises:
+        UnsupportedModule: The network has several inputs or outputs.
         MtzError: The image cannot be read, or the network cannot be traced.
     """
     example = read_images(workspace.root / params.models[model].data, "train", count=1)
+    taken = signature_of(network)
+    if isinstance(example, Tensor) and needs_several(taken):
+        raise UnsupportedModule(
+            f"models.{model}.network: {type(network).__name__} needs several inputs ({', '.join(taken.parameters)}), "
+            "but the data have one. Name their columns after the inputs."
+        )
     try:
-        return trace(network, example, params.models[model].keep_separate, params.models[model].zip)
+        traced = trace(network, example, params.models[model].keep_separate, params.models[model].zip)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
+    if len(traced.graph.endings) > 1:
+        raise UnsupportedModule(
+            f"models.{model}.network: {type(network).__name__} has several outputs, {', '.join(traced.graph.endings)}. "
+            "In the pipeline a network has one: wrap it in a module that returns it alone."
+        )
+    return traced
 
 
 def check_tokens(params: Params, workspace: Workspace, model: str, network: Network) -> None:
@@ -97,22 +113,28 @@ def check_tokens(params: Params, workspace: Workspace, model: str, network: Netw
     Raises:
         InvalidData: A split holds a token that has no row in the network's embedding.
     """
-    tables = [n for n in network.graph.nodes if n.kind == "embedding" and {"value": INPUT} in n.arguments.values()]
-    if not tables:
+    known: dict[str, int] = {}
+    for node in network.graph.nodes:
+        for name in network.inputs if node.kind == "embedding" else ():
+            if {"value": name} in node.arguments.values():
+                known[name] = min(len(network.state[node.weight]), known.get(name, sys.maxsize))
+    if not known:
         return
-    known = min(len(network.state[table.weight]) for table in tables)
     folder = workspace.root / params.models[model].data
     for split in SPLITS:
         for inputs, _ in read_batches(folder, split, _SCANNED, labelled=False):
-            least, most = int(inputs.min()), int(inputs.max())
-            if least < 0 or most >= known:
-                raise InvalidData(
-                    f"models.{model}.data: {split} holds token {least if least < 0 else most}, but the network knows "
-                    f"0 to {known - 1}. Use the vocabulary that it was trained with."
-                )
+            values = input_values(inputs)
+            for name, words in known.items():
+                least, most = int(values[name].min()), int(values[name].max())
+                if least < 0 or most >= words:
+                    raise InvalidData(
+                        f"models.{model}.data: {split} holds token {least if least < 0 else most}"
+                        f"{f' of {given_name(name)}' if given_name(name) else ''}, but the network knows 0 to "
+                        f"{words - 1}. Use the vocabulary that it was trained with."
+                    )
 
 
-def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tensor:
+def calibration(params: Params, workspace: Workspace, model: str) -> Any:
     """Read a model's calibration images, without labels.
 
     Args:
@@ -121,7 +143,7 @@ def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tenso
         model: The model's name.
 
     Returns:
-        A seeded sample of the training split, `[n, …]`.
+        A seeded sample of the training split, `[n, …]`, or `NamedTensors` of several inputs.
 
     Raises:
         InvalidData: The training split cannot be used.
@@ -132,7 +154,7 @@ def calibration(params: Params, workspace: Workspace, model: str) -> torch.Tenso
 
 def read_split(
     params: Params, workspace: Workspace, split: str, count: int | None
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Batch], dict[str, Tensor]]:
     """Read images of every model, and their labels if retraining uses them; otherwise labels stay unread.
 
     Args:
@@ -147,8 +169,8 @@ def read_split(
     Raises:
         InvalidData: A model's split cannot be used.
     """
-    images: dict[str, torch.Tensor] = {}
-    labels: dict[str, torch.Tensor] = {}
+    images: dict[str, Batch] = {}
+    labels: dict[str, Tensor] = {}
     for model, block in params.models.items():
         folder, seed = workspace.root / block.data, params.retrain.seed
         if params.retrain.labels:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 import mtz_core
+from mtz_core.batches import flattened
+from mtz_core.network.graph import given_name
 from mtz_core.zipped.structure import TaskStructure
 from tasks.registry.mlflow_client import (
     TrackingError,
@@ -201,11 +203,15 @@ def _log_model(mlflow: Any, release: Release) -> Any:
 
     network = mtz_core.load(release.network)
     originals = [network.structure.networks[task] for task in network.tasks]
-    shapes = [original.input_shape for original in originals]
     example = _example(originals[0])
-    common = (sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+    specs: list[Any] = []
+    for name, own in originals[0].inputs.items():
+        shapes = [original.inputs[name].shape for original in originals if name in original.inputs]
+        common = (sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+        dtype = np.dtype(np.float32 if own.dtype.is_floating_point else np.int64)
+        specs.append(TensorSpec(dtype, (-1, *common), given_name(name) or None))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(example.dtype, (-1, *common))]),
+        inputs=Schema(specs),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1))]),
         params=ParamSchema([ParamSpec("task", "string", network.tasks[0])]),
     )
@@ -242,18 +248,23 @@ def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
         served = mlflow.pyfunc.load_model(model_uri, dst_path=copy)
         for task in network.tasks:
             x = _example(network.structure.networks[task])
+            named = isinstance(x, dict)
+            given = {n: torch.from_numpy(own) for n, own in x.items()} if named else torch.from_numpy(x)
             with torch.inference_mode():
-                expected = network(torch.from_numpy(x), task=task).numpy()
+                expected = flattened(network(given, task=task)).numpy()
             if not np.array_equal(served.predict(x, params={"task": task}), expected):
                 raise TrackingError(f"The logged model gives other outputs for task '{task}' than {folder}. Run again.")
 
 
-def _example(original: TaskStructure) -> np.ndarray[Any, Any]:
+def _example(original: TaskStructure) -> Any:
     """Return inputs that any network of this structure takes: numbers, or tokens that every vocabulary has."""
-    shape = (_EXAMPLE_ROWS, *original.input_shape)
-    if not original.input_dtype.is_floating_point:
-        return np.zeros(shape, np.int64)
-    return np.random.default_rng(0).random(shape, dtype=np.float32)
+    drawn = np.random.default_rng(0)
+    arrays = {}
+    for name, own in original.inputs.items():
+        shape = (_EXAMPLE_ROWS, *own.shape)
+        numbers = own.dtype.is_floating_point
+        arrays[given_name(name)] = drawn.random(shape, dtype=np.float32) if numbers else np.zeros(shape, np.int64)
+    return arrays.get("", arrays)
 
 
 def _experiment(client: Any, settings: TrackingSettings, store: Storage) -> str:

@@ -14,6 +14,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 import mtz_core
+from mtz_core.batches import flattened
 
 
 class ServedNetwork(PythonModel):
@@ -24,13 +25,16 @@ class ServedNetwork(PythonModel):
         self._network = mtz_core.load(context.artifacts["network"])
 
     def predict(
-        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+        self,
+        context: PythonModelContext,
+        model_input: Any,
+        params: dict[str, Any] | None = None,
     ) -> np.ndarray:
         """Run one task of the network.
 
         Args:
             context: Unused; MLflow passes it.
-            model_input: The inputs, `[batch, *input_shape]`, float32.
+            model_input: The inputs, `[batch, *input_shape]`, float32; several by name.
             params: `task` names the task; by default the first one.
 
         Returns:
@@ -40,8 +44,14 @@ class ServedNetwork(PythonModel):
             MtzError: The network does not have this task.
         """
         task = (params or {}).get("task", self._network.tasks[0])
+        given = (
+            {name: torch.tensor(values) for name, values in model_input.items()}
+            if isinstance(model_input, dict)
+            else torch.tensor(model_input)
+        )
         with torch.inference_mode():
-            return self._network(torch.tensor(model_input), task=task).numpy()
+            outputs: np.ndarray = flattened(self._network(given, task=task)).numpy()
+        return outputs
 
 
 set_model(ServedNetwork())

@@ -10,7 +10,7 @@ from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import check_labels
 from mtz_core.merging.compatibility import shared_counts
 from mtz_core.merging.pairing import Pairing
-from mtz_core.network.graph import Network, run
+from mtz_core.network.graph import Network, given_name, inputs_of, run
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.search import Validation
 from mtz_core.planning.sizes import Sizes, owner_sets
@@ -77,10 +77,15 @@ def _validation(params: Params, workspace: Workspace, model: str, network: Netwo
     settings = params.models[model]
     images, labels = read_labelled(workspace.root / settings.data, "validation")
     _, metric = find_metric(params, model, labels)
-    if tuple(images.shape[1:]) != network.input_shape:
+    shapes = [
+        {given_name(name): list(own.shape) for name, own in inputs.items()}
+        for inputs in (inputs_of(images), network.inputs)
+    ]
+    if shapes[0] != shapes[1]:
+        said = [", ".join(f"{name} {shape}".strip() for name, shape in own.items()) for own in shapes]
         raise InvalidData(
-            f"models.{model}.data: validation images have shape {list(images.shape[1:])}, training images "
-            f"{list(network.input_shape)}. Bring them to one."
+            f"models.{model}.data: validation images have shape {said[0]}, training images {said[1]}. Bring them to "
+            "one."
         )
     if metric.reads == "labels":
         assert labels is not None

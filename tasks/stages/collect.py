@@ -11,7 +11,7 @@ from mtz_core.errors import MtzError
 from mtz_core.network.graph import Network
 from mtz_core.statistics.calibration import as_batches, stream_rows
 from mtz_core.statistics.sensitivity import loss_of, sensitivities
-from mtz_core.task_loss import TaskLoss
+from mtz_core.task_loss import Loss
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
@@ -20,7 +20,7 @@ from tasks.params import Params
 from tasks.progress import show_progress
 
 
-def _loss(params: Params, model: str, network: Network, batches: Sequence[Tensor]) -> TaskLoss:
+def _loss(params: Params, model: str, network: Network, batches: Sequence[Tensor]) -> Loss:
     try:
         return loss_of(network, batches, params.models[model].declared_output)
     except MtzError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtz_core.batches import call
 from mtz_core.evaluation import Case, Model, check_labels, measure, outputs_of
 from mtz_core.zipped.format import WEIGHTS
 from mtz_core.zipped.module import load
@@ -37,7 +38,11 @@ def run(params: Params, workspace: Workspace) -> None:
     merged, retrained = load(workspace.merged), load(workspace.retrained)
     tasks: dict[str, dict[str, Any]] = {}
     for model, block in params.models.items():
-        networks = (load_network(params, workspace, model), partial(merged, task=model), partial(retrained, task=model))
+        networks = (
+            partial(call, load_network(params, workspace, model)),
+            partial(merged, task=model),
+            partial(retrained, task=model),
+        )
         batches = read_batches(workspace.root / block.data, "test", params.evaluate.batch_size)
         outputs, labels = _outputs(dict(zip(_STATES, networks, strict=True)), batches)
         name, metric = find_metric(params, model, labels)

@@ -12,13 +12,12 @@ from functools import cached_property, partial
 from itertools import groupby
 from math import ceil
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
+from mtz_core.batches import Batch, divided
 from mtz_core.errors import MtzError
 from mtz_core.evaluation import Case, Metric, Model, check_labels, error_of, outputs_of
 from mtz_core.merging.compatibility import common_part
@@ -254,7 +253,7 @@ class _Test:
     """The test data of a model, its metric with its name, and the original network's outputs."""
 
     name: str
-    images: Tensor
+    images: Batch
     metric: Metric
     original: Case
 
@@ -323,7 +322,7 @@ class _Group:
             pass
 
     @cached_property
-    def _retraining(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Targets | None, Targets]:
+    def _retraining(self) -> tuple[Mapping[str, Batch], Mapping[str, Batch], Targets | None, Targets]:
         """Training and validation examples, their labels if retraining uses them, and the originals' outputs."""
         settings = self._params.retrain
         training, training_labels = read_split(self._params, self._workspace, "train", settings.images)
@@ -331,9 +330,9 @@ class _Group:
         outputs = Targets(*({m: self._outputs(m, own[m]) for m in self.networks} for own in (training, validation)))
         return training, validation, Targets(training_labels, validation_labels) if settings.labels else None, outputs
 
-    def _outputs(self, model: str, examples: Tensor) -> Tensor:
+    def _outputs(self, model: str, examples: Batch) -> Any:
         network = self.networks[model]
-        batches = torch.split(examples, self._params.evaluate.batch_size)
+        batches = divided(examples, self._params.evaluate.batch_size)
         return outputs_of(partial(run_network, network.graph, network.state), batches)
 
     def _read_test(self, model: str) -> _Test:
@@ -346,7 +345,7 @@ class _Group:
 
     def _error(self, model: str, network: Model) -> float:
         test = self._tests[model]
-        outputs = outputs_of(network, torch.split(test.images, self._params.evaluate.batch_size))
+        outputs = outputs_of(network, divided(test.images, self._params.evaluate.batch_size))
         return self._measure(model, replace(test.original, outputs=outputs))
 
     def _measure(self, model: str, case: Case) -> float:

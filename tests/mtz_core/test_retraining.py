@@ -323,7 +323,9 @@ def test_distillation_and_labels_are_mixed(weight: float) -> None:
     for task in TASKS:
         outputs = zipped(validation[task], task)
         distilled = distillation_loss(outputs, networks[task](validation[task]), config.temperature) / most()[task]
-        expected = (1 - weight) * distilled + weight * F.cross_entropy(outputs, labels.validation[task])
+        truth = labels.validation[task]
+        assert isinstance(truth, Tensor)
+        expected = (1 - weight) * distilled + weight * F.cross_entropy(outputs, truth)
         assert first.validation_loss[task] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
@@ -488,7 +490,9 @@ def test_outputs_of_other_examples_are_refused() -> None:
 def test_outputs_that_are_not_finite_are_refused() -> None:
     zipped, networks, training, validation = setting()
     outputs = original_outputs(networks, training, validation)
-    outputs.validation["digits"][3, 1] = float("inf")
+    found = outputs.validation["digits"]
+    assert isinstance(found, Tensor)
+    found[3, 1] = float("inf")
     with pytest.raises(InvalidCalibration, match="puts out NaN or infinite values for its validation examples"):
         Retraining(zipped, networks, training, validation, CONFIG, outputs=outputs)
 

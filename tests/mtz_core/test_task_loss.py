@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
+from mtz_core.batches import NamedTensors
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.settings import Kind, Output
-from mtz_core.task_loss import TEMPERATURE, TaskLoss
+from mtz_core.task_loss import TEMPERATURE, JointLoss, TaskLoss, make_loss
 from tests.support.distillation import distillation_loss
 
 
@@ -188,6 +189,9 @@ def test_impossible_declarations_are_refused() -> None:
     with pytest.raises(InvalidConfig, match=r"output\.tolerance: logits has none"):
         Output("logits", 1.0)
     assert Output.declared({"kind": "regression", "tolerance": 2}) == Output("regression", 2)
+    for weight in (0, -1.0, float("inf"), "1"):
+        with pytest.raises(InvalidConfig, match=r"output\.weight: .* a positive number"):
+            Output("logits", weight=weight)  # type: ignore[arg-type]
     assert Output.declared("logits") == Output("logits") and Output.declared(None) is None
 
 
@@ -196,3 +200,60 @@ def test_constant_outputs_tell_nothing(kind: Kind, targets: Tensor) -> None:
     same = targets[:1].expand_as(targets)
     assert not loss_of(kind, same).tells
     assert loss_of(kind, targets).tells
+
+
+def several(seed: int, constant: bool = False) -> NamedTensors:
+    """Logits, and numbers that may be the same for all examples."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.ones(40, 3) if constant else torch.randn(40, 3, generator=generator)
+    return NamedTensors({"logits": 4 * torch.randn(40, 5, generator=generator), "numbers": numbers})
+
+
+ENDINGS = {"logits": "linear", "numbers": "linear"}
+
+
+def test_the_loss_of_several_outputs_is_their_mean_by_weights() -> None:
+    targets, outputs = several(1), several(2)
+    declared = {"logits": Output("logits"), "numbers": Output("regression", weight=3.0)}
+    loss = make_loss(targets, declared, ENDINGS)
+    assert isinstance(loss, JointLoss)
+    parts = {name: TaskLoss.of(targets.tensors[name], declared[name]) for name in declared}
+
+    def mean(of: Callable[[TaskLoss, Tensor, Tensor], float]) -> float:
+        each = {name: of(part, outputs.tensors[name], targets.tensors[name]) for name, part in parts.items()}
+        return 0.25 * each["logits"] + 0.75 * each["numbers"]
+
+    assert float(loss(outputs, targets)) == pytest.approx(mean(lambda part, a, b: float(part(a, b))))
+    assert loss.agreement(outputs, targets) == pytest.approx(mean(lambda part, a, b: part.agreement(a, b)))
+    assert loss.relative_error(outputs, targets) == pytest.approx(mean(lambda part, a, b: part.relative_error(a, b)))
+    softened = loss.distillation(targets, 4.0)(outputs, targets)
+    expected = mean(lambda part, a, b: float(part.distillation(b, 4.0)(a, b)))
+    assert float(softened) == pytest.approx(expected, rel=1e-5)
+    assert float(loss(targets, targets)) == pytest.approx(0, abs=1e-6)
+    assert loss.kind == "logits: logits, numbers: regression"
+
+
+def test_an_output_that_does_not_depend_on_the_input_has_no_weight() -> None:
+    targets, outputs = several(1, constant=True), several(2)
+    loss = make_loss(targets, {"numbers": Output("regression")}, ENDINGS)
+    assert isinstance(loss, JointLoss)
+    assert loss.weights == {"logits": 1, "numbers": 0}
+    alone = loss.losses["logits"](outputs.tensors["logits"], targets.tensors["logits"])
+    assert float(loss(outputs, targets)) == pytest.approx(float(alone))
+    constant = NamedTensors({name: torch.ones(4, 3) for name in ENDINGS})
+    silent = make_loss(constant, dict.fromkeys(ENDINGS, Output("regression")), ENDINGS)
+    assert isinstance(silent, JointLoss)
+    assert not silent.tells
+    assert float(silent(constant, constant)) == 0
+
+
+def test_outputs_are_declared_by_their_names() -> None:
+    one, both = torch.randn(9, 4), several(1)
+    assert isinstance(make_loss(one, {"logits": Output("regression")}, {"logits": "linear"}), TaskLoss)
+    assert make_loss(one, Output("regression"), {"logits": "linear"}).kind == "regression"
+    with pytest.raises(InvalidCalibration, match=r"there is no output 'boxes'\. Outputs: one without a name"):
+        make_loss(one, {"boxes": Output("regression")}, {"": "linear"})
+    with pytest.raises(InvalidCalibration, match=r"there is no output 'boxes'\. Outputs: logits, numbers"):
+        make_loss(both, {"boxes": Output("regression")}, ENDINGS)
+    with pytest.raises(InvalidCalibration, match=r"several outputs \(logits, numbers\)\. Declare each"):
+        make_loss(both, Output("regression"), ENDINGS)

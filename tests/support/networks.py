@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,21 +89,19 @@ def sensitivities_of_traced(
     return {task: sensitivities(n, as_batches(calibration[task], task), seed) for task, n in networks.items()}
 
 
-def measured(
-    networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig
-) -> dict[str, Traced]:
+def measured(networks: Mapping[str, Network], calibration: Mapping[str, Any], config: ZipConfig) -> dict[str, Traced]:
     """Networks that are traced already, with all statistics."""
     return {t: Traced.measured(network, as_batches(calibration[t], t), config) for t, network in networks.items()}
 
 
 def match_traced(
-    networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig
+    networks: Mapping[str, Network], calibration: Mapping[str, Any], config: ZipConfig
 ) -> list[GroupMatch]:
     """All steps of the matching of networks that are traced already."""
     return list(match(measured(networks, calibration, config), config))
 
 
-def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Tensor], config: ZipConfig) -> ZippedNetwork:
+def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Any], config: ZipConfig) -> ZippedNetwork:
     """What `zip_networks` makes of networks that are traced already."""
     matches = match_traced(networks, calibration, config)
     pairings = {found.group: found.pairing for found in matches}

@@ -231,8 +231,8 @@ def _mean_constants(networks: Mapping[str, Network], zips: Mapping[str, Zip]) ->
     """Parameters and statistics of normalisations: the mean of the task's own members, or of all if it has none."""
     axes = {}
     for task, network in networks.items():
-        graph, entry = network.graph, (network.input_shape, network.input_dtype)
-        axes[task] = analyse(graph.nodes, graph.output, network.state, network.trainable, *entry).constants
+        graph = network.graph
+        axes[task] = analyse(graph.nodes, graph.output, network.state, network.trainable, network.inputs).constants
     layers = {name for network in networks.values() for node in network.graph.layers for name in node.state}
     found: dict[str, dict[str, Tensor]] = {task: {} for task in networks}
     for name, axis in next(iter(axes.values())).items():

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from mtz_core import ZipConfig, zip_networks
+from mtz_core.network.folding import fold_constants
+from mtz_core.network.graph import INPUT, Node
 from mtz_core.network.to_module import build_module
 from mtz_core.network.tracing import trace
 from tests.support.written import Written, assert_runs_as
@@ -108,3 +110,12 @@ def test_what_depends_on_the_input_is_not_folded() -> None:
     module = Written(lambda m, x: m.second(F.linear(x, m.first.weight * x.mean(), m.first.bias)))
     network = trace(module, torch.randn(3, 4), ["linear:2"])
     assert [layer.name for layer in network.graph.layers] == ["second"]
+
+
+def test_constants_are_stored_in_the_order_in_which_they_are_read() -> None:
+    nodes = [Node(f"arange:{i}", "arange", {"end": 3 + i % 2}) for i in range(9)]
+    order = (7, 2, 5, 0, 8, 1)
+    for i in order:
+        nodes.append(Node(f"mul:{i}", "mul.Tensor", {"self": {"value": INPUT}, "other": {"value": f"arange:{i}"}}))
+    _, state = fold_constants(nodes, "mul:1", {}, frozenset())
+    assert list(state) == [f"constant:arange:{i}" for i in order]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mtz_core.network.graph import (
     GETITEM,
     INPUT,
+    Input,
     LayerGraph,
     Network,
     Node,
@@ -113,7 +114,10 @@ def test_an_output_that_others_read_too_is_kept() -> None:
 
 def test_a_network_as_matrices_and_sizes() -> None:
     network = Network(
-        graph(LINEAR), STATE | {"mask": torch.ones(5, dtype=torch.bool)}, frozenset(STATE), (4,), torch.float32
+        graph(LINEAR),
+        STATE | {"mask": torch.ones(5, dtype=torch.bool)},
+        frozenset(STATE),
+        {INPUT: Input((4,), torch.float32)},
     )
     assert torch.equal(network.matrix(LINEAR), torch.tensor([[0, 1, 2, 3, 10.0], [4, 5, 6, 7, 20]]))
     assert network.columns(LINEAR) == 5

@@ -336,8 +336,7 @@ def test_what_belongs_to_no_neuron_is_fixed() -> None:
 
 def analysed(network: Network) -> Analysis:
     graph = network.graph
-    entry = network.input_shape, network.input_dtype
-    return analyse(graph.nodes, graph.output, network.state, network.trainable, *entry)
+    return analyse(graph.nodes, graph.output, network.state, network.trainable, network.inputs)
 
 
 def moved(tensor: Tensor, axis: Axis, group: str, order: np.ndarray, dim: int) -> Tensor:

@@ -130,7 +130,7 @@ def test_a_narrower_network_is_traced_anew_with_the_same_groups(name: str) -> No
 def test_the_graph_is_the_one_that_is_found_in_the_narrower_network(name: str) -> None:
     for seed in (2, 6):
         narrow = dropper(name).narrow(random_keep(name, seed)).network
-        entry = narrow.state, narrow.trainable, narrow.input_shape, narrow.input_dtype
+        entry = narrow.state, narrow.trainable, narrow.inputs
         found = analyse(narrow.graph.nodes, narrow.graph.output, *entry).graph
         assert (narrow.graph.groups, narrow.graph.widths) == (found.groups, found.widths)
         for axes, expected in ((narrow.graph.rows, found.rows), (narrow.graph.columns, found.columns)):

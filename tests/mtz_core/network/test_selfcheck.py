@@ -99,8 +99,8 @@ def test_a_rule_that_ties_too_much_passes() -> None:
 
 def traced(module: nn.Module, x: Tensor) -> tuple[Network, Analysis]:
     network = trace(module, x)
-    graph, entry = network.graph, (network.input_shape, network.input_dtype)
-    return network, analyse(graph.nodes, graph.output, network.state, network.trainable, *entry)
+    graph = network.graph
+    return network, analyse(graph.nodes, graph.output, network.state, network.trainable, network.inputs)
 
 
 def residual() -> nn.Module:

@@ -26,7 +26,7 @@ def plain(module: nn.Module, x: Tensor) -> nn.Module:
 
 def separate(network: Network) -> Network:
     state = {name: tensor.clone() for name, tensor in network.state.items()}
-    return Network(network.graph, state, network.trainable, network.input_shape, network.input_dtype)
+    return Network(network.graph, state, network.trainable, network.inputs)
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

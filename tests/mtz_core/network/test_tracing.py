@@ -179,8 +179,27 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"'2'.*it is a transposed convolution in groups",
     ),
     # outputs
-    "two outputs": (lambda: Written(lambda m, x: (m.first(x), m.second(x))), r"does not return one tensor but tuple"),
-    "dictionary": (lambda: Written(lambda m, x: {"y": m.second(m.first(x))}), r"does not return one tensor but dict"),
+    "an output that is no tensor": (
+        lambda: Written(lambda m, x: {"y": m.second(m.first(x)), "z": "text"}),
+        r"Written: its output 'z' is a str, not tensors.*leaves it out",
+    ),
+    "no output": (lambda: Written(lambda m, x: {"y": None}), r"Written returns no tensor but dict"),
+    "a loss": (
+        lambda: Written(lambda m, x: {"loss": m.second(m.first(x)).mean()}),
+        r"output 'loss' has shape \[\].*leave labels out",
+    ),
+    "classes": (
+        lambda: Written(lambda m, x: (m.second(m.first(x)).argmax(1),)),
+        r"output '0' has shape \[5\] and dtype torch\.int64",
+    ),
+    "an output of no input": (
+        lambda: Written(lambda m, x: (m.second(m.first(x)), m.bias), bias=torch.ones(5)),
+        r"the output '1' of Written does not depend on its input",
+    ),
+    "every example with every other": (
+        lambda: Written(lambda m, x: {"y": (h := m.second(m.first(x))) @ h.t(), "z": h}),
+        r"the shape of Written's output 'y' depends on the number of examples",
+    ),
     "nothing to share": (nn.ReLU, r"ReLU has no layer with weights"),
     "everything tied": (all_tied, r"Written has no layer with weights to share"),
     # operators
@@ -357,9 +376,17 @@ def test_an_input_that_does_not_fit_is_refused(example: Tensor, message: str) ->
         trace(mlp((9, 7), 3), example)
 
 
-@pytest.mark.parametrize("example", [(torch.randn(3, 12),) * 2, [torch.randn(3, 12)], {"x": torch.randn(3, 12)}])
-def test_an_input_that_is_no_tensor_is_refused(example: Any) -> None:
-    with pytest.raises(InvalidCalibration, match=r"Sequential is given a \w+ .*Wrap it in a module"):
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((torch.randn(3, 12),) * 2, r"Sequential is given a tuple .*a dict by their names"),
+        ([torch.randn(3, 12)], r"Sequential is given a list"),
+        ({"x": torch.randn(3, 12)}, r"Sequential: missing.*'input'"),
+        ({"input": torch.randn(3, 12), "x": torch.randn(3, 12)}, r"unexpected keyword argument 'x'.*takes: input"),
+    ],
+)
+def test_an_input_that_is_no_tensor_is_refused(example: Any, message: str) -> None:
+    with pytest.raises(InvalidCalibration, match=message):
         trace(mlp((9, 7), 3), example)
 
 

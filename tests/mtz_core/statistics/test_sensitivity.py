@@ -15,7 +15,7 @@ from mtz_core.network.graph import Network
 from mtz_core.network.tracing import trace
 from mtz_core.settings import Kind, Output
 from mtz_core.statistics.sensitivity import loss_of, sensitivities
-from mtz_core.task_loss import TEMPERATURE
+from mtz_core.task_loss import TEMPERATURE, TaskLoss
 from tests.support.distillation import distillation_loss
 from tests.support.networks import CASES, Case, Residual, lenet5, mlp, traced_pair
 from tests.support.zoo.laws import traced as traced_zoo
@@ -103,6 +103,7 @@ def test_the_mean_over_many_drawn_classes_approaches_the_expectation(name: str) 
     network, traced = given_network(name)
     x = SHAPES[name].examples(5)
     loss = loss_of(traced, [x], Output("logits"))
+    assert isinstance(loss, TaskLoss)
     found = sensitivities(traced, [x.repeat(800, *(1 for _ in x.shape[1:]))], seed=2, loss=loss)
     exact = expected(network, x)
     assert found.keys() == exact.keys()
@@ -117,6 +118,7 @@ def test_it_is_the_curvature_of_the_distillation_loss() -> None:
     x = SHAPES["mlp"].examples(6)
     logits = network(x).detach()
     loss = loss_of(traced, [x], Output("logits"))
+    assert isinstance(loss, TaskLoss)
     found = sensitivities(traced, [x.repeat(800, 1)], loss=loss)["4"]
     for row in range(3):
         change = torch.zeros(3, dtype=torch.float64)

@@ -192,7 +192,7 @@ def test_normalisation_ends_the_prefix() -> None:
 
 def test_gradients_are_those_of_single_calls() -> None:
     zipped, x = zipped_of(LENET5, 1.0), LENET5.examples(6)
-    sum(output.square().sum() for output in zipped.run_all(x).values()).backward()  # type: ignore[union-attr]
+    sum(output.square().sum() for output in zipped.run_all(x).values()).backward()
     found = {name: p.grad.clone() for name, p in zipped.named_parameters() if p.grad is not None}
     zipped.zero_grad()
     for task in zipped.tasks:
