@@ -132,8 +132,8 @@ class ModelTraits(_Block):
     """What zipping is told about a network."""
 
     keep_separate: list[str] = []
-    """Paths of submodules that stay task-specific, whatever they do, or names of operators as errors show them. The networks
-    of a group may differ in them. `""` is the outermost forward pass."""
+    """Paths of submodules that stay task-specific, whatever they do, or names of operators as errors show them. The
+    networks of a group may differ in them. `""` is the outermost forward pass."""
     zip: list[str] = []
     """Paths of the submodules that take part in sharing; everything else stays task-specific. Without it, everything
     takes part."""

@@ -90,4 +90,4 @@ def test_a_stage_depends_on_what_it_imports_and_on_nothing_else(
 def test_a_change_of_planning_or_merging_measures_no_model_again(pipeline: dict[str, Any]) -> None:
     for stage in ("collect", "hessians"):
         core = {name for name in named_in(pipeline[stage]) if name.startswith("mtz_core")}
-        assert core == {"mtz_core.network", "mtz_core.statistics", "mtz_core.task_loss"}
+        assert core == {"mtz_core.batches", "mtz_core.network", "mtz_core.statistics", "mtz_core.task_loss"}
