@@ -432,7 +432,7 @@ _MOVEMENT = (
     *("permute", "transpose", "t", "mT", "numpy_T", "movedim", "swapaxes", "select", "slice", "narrow", "split"),
     *("split_with_sizes", "chunk", "unbind", "cat", "concat", "stack", "hstack", "vstack", "repeat"),
     *("repeat_interleave", "roll", "flip", "tile", "index", "index_select", "gather", "pad", "constant_pad_nd"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "view_as", "reshape_as", "tensor_split"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "view_as", "reshape_as", "tensor_split", "unfold"),
 )
 _REDUCTION = (
     "sum",
@@ -465,6 +465,7 @@ OPERATIONS: dict[str, Operation] = {
     "upsample_linear1d": Operation(window(1), keeps=True),
     "upsample_nearest1d": Operation(window(1), keeps=True),
     **{f"upsample_{mode}2d": Operation(window(2), keeps=True) for mode in ("nearest", "bilinear", "bicubic")},
+    **{f"_upsample_{mode}2d_aa": Operation(window(2), keeps=True) for mode in ("bilinear", "bicubic")},
     **{
         f"{mode}_pad{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for mode in ("reflection", "replication")
     },

@@ -265,6 +265,7 @@ def _returning_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:
+    _forget(module)
     try:
         with warnings.catch_warnings():  # some modules set their weights anew in every forward pass
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
@@ -275,7 +276,20 @@ def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:
             "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "
             "network out of the group."
         ) from error
+    finally:
+        _forget(module)
     return rewrite(program)
+
+
+def _forget(module: nn.Module) -> None:
+    """Have a module drop what it has computed from its parameters for good, as long as it is in evaluation mode.
+
+    Otherwise the graph would have that table in place of the parameters, and the module a table of the export.
+    """
+    for part in module.modules():
+        if type(part).train is not nn.Module.train and not isinstance(part, fx.GraphModule):
+            part.train()
+            part.eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -321,6 +321,48 @@ def test_what_zipping_follows_runs_as_the_module(name: str) -> None:
     assert_runs_as(module, network, (4,))
 
 
+class Remembering(nn.Module):
+    """Computes a table of biases once in evaluation mode, as LeViT and its relatives do, and drops it with the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.biases = nn.Parameter(torch.randn(2, 3))
+        self.table: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "Remembering":
+        self.table = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            biases = self.biases.repeat_interleave(3, dim=1)
+        else:
+            biases = self.table.setdefault(str(x.device), self.biases.repeat_interleave(3, dim=1))
+        hidden = torch.relu(self.first(x).unflatten(1, (2, 3)) + biases[:, ::3])
+        outputs: Tensor = self.second(hidden.flatten(1))
+        return outputs
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_module_remembers_in_evaluation_mode_is_traced_from_its_parameters(training: bool) -> None:
+    module, x = nn.Sequential(Remembering(), nn.ReLU(), nn.Linear(3, 2)), torch.randn(5, 4)
+    module.eval()
+    with torch.no_grad():
+        expected = module(x)
+    module.train(training)
+    network = trace(module, x)
+    assert "0.biases" in network.trainable & network.state.keys()
+    assert module.training is training
+    assert torch.equal(run(network.graph, network.state, x), expected)
+    module.eval()
+    assert torch.equal(module(x), expected)
+    with torch.no_grad():
+        module.get_parameter("0.biases").add_(1.0)
+    module.eval()
+    assert not torch.equal(module(x), expected)
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "one-sided padding": lambda: nn.Sequential(nn.Conv2d(2, 4, 2, padding="same"), nn.Conv2d(4, 3, 3)),
     "depthwise first": lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 3, 1)),
