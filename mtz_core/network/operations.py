@@ -232,6 +232,8 @@ def window(axes: int) -> Rule:
     def rule(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
         (value,) = (v for v in operands(arguments) if v.meta.is_floating_point())
         labels = compress(ties.resolve(value.labels))
+        if value.constant:  # a table of positions: those of one channel belong to one neuron
+            labels = ties.uniform(labels, range(labels.ndim - axes))
         if any(size > 1 for size in labels.shape[-axes:]):
             raise NotUnderstood("its window runs over neurons")
         return [labels] * len(out) if isinstance(out, (list, tuple)) else labels

@@ -172,6 +172,29 @@ IMAGES: dict[str, tuple[Function, int]] = {
 }
 
 
+class Positioned(nn.Module):
+    """Adds a table of positions, resampled to the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 3, 1)
+        self.table = nn.Parameter(torch.randn(1, 9, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = F.interpolate(self.table.permute(0, 3, 1, 2), size=x.shape[2:], mode="bicubic", antialias=True)
+        outputs: Tensor = self.second(torch.relu(self.first(x) + table)).mean((2, 3))
+        return outputs
+
+
+def test_a_table_of_positions_may_be_resampled() -> None:
+    module = Positioned()
+    network = trace(module, torch.randn(3, 2, 6, 6))
+    assert network.graph.hidden_widths == {"first": 6}
+    x = torch.randn(5, 2, 6, 6)
+    torch.testing.assert_close(run(network.graph, network.state, x), module(x))
+    assert Dropper(network).droppable(x) == ("first",)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VECTORS)
 def test_neurons_behind_an_operator(name: str) -> None:
