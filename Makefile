@@ -20,10 +20,10 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run run-real ui test test-core bench bench-full bench-fleet bench-residual bench-vgg16 faults lint types imports check format docs docs-serve lock data clean
+.PHONY: help setup run run-real ui test test-core bench bench-full bench-fleet bench-residual bench-vgg16 bench-real bench-damage bench-keywords bench-architectures faults lint types imports check format docs docs-serve lock data clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.ready ## make .venv from the lock (does nothing when it is up to date)
 
@@ -75,6 +75,22 @@ bench-residual: setup ## zip networks with batch normalisation trained on the fu
 
 bench-vgg16: setup ## zip two VGG-16 of full size: time and memory of every step
 	@$(WITH_ENV) python -m tests.benchmarks.vgg16_full_size
+
+bench-real: setup ## zip real networks beside every other way of making them small; needs npm and a network; an hour
+	@$(WITH_ENV) python -m examples.real
+	@$(WITH_ENV) python -m tests.benchmarks.real_networks
+
+bench-damage: setup ## compare predicted with measured damage, for every kind of output; needs npm and a network
+	@$(WITH_ENV) python -m examples.real
+	@$(WITH_ENV) python -m tests.benchmarks.predicted_damage
+
+bench-keywords: setup ## zip four keyword heads of unequal widths, and count what they miss
+	@$(WITH_ENV) python -m tests.benchmarks.keywords
+
+bench-architectures: setup ## trace, zip and extract networks of timm; needs a network
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .mtz/benchmarks/packages -r tests/benchmarks/requirements-architectures.txt
+	@$(WITH_ENV) PYTHONPATH=.mtz/benchmarks/packages python -m tests.benchmarks.architectures
 
 check: lint types imports ## lint, types and imports
 

@@ -11,13 +11,16 @@ from torch import nn
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.network.tracing import evaluation_mode
+from mtz_core.retraining import original_outputs, retrain_steps
+from mtz_core.settings import RetrainConfig
 from mtz_core.zipped.module import ZippedNetwork
 from tests.benchmarks import full_data
 from tests.benchmarks.full_data import Split
 from tests.benchmarks.rivals.distilled import distilled
 from tests.benchmarks.rivals.hard_sharing import hard_sharing, shared_trunk
 from tests.benchmarks.rivals.learning import draws, iterations
-from tests.benchmarks.rivals.library_pruning import fisher_diagonal, pruned
+from tests.benchmarks.rivals.library_pruning import Importance, fisher_diagonal, pruned
+from tests.benchmarks.rivals.single_weights import rounded, rounded_rows, sparse
 from tests.benchmarks.rivals.sizes import largest_below, scaling, stored_bytes
 from tests.benchmarks.rivals.toys import BUILDS, WIDTHS, images, networks
 from tests.benchmarks.training import Recipe
@@ -83,11 +86,12 @@ def test_every_example_is_drawn_once_in_an_epoch():
 # Library pruning
 
 
+@pytest.mark.parametrize("importance", ["curvature", "magnitude"])
 @pytest.mark.parametrize("name", BUILDS)
-def test_pruned_networks_fit_and_share_nothing(name: str):
+def test_pruned_networks_fit_and_share_nothing(name: str, importance: Importance):
     originals, calibration = networks(name, TASKS), images(TASKS)
     before = {task: {n: t.clone() for n, t in net.state_dict().items()} for task, net in originals.items()}
-    zipped = pruned(originals, calibration, 0.6)
+    zipped = pruned(originals, calibration, 0.6, importance=importance)
     assert 0.45 * zipped.report.original_bytes < zipped.report.stored_bytes <= 0.6 * zipped.report.original_bytes
     assert zipped.report.original_bytes == sum(map(stored_bytes, originals.values()))
     assert all(layer.shared == 0 for layer in zipped.report.layers)
@@ -130,6 +134,77 @@ def test_the_curvature_is_the_mean_squared_gradient_of_single_examples():
                 expected[name] += parameter.grad.square() / len(x)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_the_curvature_of_numbers_is_gauss_and_newtons():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5, bias=False))
+    x = images("a")["a"]
+    found = fisher_diagonal(network, x, seed=5, outputs="regression")
+    torch.testing.assert_close(found["1.weight"], x.flatten(1).square().mean(dim=0).expand(5, -1))
+
+
+# Single weights
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_sparse_network_keeps_its_largest_weights_and_its_zeros(name: str):
+    originals, calibration = networks(name, TASKS), images(TASKS)
+    found = sparse(originals, calibration, 0.6)
+    whole = sum(map(stored_bytes, originals.values()))
+    assert 0.59 * whole < found.bytes <= 0.6 * whole
+    left = {n: tensor for n, tensor in found.zipped.named_parameters() if tensor.ndim > 1}
+    weights = sum(tensor.numel() for tensor in left.values())
+    zeros = sum(int((tensor == 0).sum()) for tensor in left.values())
+    assert found.bytes == whole - 4 * zeros + sum(
+        (sum(t.numel() for n, t in net.named_parameters() if t.ndim > 1) + 7) // 8 for net in originals.values()
+    )
+    assert 0 < zeros < weights
+    for task in TASKS:
+        state, original = found.zipped.state_of(task), originals[task].state_dict()
+        kept = [original[n][t != 0].abs() for n, t in state.items() if t.ndim > 1]
+        gone = [original[n][t == 0].abs() for n, t in state.items() if t.ndim > 1]
+        assert float(torch.cat(kept).min()) >= float(torch.cat(gone).max())
+        assert all(torch.equal(t[t != 0], original[n][t != 0]) for n, t in state.items() if t.ndim > 1)
+    before = {n: tensor == 0 for n, tensor in left.items()}
+    targets = original_outputs(originals, calibration, calibration)
+    config = RetrainConfig(statistics="kept")
+    steps = list(retrain_steps(found.zipped, originals, calibration, calibration, config, outputs=targets))
+    assert steps[-1].validation_loss["a"] < steps[0].validation_loss["a"]
+    after = {n: tensor == 0 for n, tensor in found.zipped.named_parameters() if n in before}
+    assert all(bool(after[n][zeros_before].all()) for n, zeros_before in before.items())
+
+
+def test_a_mask_and_biases_must_fit():
+    originals, calibration = networks("perceptron", TASKS), images(TASKS)
+    with pytest.raises(InvalidConfig, match="beside its weights"):
+        sparse(originals, calibration, 0.04)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", BUILDS)
+def test_rounded_rows_have_few_values_and_codes_are_counted(name: str, bits: int):
+    originals, calibration = networks(name, TASKS), images(TASKS)
+    found = rounded(originals, calibration, bits)
+    expected = 0
+    for task, network in originals.items():
+        state = found.zipped.state_of(task)
+        for n, parameter in network.named_parameters():
+            if parameter.ndim == 1:
+                assert torch.equal(state[n], parameter)
+                expected += 4 * parameter.numel()
+                continue
+            rows = state[n].flatten(1)
+            expected += (rows.numel() * bits + 7) // 8 + 2 * len(rows)
+            assert max(len(row.unique()) for row in rows) <= 2**bits - 1
+            error = (rows - parameter.flatten(1)).abs().amax(dim=1)
+            assert bool((error <= parameter.flatten(1).abs().amax(dim=1)).all())
+        expected += sum(4 * buffer.numel() for buffer in network.buffers() if buffer.is_floating_point())
+    assert found.bytes == expected
+
+
+def test_rows_on_a_grid_stay_as_they_are():
+    rows = torch.tensor([[-7.0, 3, 1, 0], [0.5, -3.5, 1.5, 2.0], [0, 0, 0, 0]])
+    assert torch.equal(rounded_rows(rows, 4), rows)
 
 
 # Smaller networks

@@ -1,0 +1,232 @@
+"""Networks that nobody here trained, made smaller by every way: ``python -m tests.benchmarks.real_networks``.
+
+The groups of `examples/real`, whose files `python -m examples.real` makes (`make bench-real` does both). Every way gets
+the same bytes, as files hold them, the same calibration inputs and the same light retraining: distillation from the
+originals, no labels. Every measurement is kept, so a run that is stopped goes on where it was. At the end it writes
+`docs/benchmarks/real-networks.md` with its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from examples.real.__main__ import FOLDER
+from examples.real.networks import content_type, face, landmark_error
+from mtz_core import Budget, Output, RetrainConfig, ZipConfig, zip_networks
+from mtz_core.errors import InvalidConfig
+from mtz_core.evaluation import outputs_of
+from mtz_core.merging.judging import judge, targets_of
+from mtz_core.merging.walk import trace_task
+from mtz_core.planning.search import BudgetSearch, Candidate
+from mtz_core.retraining import Retraining
+from mtz_core.statistics.calibration import as_batches
+from mtz_core.statistics.traced import Traced
+from tasks.data.examples import read_images
+from tests.benchmarks import real_page
+from tests.benchmarks.records import Records
+from tests.benchmarks.rivals.library_pruning import Importance, pruned
+from tests.benchmarks.rivals.single_weights import Compressed, rounded, sparse
+
+SIZES = (0.9, 0.75, 0.5)
+IMAGES = 300
+RETRAINING = RetrainConfig(iterations=80, batch_size=16, validate_every=10, patience=5)
+"""As in `examples/real/fleet.yaml`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network of a group: how to build it, and what its outputs mean."""
+
+    build: Callable[[], nn.Module]
+    output: Output
+
+    def network(self, name: str) -> nn.Module:
+        module = self.build()
+        module.load_state_dict(load_file(FOLDER / "networks" / f"{name}.safetensors"))
+        return module.eval()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Networks that are zipped together, and the folder of their inputs."""
+
+    data: str
+    tasks: Mapping[str, Task]
+
+
+GROUPS: Mapping[str, Group] = {
+    "faces": Group(
+        "faces",
+        {
+            "expression": Task(partial(face, 7), Output("logits")),
+            "landmarks": Task(partial(face, 136), Output("regression", tolerance=0.0089)),
+        },
+    ),
+    "files": Group(
+        "files",
+        {
+            "magika-3-2": Task(content_type, Output("logits")),
+            "magika-3-3": Task(content_type, Output("logits")),
+        },
+    ),
+}
+
+
+class Case:
+    """A group with its networks and inputs, which all ways are given."""
+
+    def __init__(self, group: Group) -> None:
+        folder = FOLDER / "data" / group.data
+        inputs = {split: read_images(folder, split) for split in ("train", "validation", "test")}
+        self.outputs = {task: own.output for task, own in group.tasks.items()}
+        self.networks = {task: own.network(task) for task, own in group.tasks.items()}
+        self.training = dict.fromkeys(group.tasks, inputs["train"])
+        self.validation = dict.fromkeys(group.tasks, inputs["validation"])
+        self.calibration = dict.fromkeys(group.tasks, read_images(folder, "train", IMAGES))
+        self.test = {task: as_batches(inputs["test"], task) for task in group.tasks}
+        batches = {task: as_batches(inputs["train"], task) for task in group.tasks}
+        self.traced = {
+            task: Traced(
+                trace_task(task, self.networks[task], own[0], ZipConfig()), batches=own, output=self.outputs[task]
+            )
+            for task, own in batches.items()
+        }
+        self.targets = targets_of(self.traced, self.test)
+
+    @cached_property
+    def search(self) -> BudgetSearch:
+        """Makes plans for all sizes; what is measured of the originals is measured once."""
+        budget = Budget(size=1.0)
+        config = ZipConfig(budget=budget, outputs=self.outputs)
+        traced = {}
+        for task, inputs in self.calibration.items():
+            batches = as_batches(inputs, task)
+            network = self.traced[task].network
+            traced[task] = Traced.measured(network, batches, config, self.outputs[task])
+        return BudgetSearch(traced, config, budget)
+
+    @cache  # noqa: B019 -- there are two cases, and they live as long as the command
+    def candidates(self, size: float) -> list[Candidate]:
+        """The plans that `zip_networks` tries for a size, merged and judged on calibration inputs that are held out."""
+        return list(self.search.candidates(size))
+
+    def best(self, size: float, names: str = "") -> Candidate:
+        """The best of the plans whose names begin so."""
+        return self.search.best_of(one for one in self.candidates(size) if one.name.startswith(names))
+
+    def planned(self, size: float, names: str = "") -> Compressed:
+        """Zipped by this project, by the best of these plans."""
+        found = self.search.zip(self.best(size, names).plan)
+        return Compressed(found, found.report.stored_bytes)
+
+    def shared(self) -> Compressed:
+        """Zipped by this project: everything that can be shared is."""
+        found = zip_networks(self.networks, self.calibration, ZipConfig(outputs=self.outputs))
+        return Compressed(found, found.report.stored_bytes)
+
+    def pruned(self, size: float, importance: Importance) -> Compressed:
+        """Each network pruned alone by a library."""
+        kinds = {task: "logits" if output.kind == "logits" else "regression" for task, output in self.outputs.items()}
+        found = pruned(self.networks, self.calibration, size, importance=importance, outputs=kinds)  # type: ignore[arg-type]
+        return Compressed(found, found.report.stored_bytes)
+
+    def judged(self, compressed: Compressed) -> dict[str, dict[str, float]]:
+        """How every task fares on the test inputs."""
+        reports = judge(compressed.zipped, self.traced, self.test, self.targets)
+        compressed.zipped.judged(reports)
+        found = {}
+        for task, report in reports.items():
+            found[task] = {"lost": report.lost, "agreement": report.agreement}
+            if report.output == "regression":
+                outputs = outputs_of(partial(compressed.zipped, task=task), self.test[task])
+                found[task]["pixels"] = landmark_error(outputs, self.targets[task])
+        return found
+
+    def retrain(self, compressed: Compressed) -> int:
+        """Retrain lightly; returns the iterations after which the network was best."""
+        run = Retraining(compressed.zipped, self.networks, self.training, self.validation, RETRAINING)
+        return max(step.iteration for step in list(run.steps()) if step.best)
+
+
+DROP = "drop only"
+"""What the names of plans without sharing begin with."""
+
+WAYS: Mapping[str, Callable[[Case, float], Compressed]] = {
+    real_page.OURS: lambda case, size: case.planned(size),
+    real_page.DROP: lambda case, size: case.planned(size, DROP),
+    "pruned by torch-pruning": lambda case, size: case.pruned(size, "curvature"),
+    "neurons pruned by magnitude": lambda case, size: case.pruned(size, "magnitude"),
+    "single weights pruned by magnitude": lambda case, size: sparse(case.networks, case.calibration, size),
+}
+"""Ways that reach any size, by their names in the tables."""
+
+OWN_SIZES: Mapping[str, Callable[[Case], Compressed]] = {
+    "this project, everything shared": lambda case: case.shared(),
+    "each network rounded to 8 bits": lambda case: rounded(case.networks, case.calibration, 8),
+    "each network rounded to 4 bits": lambda case: rounded(case.networks, case.calibration, 4),
+}
+"""Ways with a size of their own."""
+
+
+def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
+    """Measure one group by every way that has not been."""
+    todo: list[tuple[str, float | None, Callable[[], Compressed]]] = [
+        *((way, size, partial(make, case, size)) for way, make in WAYS.items() for size in SIZES),
+        *((way, None, partial(make, case)) for way, make in OWN_SIZES.items()),
+    ]
+    for way, size, make in todo:
+        retrained = retraining and "rounded" not in way
+        if records.has(group=name, way=way, size=size, retrained=retrained):
+            continue
+        if way == real_page.DROP and size is not None and case.best(size) is case.best(size, DROP):
+            (planned,) = records.where(group=name, way=real_page.OURS, size=size, retrained=retrained)
+            records.add(planned | {"way": way})  # the same plan: the same network
+            continue
+        started = time.process_time()
+        try:
+            compressed = make()
+        except InvalidConfig as error:
+            print(f"{name}, {way}, {size}: {error}", flush=True)
+            continue
+        row: dict[str, Any] = {
+            "group": name,
+            "way": way,
+            "size": size,
+            "seconds": round(time.process_time() - started, 1),
+        }
+        original = sum(own.network.bytes for own in case.traced.values())
+        row |= {"bytes": compressed.bytes, "stored": compressed.bytes / original, "before": case.judged(compressed)}
+        if retrained:
+            row |= {"best_iteration": case.retrain(compressed), "after": case.judged(compressed)}
+        records.add(row)
+        print(f"{name}: {real_page.line(row)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=list(GROUPS), help="what to measure")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-retraining", action="store_true", help="only what is measured before light retraining")
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
+    options = parser.parse_args()
+    if not (FOLDER / "networks").is_dir():
+        sys.exit(f"error: {FOLDER} has no networks. Make them: python -m examples.real")
+    torch.set_num_threads(options.threads)
+    records = Records("real-networks", "full", options.fresh)
+    for name in options.groups:
+        measure(name, Case(GROUPS[name]), records, not options.no_retraining)
+    print(f"table and figures: {real_page.write(records)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The page of `tests.benchmarks.real_networks`: what every way makes of networks that nobody here trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import hypot
+from pathlib import Path
+from typing import Any
+
+from tasks.files import whole_file
+from tasks.studies.charts import Curve, Panel, draw_curves
+from tests.benchmarks.records import DOCS, Records
+
+OURS, DROP = "this project, planned", "this project, drop only"
+PAGE = DOCS / "real-networks.md"
+TITLES = {"faces": "Expression and landmarks of a face", "files": "Two releases of a content-type classifier"}
+NAMES = {
+    OURS: "zipped",
+    DROP: "drop only",
+    "pruned by torch-pruning": "torch-pruning",
+    "neurons pruned by magnitude": "neurons, magnitude",
+    "single weights pruned by magnitude": "single weights",
+    "this project, everything shared": "all shared",
+}
+"""Ways in the figures, by their names in the tables."""
+
+WHEN = {"before": "no retraining", "after": "after light retraining"}
+Row = Mapping[str, Any]
+
+
+def error(judged: Mapping[str, float]) -> float:
+    """What is missing to full agreement, in points; of landmarks their distance, in pixels."""
+    return judged["pixels"] if "pixels" in judged else 100 - judged["agreement"]
+
+
+def text(judged: Mapping[str, float]) -> str:
+    return f"{judged['pixels']:.2f} px" if "pixels" in judged else f"{judged['agreement']:.1f} %"
+
+
+def lost(judged: Mapping[str, Mapping[str, float]]) -> float:
+    """The root of the summed squares of what the tasks lose: what plans are chosen by."""
+    return hypot(*(own["lost"] for own in judged.values()))
+
+
+def line(row: Row) -> str:
+    """One measurement in a line."""
+    stages = [row[stage] for stage in WHEN if stage in row]
+    told = ", ".join(f"{task} {' → '.join(text(stage[task]) for stage in stages)}" for task in row["before"])
+    return f"{row['way']}, {100 * row['stored']:.1f} % of the bytes: {told}"
+
+
+def measured(records: Records, group: str) -> list[Row]:
+    """The rows of a group; where a way was measured with and without retraining, the former."""
+    rows = {(row["way"], row["size"]): row for row in sorted(records.where(group=group), key=lambda r: r["retrained"])}
+    order = [*NAMES, *(way for way, _ in rows if way not in NAMES)]
+    return sorted(rows.values(), key=lambda row: order.index(row["way"]))
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Ways at one size; the best values of a column are bold."""
+    tasks = list(rows[0]["before"])
+    best = {
+        (stage, task): min((error(row[stage][task]) for row in rows if stage in row), default=0.0)
+        for stage in WHEN
+        for task in tasks
+    }
+
+    def cell(row: Row, stage: str, task: str) -> str:
+        if stage not in row:
+            return ""
+        shown = text(row[stage][task])
+        shown = f"**{shown}**" if error(row[stage][task]) == best[stage, task] else shown
+        return f"{shown}, {100 * row[stage][task]['lost']:.2g} %"
+
+    lines = [
+        f"| | stored | {' | '.join(f'{task}, {WHEN[stage]}' for task in tasks for stage in WHEN)} |",
+        "|---|---|" + "---|" * (2 * len(tasks)),
+    ]
+    for row in rows:
+        cells = [cell(row, stage, task) for task in tasks for stage in WHEN]
+        lines.append(f"| {row['way']} | {100 * row['stored']:.1f} % | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Who is ahead of the planned network at equal bytes, by what both tasks have lost."""
+    ours = next(row for row in rows if row["way"] == OURS)
+    said = []
+    for stage, when in WHEN.items():
+        if stage not in ours:
+            continue
+        ahead = [row for row in rows if row is not ours and stage in row and lost(row[stage]) < lost(ours[stage])]
+        names = ", ".join(f"'{row['way']}' ({lost(ours[stage]) / lost(row[stage]):.1f} times less)" for row in ahead)
+        said.append(f"{when}: {names or 'none'}")
+    return f"Less lost than by the planned network, by the root of the summed squares; {'; '.join(said)}."
+
+
+def panels(records: Records, stage: str) -> list[Panel]:
+    """A panel for every task."""
+    found = []
+    for group in TITLES:
+        rows = [row for row in measured(records, group) if stage in row and row["way"] in NAMES]
+        for task in rows[0]["before"] if rows else ():
+            curves = []
+            for way, name in NAMES.items():
+                own = sorted((100 * row["stored"], error(row[stage][task])) for row in rows if row["way"] == way)
+                if own:
+                    curves.append(Curve(name, *zip(*own, strict=True)))
+            found.append(Panel(f"{task}, {'pixels' if task == 'landmarks' else 'points'}", curves))
+    return found
+
+
+def page(records: Records) -> list[str]:
+    lines = [
+        "# Networks that nobody here trained, at equal bytes",
+        "",
+        "The groups of [real networks](../real-networks.md), made smaller by every way. Bytes are those of files, "
+        "relative to the originals' float32: of single weights the mask that says which are left counts, too, and of "
+        "rounded ones the scales. Every way is given the same 300 inputs, and then the same light retraining: at most "
+        "80 iterations of distillation on unlabelled inputs; the best validation is kept, that before all training "
+        "among them.",
+        "",
+        "Cells: agreement with the original on test inputs that nothing has seen (of landmarks their mean distance, in "
+        "pixels of a face of 112), and the share of its own information that the task has lost. The best are bold.",
+        "",
+        "- *planned*, *drop only*: one budget for both networks.",
+        "- *pruned by torch-pruning*: each network alone, whole neurons, its `GroupHessianImportance` over all layers.",
+        "- *neurons pruned by magnitude*: each alone, whole neurons by the sum of their absolute weights, the same "
+        "share of every layer (torch-pruning's `GroupMagnitudeImportance`).",
+        "- *single weights pruned by magnitude*: each alone, the smallest weights of all layers become zero. That "
+        "saves bytes on disk; the dense network computes as much as before.",
+        "- *rounded*: each alone, all weights to the nearest, a scale for each row; no data, no retraining.",
+        "",
+        "Made by `make bench-real`; the rivals are in `tests/benchmarks/rivals`.",
+        "",
+    ]
+    for group, title in TITLES.items():
+        rows = measured(records, group)
+        if not rows:
+            continue
+        lines += [f"## {title}", ""]
+        for size in sorted({row["size"] for row in rows if row["size"] is not None}, reverse=True):
+            at = [row for row in rows if row["size"] == size]
+            lines += [f"### {100 * size:g} % of the bytes", "", *table(at)]
+            if any(row["way"] == OURS for row in at):
+                lines += [verdict(at), ""]
+        if own := [row for row in rows if row["size"] is None]:
+            lines += ["### At a size of their own", "", *table(own)]
+    for stage, when in WHEN.items():
+        lines += [f"![What is missing, {when}](real-networks-{stage}.svg)", ""]
+    return lines
+
+
+def write(records: Records) -> Path:
+    """Write the page, its figures, and the rows as Parquet; returns the page."""
+    with whole_file(PAGE) as temporary:
+        temporary.write_text("\n".join(page(records)).rstrip() + "\n")
+    for stage, when in WHEN.items():
+        draw_curves(
+            DOCS / f"real-networks-{stage}.svg",
+            panels(records, stage),
+            title=f"Real networks made smaller, {when}",
+            x_label="stored bytes, % of the originals",
+            y_label="missing agreement, points; of landmarks pixels",
+            columns=2,
+        )
+    records.write_parquet(DOCS / "real-networks.parquet")
+    return PAGE
