@@ -96,7 +96,7 @@ NETWORKS: tuple[Architecture, ...] = (
     Architecture("efficientvit_b0"),
     sized("efficientvit_m0"),
     sized("levit_128s"),
-    Architecture("efficientformerv2_s0", 64),
+    sized("efficientformerv2_s0"),
     Architecture("iformer_t"),
     Architecture("pvt_v2_b0"),
     sized("test_vit"),
