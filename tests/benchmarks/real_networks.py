@@ -202,6 +202,7 @@ def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
             "group": name,
             "way": way,
             "size": size,
+            "retrained": retrained,
             "seconds": round(time.process_time() - started, 1),
         }
         original = sum(own.network.bytes for own in case.traced.values())

@@ -121,7 +121,8 @@ def page(records: Records) -> list[str]:
         "among them.",
         "",
         "Cells: agreement with the original on test inputs that nothing has seen (of landmarks their mean distance, in "
-        "pixels of a face of 112), and the share of its own information that the task has lost. The best are bold.",
+        "pixels of a face of 112), and the share of its own information that the task has lost. The best are bold. "
+        "Blank: not measured.",
         "",
         "- *planned*, *drop only*: one budget for both networks.",
         "- *pruned by torch-pruning*: each network alone, whole neurons, its `GroupHessianImportance` over all layers.",
@@ -147,6 +148,8 @@ def page(records: Records) -> list[str]:
         if own := [row for row in rows if row["size"] is None]:
             lines += ["### At a size of their own", "", *table(own)]
     for stage, when in WHEN.items():
+        if not panels(records, stage):
+            continue
         lines += [f"![What is missing, {when}](real-networks-{stage}.svg)", ""]
     return lines
 
@@ -156,9 +159,11 @@ def write(records: Records) -> Path:
     with whole_file(PAGE) as temporary:
         temporary.write_text("\n".join(page(records)).rstrip() + "\n")
     for stage, when in WHEN.items():
+        if not (found := panels(records, stage)):
+            continue
         draw_curves(
             DOCS / f"real-networks-{stage}.svg",
-            panels(records, stage),
+            found,
             title=f"Real networks made smaller, {when}",
             x_label="stored bytes, % of the originals",
             y_label="missing agreement, points; of landmarks pixels",
