@@ -218,14 +218,17 @@ def page(rows: Sequence[Mapping[str, Any]], gone: Sequence[Mapping[str, Any]]) -
         "",
         "Made by `make bench-architectures`.",
         "",
-        f"## Through trace, budget and extraction: {len(went)} of {len(gone)}",
-        "",
-        f"Two networks of other weights and classes, zipped to {100 * SIZE:.0f} % of their bytes, then extracted as "
-        "plain modules; *difference*: of their outputs from the zipped network's, relative to the largest output.",
-        "",
-        "| | trace of both, s | budget, s | stored | extraction, s | difference |",
-        "|---|---|---|---|---|---|",
     ]
+    if gone:
+        lines += [
+            f"## Through trace, budget and extraction: {len(went)} of {len(gone)}",
+            "",
+            f"Two networks of other weights and classes, zipped to {100 * SIZE:.0f} % of their bytes, then extracted "
+            "as plain modules; *difference*: of their outputs from the zipped network's, relative to the largest output.",
+            "",
+            "| | trace of both, s | budget, s | stored | extraction, s | difference |",
+            "|---|---|---|---|---|---|",
+        ]
     for row in gone:
         if "extract" not in row:
             lines.append(f"| {row['name']} | | | | | {row['error']} |")
