@@ -224,7 +224,7 @@ def page(rows: Sequence[Mapping[str, Any]], gone: Sequence[Mapping[str, Any]]) -
             f"## Through trace, budget and extraction: {len(went)} of {len(gone)}",
             "",
             f"Two networks of other weights and classes, zipped to {100 * SIZE:.0f} % of their bytes, then extracted "
-            "as plain modules; *difference*: of their outputs from the zipped network's, relative to the largest output.",
+            "as plain modules; *difference*: of their outputs from the zipped network's, relative to the largest.",
             "",
             "| | trace of both, s | budget, s | stored | extraction, s | difference |",
             "|---|---|---|---|---|---|",

@@ -157,8 +157,8 @@ def page(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "%, and over those of them that share nothing; *times*: how much more is measured than predicted, in the "
         "median of plans that are no ruin, and the range from the 10th to the 90th percentile.",
         "",
-        "Groups `faces` and `files` are those of [real networks](../real-networks.md), the others pairs of small networks "
-        "trained on made-up pictures (`tests/benchmarks/scenes.py`).",
+        "Groups `faces` and `files` are those of [real networks](../real-networks.md), the others pairs of small "
+        "networks trained on made-up pictures (`tests/benchmarks/scenes.py`).",
         "",
         "Made by `make bench-damage`.",
         "",
