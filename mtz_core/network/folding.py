@@ -100,8 +100,9 @@ class _Computed:
 def fold_weights(program: Program) -> Program:
     """Store weights that are computed from parameters alone, such as normalised or pruned ones, as what they are.
 
-    The parameters that they are computed from are no longer needed. Where something else reads these, or where there
-    would be more values to store than before, everything stays as it is. So do layers that are kept separate.
+    So are biases, such as those of queries, keys and values that are kept in three parts. What they are computed from is
+    no longer needed. Where something else reads it, or where there would be more values to store than before,
+    everything stays as it is. So do layers that are kept separate.
 
     Args:
         program: The network.
@@ -151,14 +152,14 @@ _Reading = Mapping[str, Mapping[str, str]]
 
 
 def _computed_weights(node: Node, computed: Mapping[str, _Computed]) -> dict[str, str]:
-    """The values that are a layer's computed weight, and its bias if that is computed, too; none for other nodes."""
+    """The values that are a layer's weight and bias, as far as these are computed; none for other nodes."""
     if node.kind not in LAYERS or operation_of(node.kind) is not None or node.separate:
         return {}
     layer = LAYERS[node.kind]
     given = {"weight": node.arguments.get(layer.weight), "bias": node.arguments.get(layer.bias or "")}
     own = {name: part["value"] for name, part in given.items() if isinstance(part, Mapping) and "value" in part}
     own = {name: source for name, source in own.items() if source in computed}
-    return own if "weight" in own and node.source not in computed else {}
+    return {} if node.source in computed else own
 
 
 def _families(computed: Mapping[str, _Computed], reading: _Reading) -> list[set[str]]:
@@ -184,7 +185,9 @@ def _can_fold(program: Program, computed: Mapping[str, _Computed], reading: _Rea
         if parameters & {*node.state} or any(s in inside for s in node.sources if weights.count(s) != 1):
             return False
     values = _values(program, inside)
-    origins = [program.state[name] for name in parameters]
+    elsewhere = {name for node in program.nodes if node.name not in inside for name in node.state}
+    read = {name for node in program.nodes if node.name in inside for name in node.state}
+    origins = [program.state[name] for name in read - elsewhere]
     size = sum(values[value].numel() for value in {computed[source].value for source in sources})
     dtypes = {values[source].dtype for source in sources} | {tensor.dtype for tensor in origins}
     return len(dtypes) == 1 and program.output not in inside and size <= sum(tensor.numel() for tensor in origins)
@@ -213,8 +216,10 @@ def _fold(program: Program, computed: Mapping[str, _Computed], reading: _Reading
     for node in kept:
         own = reading.get(node.name, {})
         if own:
-            origins = {name for source in own.values() for name in computed[source].parameters}
-            path = _free_path(origins, {*program.state, *stored.values()}, read | {*stored.values()}, taken)
+            path = node.name
+            if "weight" in own:
+                origins = {name for source in own.values() for name in computed[source].parameters}
+                path = _free_path(origins, {*program.state, *stored.values()}, read | {*stored.values()}, taken)
             renamed[node.name] = path
             taken.add(path)
             for leaf, source in own.items():

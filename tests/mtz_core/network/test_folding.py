@@ -74,6 +74,17 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] 
         (4,),
         ["folded", "second"],
     ),
+    "a bias in three parts, one of them a constant": (
+        lambda: Written(
+            lambda m, x: m.second(F.linear(m.first(x).relu(), m.qkv.weight, torch.cat([m.q, m.zero, m.v])).relu()),
+            qkv=nn.Linear(4, 4, bias=False),
+            q=nn.Parameter(torch.randn(1)),
+            zero=torch.zeros(1),
+            v=nn.Parameter(torch.randn(2)),
+        ),
+        (4,),
+        ["first", "qkv", "second"],
+    ),
     "parts of one parameter": (
         lambda: Written(attended, attention=nn.MultiheadAttention(4, 2, batch_first=True)),
         (5, 4),
@@ -90,7 +101,7 @@ def test_computed_weights_are_folded(name: str) -> None:
     before = copy.deepcopy(module.state_dict())
     network = trace(module, torch.randn(3, *shape))
     assert [layer.name for layer in network.graph.layers] == layers
-    assert network.parameters <= sum(p.numel() for p in module.parameters())
+    assert network.parameters <= sum(p.numel() for p in (*module.parameters(), *module.buffers()))
     assert network.trainable == network.state.keys()
     assert_runs_as(module, network, shape)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
