@@ -100,8 +100,8 @@ class _Computed:
 def fold_weights(program: Program) -> Program:
     """Store weights that are computed from parameters alone, such as normalised or pruned ones, as what they are.
 
-    So are biases, such as those of queries, keys and values that are kept in three parts. What they are computed from is
-    no longer needed. Where something else reads it, or where there would be more values to store than before,
+    So are biases, such as those of queries, keys and values that are kept in three parts. What they are computed from
+    is no longer needed. Where something else reads it, or where there would be more values to store than before,
     everything stays as it is. So do layers that are kept separate.
 
     Args:
