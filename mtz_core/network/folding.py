@@ -159,7 +159,7 @@ def _computed_weights(node: Node, computed: Mapping[str, _Computed]) -> dict[str
     given = {"weight": node.arguments.get(layer.weight), "bias": node.arguments.get(layer.bias or "")}
     own = {name: part["value"] for name, part in given.items() if isinstance(part, Mapping) and "value" in part}
     own = {name: source for name, source in own.items() if source in computed}
-    return {} if node.source in computed else own
+    return own if own and node.source not in computed else {}
 
 
 def _families(computed: Mapping[str, _Computed], reading: _Reading) -> list[set[str]]:
