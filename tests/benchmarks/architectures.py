@@ -241,8 +241,8 @@ def page(rows: Sequence[Mapping[str, Any]], gone: Sequence[Mapping[str, Any]]) -
         "",
         f"## Zipped with themselves: {len(halved)} of {len(rows)} store about half",
         "",
-        f"Of the others, {len(noted)} have notes that say which layers stay separate. *Separate*: layers with a note, "
-        "by the part of all parameters that they have. Heads and normalisations are each task's in any network.",
+        f"Of those that do not, {len(noted)} have notes that say which layers stay separate. *Separate*: layers with a "
+        "note, by the part of all parameters that they have. Heads and normalisations are each task's in any network.",
         "",
         "| | parameters | layers | trace, s | zip, s | stored | difference | separate |",
         "|---|---|---|---|---|---|---|---|",
