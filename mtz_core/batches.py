@@ -52,10 +52,8 @@ def tensors_of(batch: Batch) -> Mapping[str, Shaped[Tensor, "..."]]:
 def concatenated(parts: Sequence[Batch]) -> Batch:
     """Put batches together."""
     first = parts[0]
-    if not isinstance(first, NamedTensors):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    together = {name: torch.cat([tensors_of(part)[name] for part in parts]) for name in first.tensors}
-    return NamedTensors(together, first.positional)
+    together = {name: torch.cat([tensors_of(part)[name] for part in parts]) for name in tensors_of(first)}
+    return NamedTensors(together, first.positional) if isinstance(first, NamedTensors) else together[""]
 
 
 def divided(batch: Batch, size: int) -> tuple[Batch, ...]:

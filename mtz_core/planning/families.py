@@ -38,6 +38,7 @@ class Family:
         matcher: Finds tuples and their damages.
         pairings: The pairings of all groups when everything is shared. What wider networks can share beyond the
             narrower ones they share.
+        tuples: For every group, all tuples that can be shared.
     """
 
     def __init__(self, traced: Mapping[str, Traced], tasks: Sequence[str], config: ZipConfig) -> None:
@@ -58,16 +59,15 @@ class Family:
         self.pairings = {found.group: found.pairing for found in pair_all(self.matcher)}
         self.places = [tuple(traced).index(task) for task in tasks]
         self._tasks = len(traced)
+        self.tuples = {
+            group: self.damaged(group, pairing.members[(pairing.members >= 0).sum(axis=1) > 1])
+            for group, pairing in self.pairings.items()
+        }
 
     @property
     def is_pair(self) -> bool:
         """Whether these are two tasks."""
         return len(self.places) == 2
-
-    def all(self, group: str) -> Tuples:
-        """All tuples that can be shared in a group."""
-        members = self.pairings[group].members
-        return self.damaged(group, members[(members >= 0).sum(axis=1) > 1])
 
     def best(self, group: str, count: int) -> Tuples:
         """So many tuples of a group that have a neuron of every task and cost least together."""
@@ -108,7 +108,7 @@ class Sharing:
         self.tuples: dict[str, Tuples] = {}
         nothing = np.zeros((0, len(balance)), dtype=np.int64), np.zeros((0, len(balance)))
         for group in groups:
-            found = [family.all(group) for family in families if group in family.pairings] or [nothing]
+            found = [family.tuples[group] for family in families if group in family.tuples] or [nothing]
             tuples, damage = (np.concatenate(parts) for parts in zip(*found, strict=True))
             saved = (tuples >= 0).sum(axis=1) - 1
             cheapest = np.argsort((damage @ balance) / saved, kind="stable")
@@ -160,7 +160,7 @@ def ways_to_share(
     pairs: dict[tuple[str, ...], Family] = {}
     for pair in combinations(tasks, 2):
         pairs[pair] = Family(traced, pair, config)
-    distances = [_distance(traced, family, balance) for family in pairs.values()]
+    distances = [_distance(family, balance) for family in pairs.values()]
     ways = []
     for clusters in _partitions(len(tasks), distances):
         members = [tuple(tasks[t] for t in cluster) for cluster in clusters if len(cluster) > 1]
@@ -168,13 +168,13 @@ def ways_to_share(
     return [*ways, everyone]
 
 
-def _distance(traced: Mapping[str, Traced], pair: Family, balance: Float64[np.ndarray, " tasks"]) -> float:
+def _distance(pair: Family, balance: Float64[np.ndarray, " tasks"]) -> float:
     """What sharing everything costs two networks for each byte that it saves; infinite if it saves nothing."""
     sizes = Sizes(pair.matcher.networks)
     shared = {group: pairing.shared for group, pairing in pair.pairings.items()}
     saved = sizes.stored(sizes.counts(sizes.widths, dict.fromkeys(shared, 0)))
     saved -= sizes.stored(sizes.counts(sizes.widths, shared))
-    damage = sum(float((pair.all(group)[1] @ balance).sum()) for group in pair.pairings)
+    damage = sum(float((cost @ balance).sum()) for _, cost in pair.tuples.values())
     return damage / saved if saved > 0 else np.inf
 
 

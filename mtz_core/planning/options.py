@@ -239,7 +239,7 @@ def _freed(
         for group in sizes.neighbours(name):
             tuples = way.tuples[group][0]
             widths, found = [own[group] for own in sizes.widths], tuples[: round(share * len(tuples))]
-            counts[group] = sizes.each(Pairing.from_tuples(sizes.tasks, widths, found).members).sum(axis=0)
+            counts[group] = sizes.count(Pairing.from_tuples(sizes.tasks, widths, found).members)
     each = sizes.each(units)
     counts[name] = each.sum(axis=0)
     before = sizes.around(name, counts)

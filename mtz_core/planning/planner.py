@@ -241,7 +241,7 @@ class Planner:
             parts = {name: to if name in back else plan for name in damage}
             keep = {task: {name: parts[name].keep[task][name] for name in own} for task, own in plan.keep.items()}
             pairings = {name: part.pairings[name] for name, part in parts.items()}
-            counts = {name: self.sizes.each(pairing.members).sum(axis=0) for name, pairing in pairings.items()}
+            counts = {name: self.sizes.count(pairing.members) for name, pairing in pairings.items()}
             yield (
                 ", ".join(worst[:count]),
                 Plan(

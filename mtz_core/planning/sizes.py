@@ -106,6 +106,11 @@ class Sizes:
         """Tell which set of `owners` each unit belongs to: 1 for that set, 0 for all others."""
         return ((units >= 0)[:, None] == self.owners[None]).all(axis=2).astype(np.int64)
 
+    def count(self, units: Int64[np.ndarray, "units tasks"]) -> Int64[np.ndarray, " owners"]:
+        """Count the units of each set of `owners`."""
+        found: Int64[np.ndarray, " owners"] = self.each(units).sum(axis=0)
+        return found
+
     def counts(self, kept: Sequence[Mapping[str, int]], shared: Mapping[str, int]) -> dict[str, Any]:
         """Count the neurons of each set of owners where neurons are alone or shared by all tasks.
 

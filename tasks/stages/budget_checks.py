@@ -64,7 +64,7 @@ def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget)
                 tuple(networks), kept.tolist(), np.zeros((0, len(kept)), np.int64)
             ).members
     sizes = Sizes(networks, owner_sets(units.values()))
-    stored = sizes.stored({group: sizes.each(own).sum(axis=0) for group, own in units.items()})
+    stored = sizes.stored({group: sizes.count(own) for group, own in units.items()})
     least = stored / sum(network.bytes for network in networks.values())
     if budget.size is not None and least > budget.size:
         raise InvalidConfig(
