@@ -1,13 +1,15 @@
-"""Read what ``torch.export`` makes of a module: two programs, for two batch sizes, become one list of nodes."""
+"""Read what ``torch.export`` makes of a module: programs for one or two batch sizes become one list of nodes."""
 
 from __future__ import annotations
 
+import math
 import operator as python_operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from mtz_core.batches import Form
 from mtz_core.errors import UnsupportedModule
@@ -15,8 +17,24 @@ from mtz_core.network.graph import GETITEM, OUTPUTS, Node, operator
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.rewriting import path_of
 
-SIZES = (2, 3)
-"""The batch sizes that a module is exported for."""
+SIZES = (109, 2)
+"""The batch sizes that a module is exported for, the second only where it must be. Multiples of 109 are rare."""
+
+
+def counts_examples(program: torch.export.ExportedProgram) -> bool:
+    """Return whether a program for the first batch size may count its examples: it has numbers near a multiple."""
+    numbers: list[float] = []
+
+    def note(value: Any) -> Any:
+        if isinstance(value, (int, float)) and abs(value) > 2:
+            numbers.append(value)
+        return value
+
+    for node in program.graph.nodes:
+        map_aggregate((node.args, node.kwargs), note)
+        if node.op == "output":
+            fx.map_arg(node.args, lambda result: numbers.extend(result.meta["val"].shape[1:]))
+    return any((number + 1) % SIZES[0] <= 2 for number in numbers if math.isfinite(number))
 
 
 class ProgramReader:
@@ -24,7 +42,7 @@ class ProgramReader:
 
     Attributes:
         module: The module.
-        programs: Its programs, one for each of the batch sizes `SIZES`.
+        programs: Its programs, one for each of the batch sizes `SIZES`, or twice the first one.
         inputs: The names of the values that it is given, in its order.
         outputs: The names of its outputs, in the order of the programs, and what holds them.
         names: The name of every value, by the name of the node of the first program.

@@ -39,7 +39,7 @@ def check(network: Network, analysis: Analysis, examples: Batch, expected: Batch
         UnsupportedModule: If the outputs differ. The message names the neuron group at fault.
     """
     same = _run(network, analysis, examples, {})
-    if not _close(same, mapped(Tensor.cpu, expected)):
+    if not _same(same, mapped(Tensor.cpu, expected)):
         raise UnsupportedModule(
             "the traced network does not compute what the module does. Its forward pass has effects that torch.export "
             "does not see; leave this network out of the group."
@@ -50,10 +50,10 @@ def check(network: Network, analysis: Analysis, examples: Batch, expected: Batch
         for group in network.graph.groups
         if group.hidden and group.name != INPUT
     }
-    if _close(_run(network, analysis, examples, permutations), same):
+    if _same(_run(network, analysis, examples, permutations), same):
         return
     for name, permutation in permutations.items():
-        if not _close(_run(network, analysis, examples, {name: permutation}), same):
+        if not _same(_run(network, analysis, examples, {name: permutation}), same):
             break
     raise UnsupportedModule(
         f"the neurons of group {name!r} are not interchangeable: permuting them in all layers that write and read "
@@ -74,9 +74,20 @@ def _between(network: Network, analysis: Analysis, group: str) -> str:
     return ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
 
-def _close(found: Batch, expected: Batch) -> bool:
-    """Whether all outputs are the same but for rounding."""
-    a, b = tensors_of(found), tensors_of(expected)
+def _same(found: Batch, expected: Batch) -> bool:
+    return close(tensors_of(found), tensors_of(expected))
+
+
+def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Return whether all outputs are the same but for rounding.
+
+    Args:
+        a: The outputs by name.
+        b: What they should be.
+
+    Returns:
+        Whether names, shapes and values agree.
+    """
     return a.keys() == b.keys() and all(a[name].shape == b[name].shape and _near(a[name], b[name]) for name in a)
 
 

@@ -1,9 +1,10 @@
 """Trace any ``nn.Module`` into a `Network`: its operators, its tensors, and which neurons are tied.
 
 Tracing goes through ``torch.export``. It sees the operators that really run, however the module is written, knows every
-shape, and needs no specification by hand. The module is exported for two batch sizes; numbers that differ between the
-two are numbers that count examples. What the graph cannot express is refused, with the module's path and the operator.
-Nothing is guessed, and every graph is checked by permuting its neurons (see `mtz_core.network.selfcheck`).
+shape, and needs no specification by hand. Where numbers in the graph may count examples, the module is exported for a
+second batch size: those that differ between the two do. What the graph cannot express is refused, with the module's
+path and the operator. Nothing is guessed, and every graph is checked by permuting its neurons (see
+`mtz_core.network.selfcheck`).
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from mtz_core.batches import (
     tensors_of,
 )
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
-from mtz_core.network.exported import SIZES, ProgramReader
+from mtz_core.network.exported import SIZES, ProgramReader, counts_examples
 from mtz_core.network.folding import Program, fold_constants, fold_weights
 from mtz_core.network.graph import Network, Node, inputs_of
 from mtz_core.network.groups import analyse, remember
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
 from mtz_core.network.rewriting import rewrite
-from mtz_core.network.selfcheck import check
+from mtz_core.network.selfcheck import check, close
 
 CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
@@ -87,7 +88,7 @@ def trace(
     with evaluation_mode(module), _buffers_kept(module), _plain_attention(), _without_stack_traces():
         examples, expected, form = _accepted(module, example)
         with nullcontext() if form == 0 else _returning_tensors(module):
-            programs = [_export(module, mapped(torch.clone, examples[:size])) for size in SIZES]
+            programs = _exported(module, examples, expected)
     reader = ProgramReader(module, programs, tuple(inputs_of(examples)), (tuple(expected), form))
     nodes, output = reader.nodes()
     nodes = _reachable(nodes, output)
@@ -262,6 +263,27 @@ def _returning_tensors(module: nn.Module) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+def _exported(
+    module: nn.Module, examples: Batch, expected: Mapping[str, Tensor]
+) -> tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]:
+    """Export a module for the batch sizes `SIZES`; for the first alone if its program is right for all."""
+    several, few = SIZES
+    # Of examples to export with, only the shape matters.
+    first = _export(module, mapped(lambda own: own.new_empty((several, *own.shape[1:])), examples))
+    if _is_independent(module, examples, expected, few) and not counts_examples(first):
+        return first, first
+    return first, _export(module, mapped(torch.clone, examples[:few]))
+
+
+def _is_independent(module: nn.Module, examples: Batch, expected: Mapping[str, Tensor], count: int) -> bool:
+    """Whether a module computes the same for the first examples where there are no others."""
+    try:
+        found, _ = _outputs(module, examples[:count])
+    except (InvalidCalibration, UnsupportedModule):
+        return False
+    return close(found, {name: tensor[:count] if tensor.ndim else tensor for name, tensor in expected.items()})
 
 
 def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:
