@@ -1,6 +1,7 @@
 """For all tests: shape annotations of mtz_core are checked, the longest tests come first, one S3 server serves all.
 
-With the longest first, no worker is left with a long test when all others are done. ``MTZ_SHAPES=unchecked`` switches
+With the longest first, no worker is left with a long test when all others are done, and Prefect's servers, which work
+even when nothing runs, end with these. ``MTZ_SHAPES=unchecked`` switches
 the checks off.
 """
 
@@ -8,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
 
 
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     shapes.calls.clear()
+    servers = sys.modules.get("tests.support.prefect_server")
+    if servers and item.get_closest_marker("e2e") is None:
+        servers.stop()
 
 
 @pytest.fixture(scope="session")

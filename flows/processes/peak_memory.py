@@ -9,7 +9,7 @@ _SAMPLE_SECONDS = 1.0
 
 
 class PeakMemory:
-    """A sampler of the memory of this process and all below it, once a second, while its block runs.
+    """A sampler of the memory of this process and all below it, once a second from its block's start on.
 
     Memory that processes share counts once (proportional set size) where the system reports it, several times
     elsewhere.
@@ -24,6 +24,7 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
+        self._sample()
         self._thread.start()
         return self
 
@@ -34,11 +35,12 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
+        while not self._done.wait(_SAMPLE_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
         own = psutil.Process()
-        while True:
-            self.bytes = max(self.bytes, sum(_memory(process) for process in [own, *own.children(recursive=True)]))
-            if self._done.wait(_SAMPLE_SECONDS):
-                return
+        self.bytes = max(self.bytes, sum(_memory(process) for process in [own, *own.children(recursive=True)]))
 
 
 def _memory(process: psutil.Process) -> int:

@@ -25,17 +25,26 @@ SETTINGS = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
 
+_until_stopped = ExitStack()
+atexit.register(_until_stopped.close)
+
 
 @functools.cache
 def running() -> tuple[str, Path]:
-    """The address of a server that ends with this process, and its home."""
-    stack = ExitStack()
-    atexit.register(stack.close)
-    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtz-prefect-", ignore_cleanup_errors=True)))
+    """The address of a server that ends with this process, if not before, and its home."""
+    home = Path(
+        _until_stopped.enter_context(tempfile.TemporaryDirectory(prefix="mtz-prefect-", ignore_cleanup_errors=True))
+    )
     with variables_set({**SETTINGS, "PREFECT_API_URL": ""}):
-        server = stack.enter_context(servers.prefect_server(home))
+        server = _until_stopped.enter_context(servers.prefect_server(home))
     server.wait()
     return f"{server.url}/api", home
+
+
+def stop() -> None:
+    """Stop the server, if it runs."""
+    _until_stopped.close()
+    running.cache_clear()
 
 
 @contextmanager

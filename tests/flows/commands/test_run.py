@@ -24,6 +24,8 @@ from tests.support.processes import descendants, is_alive
 from tests.support.small_project import GROUP_PARAMS, make_project
 from tests.support.waiting import PATIENCE_SECONDS, until
 
+pytestmark = pytest.mark.e2e
+
 PARAMS = f"{GROUP_PARAMS}    flow: {{workers: 2, retries: 1, retry_delay_seconds: 0}}\n"
 
 FLEET = """

@@ -19,6 +19,8 @@ from tests.support import prefect_server
 from tests.support.prefect_server import ROOT
 from tests.support.waiting import PATIENCE_SECONDS, until
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module", autouse=True)
 def home() -> Iterator[Path]:
