@@ -129,6 +129,9 @@ def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
         return next((network.unlike for network in networks.values() if network.unlike), KEPT_SEPARATE)
     if len(graphs) < len(networks):
         return f"only {', '.join(graphs)} has it"
+    mixing = [analysis_of(network).labels.reasons.get(layer.name) for network in networks.values()]
+    if any(mixing):
+        return next(reason for reason in mixing if reason)
     if not same_kernels(layer.name, networks.values()):
         return "its kernels or convolution groups differ in size"
     rows, columns = ([getattr(n.graph, side)[layer.name] for n in networks.values()] for side in ("rows", "columns"))

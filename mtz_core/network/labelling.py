@@ -13,8 +13,8 @@ from torch import Tensor
 from mtz_core.errors import UnsupportedModule
 from mtz_core.network.graph import FIXED, GETITEM, INPUT, OUTPUTS, Inputs, Node, blank_values, operator, resolve
 from mtz_core.network.layers import LAYERS, Convolution
-from mtz_core.network.operations import CREATION, EveryPair, NotUnderstood, Value, operation_of
-from mtz_core.network.ties import THE_INPUT, THE_KERNEL, Ties, compress
+from mtz_core.network.operations import CREATION, MixesNeurons, NotUnderstood, Value, operation_of
+from mtz_core.network.ties import THE_INPUT, THE_KERNEL, Ties, compress, varying
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Labelling:
         rows: The label of every row of each matrix, by the node's name.
         columns: The label of every column of each matrix, by the node's name.
         constants: What is known of stored tensors that are no layer's weights, by the tensor's name.
+        reasons: Why rows and columns belong to no neuron, in words, by the node's name.
     """
 
     ties: Ties = field(default_factory=Ties)
@@ -34,6 +35,7 @@ class Labelling:
     rows: dict[str, Int64[Tensor, " _out"]] = field(default_factory=dict)
     columns: dict[str, Int64[Tensor, " _columns"]] = field(default_factory=dict)
     constants: dict[str, Value] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def label_network(
@@ -68,7 +70,7 @@ def label_network(
             read = _opaque(found, node, state) if node.opaque else _label(found, node, state, trainable)
             found.values[node.name] = read
         except (NotUnderstood, RuntimeError, ValueError, IndexError) as error:
-            if not node.separate and not isinstance(error, EveryPair):
+            if not node.separate and not isinstance(error, MixesNeurons):
                 where, reason = node.module or "the network itself", str(error).strip().splitlines()[0]
                 raise UnsupportedModule(
                     f"{where!r}: operator {node.kind} cannot be zipped: {reason}. {_remedy(node, trainable)}"
@@ -257,6 +259,7 @@ def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out
 
     Raises:
         NotUnderstood: If the operator is not a plain layer.
+        MixesNeurons: If its kernel runs over neurons.
     """
     layer, ties = LAYERS[node.kind], found.ties
     if {"alpha", "beta"} & node.arguments.keys():
@@ -271,9 +274,15 @@ def _label_layer(found: Labelling, node: Node, arguments: Mapping[str, Any], out
     else:
         axis = layer.channel_axis(x.labels.ndim)
         labels = compress(ties.resolve(x.labels))
-        if labels.numel() > 1 and labels.shape[axis] == 1:  # it mixes positions, alike for every neuron
+        if labels.numel() > 1 and labels.shape[axis] == 1:
             found.rows[node.name] = torch.full((count,), FIXED)
             found.columns[node.name] = torch.full((columns,), FIXED)
+            if isinstance(layer, Convolution) and not layer.is_pointwise(
+                varying(labels), tuple(weight.meta.shape), node.arguments
+            ):
+                found.reasons[node.name] = "its kernel runs over neurons, which stay in their places"
+                raise MixesNeurons("its kernel runs over neurons")
+            found.reasons[node.name] = "it mixes positions, alike for every neuron"
             return labels
         read = ties.uniform(labels, (axis,)).flatten().expand(x.meta.shape[axis])
     if conv_groups == 1:

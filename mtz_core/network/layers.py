@@ -14,7 +14,7 @@ To teach zipping a new type of layer, add one entry to `LAYERS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -262,6 +262,21 @@ class Convolution:
     def conv_groups(self, arguments: Arguments) -> int:
         """The number of groups of the convolution."""
         return int(arguments.get("groups", 1))
+
+    def is_pointwise(self, axes: Set[int], weight: tuple[int, ...], arguments: Arguments) -> bool:
+        """Whether the kernel takes places along these axes one by one and leaves them where they are.
+
+        Args:
+            axes: Axes of the input, counted from the last (−1).
+            weight: The shape of the layer's weight.
+            arguments: The operator's other arguments.
+
+        Returns:
+            Whether it does, along those of the axes that are spatial.
+        """
+        strides, padding = self._all(arguments, "stride", 1), arguments.get("padding", 0)
+        paddings = [0] * self.spatial if isinstance(padding, str) else self._all(arguments, "padding", 0)
+        return all((weight[axis], strides[axis], paddings[axis]) == (1, 1, 0) for axis in axes if axis >= -self.spatial)
 
     def _all(self, arguments: Arguments, name: str, default: int) -> list[int]:
         value = arguments.get(name, default)

@@ -50,8 +50,8 @@ class NotUnderstood(Exception):
     """An operator treats neurons in a way that no rule covers. The message says which."""
 
 
-class EveryPair(NotUnderstood):
-    """An operator multiplies every neuron with every other. It is taken as one without a rule."""
+class MixesNeurons(NotUnderstood):
+    """An operator mixes neurons by their places, or every one with every other. It is taken as one without a rule."""
 
 
 RuleArguments = Mapping[str, Any]
@@ -226,7 +226,7 @@ def window(axes: int) -> Rule:
         axes: How many axes the window has.
 
     Returns:
-        The rule. It raises `NotUnderstood` if the window runs over neurons.
+        The rule. It raises `MixesNeurons` if the window runs over neurons.
     """
 
     def rule(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
@@ -235,7 +235,7 @@ def window(axes: int) -> Rule:
         if value.constant:  # a table of positions: those of one channel belong to one neuron
             labels = ties.uniform(labels, range(labels.ndim - axes))
         if any(size > 1 for size in labels.shape[-axes:]):
-            raise NotUnderstood("its window runs over neurons")
+            raise MixesNeurons("its window runs over neurons")
         return [labels] * len(out) if isinstance(out, (list, tuple)) else labels
 
     return rule
@@ -354,7 +354,7 @@ def _contract(
         The labels of the product.
 
     Raises:
-        EveryPair: If every neuron is multiplied with every other.
+        MixesNeurons: If every neuron is multiplied with every other.
     """
     a, b = compress(ties.resolve(a)), compress(ties.resolve(b))
     if a.shape[-1] > 1 or b.shape[-2] > 1:  # the sum runs over neurons
@@ -364,7 +364,7 @@ def _contract(
         _pin_by(ties, met, b, [*b_shape[:-2], 1, b_shape[-2]])
         return compress(ties.symmetric(met, [met.ndim - 1]))
     if a.shape[-2] > 1 and b.shape[-1] > 1:
-        raise EveryPair("it multiplies every neuron with every other")
+        raise MixesNeurons("it multiplies every neuron with every other")
     met = compress(ties.resolve(_meet(ties, a, b)))
     _pin_by(ties, met, a, [*a_shape[:-1], 1])
     _pin_by(ties, met, b, [*b_shape[:-2], 1, b_shape[-1]])

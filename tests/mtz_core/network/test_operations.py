@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtz_core import Budget, ZipConfig, load, register_operation, zip_networks
-from mtz_core.errors import InvalidZippedFile, UnsupportedModule
+from mtz_core.errors import InvalidZippedFile, UnsupportedModule, ZipWarning
 from mtz_core.network.graph import FIXED, GETITEM, Node, operator, run, run_node
 from mtz_core.network.narrowing import Dropper
 from mtz_core.network.operations import (
@@ -220,7 +220,6 @@ def follow(module: nn.Module, shape: tuple[int, ...], width: int) -> None:
 
 
 NOT_UNDERSTOOD: dict[str, tuple[Function, str]] = {
-    "window over neurons": (lambda x: F.avg_pool1d(x[:, None], 3, 1, 1)[:, 0], "its window runs over neurons"),
     "by a vector": (lambda x: x.unflatten(1, (2, 3)).matmul(torch.ones(3)).repeat(1, 3), "multiplies by a vector"),
 }
 
@@ -241,6 +240,78 @@ def test_products_of_every_neuron_with_every_other_stay_separate_by_themselves()
     x = torch.randn(5, 4)
     torch.testing.assert_close(run(network.graph, network.state, x), module(x))
     assert Dropper(network).droppable(x) == ("2",)
+
+
+class Sliding(nn.Module):
+    """Runs a convolution whose spatial axes are not only those of an image but that of the channels, too."""
+
+    def __init__(self, convolution: nn.Module, padding: int = 0) -> None:
+        super().__init__()
+        self.convolution, self.padding = convolution, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate every channel by what its neighbours' means are, as efficient channel attention does."""
+        means = F.pad(x.mean((2, 3))[:, None], (self.padding, self.padding), mode="circular")
+        return x * self.convolution(means)[:, 0, :, None, None].sigmoid()
+
+
+class Convolved(Sliding):
+    """Convolves images over rows and channels alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved: Tensor = self.convolution(x.permute(0, 3, 2, 1).flatten(1, 2)[:, None])[:, 0]
+        return convolved.unflatten(1, (4, 4)).permute(0, 3, 2, 1)
+
+
+BY_PLACE: dict[str, nn.Module] = {
+    "efficient channel attention": Sliding(nn.Conv1d(1, 1, 3, padding=1, bias=False)),
+    "channels in a circle": Sliding(nn.Conv1d(1, 1, 5), padding=2),
+    "a kernel with gaps": Sliding(nn.Conv1d(1, 1, 3, padding="same", dilation=2)),
+    "a transposed kernel": Sliding(nn.ConvTranspose1d(1, 1, 3, padding=1)),
+    "shifted by padding": Sliding(nn.Conv1d(1, 1, 1, padding=1), padding=-1),
+    "rows and channels": Convolved(nn.Conv2d(1, 1, (1, 3), padding=(0, 1))),
+    "local response norm": nn.LocalResponseNorm(3),
+    "neighbours' mean": Apply(lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1)[:, 0, :, None, None] * x),
+}
+
+
+@pytest.mark.parametrize("name", BY_PLACE)
+def test_what_mixes_neurons_by_their_places_stays_separate_by_itself(name: str) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), BY_PLACE[name], nn.Conv2d(6, 3, 1)).eval()
+    network = trace(module, torch.randn(3, 2, 6, 6))
+    assert network.graph.hidden_widths["0"] == 6
+    x = torch.randn(5, 2, 6, 6)
+    torch.testing.assert_close(run(network.graph, network.state, x), module(x))
+    assert "0" not in Dropper(network).droppable(x)
+
+
+def test_a_kernel_that_leaves_neurons_where_they_are_mixes_none() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 6, 3), Convolved(nn.Conv2d(1, 1, (3, 1), padding=(1, 0))), nn.Conv2d(6, 3, 1))
+    x = torch.randn(5, 2, 6, 6)
+    network = trace(module, x)
+    assert Dropper(network).droppable(x) == ("0",)
+
+
+def test_the_report_says_which_layers_mix_neurons_or_positions() -> None:
+    def network() -> nn.Module:
+        attention = Sliding(nn.Conv1d(1, 1, 3, padding=1))
+        positions = Apply(lambda x: x.flatten(2)), nn.Linear(16, 16), nn.ReLU(), Apply(lambda x: x.mean(2))
+        return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), attention, *positions, nn.Linear(6, 3)).eval()
+
+    networks = {"a": network(), "b": network()}
+    data = {task: torch.randn(40, 2, 6, 6, generator=torch.Generator().manual_seed(i)) for i, task in enumerate("ab")}
+    with pytest.warns(ZipWarning, match=r"'2\.convolution' and 1 more stay separate: its kernel runs over neurons"):
+        zipped = zip_networks(networks, data)
+    assert {layer.layer: (layer.shared, layer.note) for layer in zipped.report.layers} == {
+        "0": (6, ""),
+        "2.convolution": (0, "its kernel runs over neurons, which stay in their places"),
+        "4": (0, "it mixes positions, alike for every neuron"),
+        "7": (0, ""),
+    }
+    separate = zip_networks(networks, data, ZipConfig(share=0.0))
+    for task, module in networks.items():
+        assert torch.equal(separate(data[task], task=task), module(data[task]))
+        torch.testing.assert_close(zipped.network(task)(data[task]), zipped(data[task], task=task))
 
 
 class ChannelAttention(nn.Module):

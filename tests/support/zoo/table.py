@@ -89,6 +89,7 @@ OWN = (
     ZooCase("resnext", vision.resnext, images),
     ZooCase("mobilenet-v2", vision.mobilenetv2, images),
     ZooCase("squeeze-excite", vision.squeeze_excite, images),
+    ZooCase("efficient channel attention", vision.efficient_channel_attention, images),
     ZooCase("densenet", vision.densenet, images),
     ZooCase("convnext", vision.ConvNeXt, images),
     ZooCase("u-net", vision.UNet, images),

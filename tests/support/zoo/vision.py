@@ -4,6 +4,7 @@ Every factory takes a width multiplier and the number of classes: two networks o
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -197,8 +198,29 @@ class SqueezeExcite(nn.Module):
         return x * gates.expand_as(x)
 
 
+class EfficientChannelAttention(nn.Module):
+    """Each channel times a gate computed from its neighbours' means: a kernel slides over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates: Tensor = self.gate(x.mean((2, 3)).unsqueeze(1)).sigmoid()
+        return x * gates.view(x.shape[0], -1, 1, 1)
+
+
 def squeeze_excite(width: int, classes: int) -> nn.Module:
     """Hu et al.: residual blocks with channel attention; [batch, 3, 16, 16] → [batch, classes]."""
+    return gated(width, classes, lambda channels: SqueezeExcite(channels, 4 * width))
+
+
+def efficient_channel_attention(width: int, classes: int) -> nn.Module:
+    """Wang et al.: the same with kernels over channels; [batch, 3, 16, 16] → [batch, classes]."""
+    return gated(width, classes, lambda _: EfficientChannelAttention())
+
+
+def gated(width: int, classes: int, gate: Callable[[int], nn.Module]) -> nn.Module:
     channels = 6 * width
     blocks: list[nn.Module] = [convolution(3, channels, 3, stride=2, activation=nn.ReLU())]
     for size, stride in ((6, 1), (8, 2)):
@@ -206,7 +228,7 @@ def squeeze_excite(width: int, classes: int) -> nn.Module:
         branch = nn.Sequential(
             convolution(channels, outputs, 3, stride, activation=nn.ReLU()),
             convolution(outputs, outputs, 3),
-            SqueezeExcite(outputs, 4 * width),
+            gate(outputs),
         )
         blocks.append(Residual(branch, channels, outputs, stride))
         channels = outputs
