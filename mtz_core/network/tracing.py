@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from mtz_core.batches import (
@@ -46,7 +47,7 @@ from mtz_core.network.groups import analyse, remember
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
 from mtz_core.network.rewriting import rewrite
-from mtz_core.network.selfcheck import check, close
+from mtz_core.network.selfcheck import TOLERANCE, InDouble, check, distance
 
 CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
@@ -105,7 +106,8 @@ def trace(
     state = {name: program.state[name] for name in program.state if name in used}
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
     passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
-    network = _analysed(program, example, passing, examples, one_or_named(expected))
+    in_double = partial(_in_double, module, examples)
+    network = _analysed(program, example, passing, examples, one_or_named(expected), in_double)
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
     return network
@@ -117,6 +119,7 @@ def _analysed(
     non_persistent: frozenset[str],
     examples: Batch,
     expected: Batch,
+    in_double: InDouble,
 ) -> Network:
     """Find the neuron groups, and check them.
 
@@ -129,6 +132,7 @@ def _analysed(
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
         examples: The inputs to check with.
         expected: The module's outputs for them.
+        in_double: Computes these in double precision.
 
     Returns:
         The network.
@@ -142,7 +146,7 @@ def _analysed(
         analysis = analyse(nodes, program.output, *entry)
         network = Network(analysis.graph, *entry, non_persistent)
         try:
-            check(network, analysis, examples, expected)
+            check(network, analysis, examples, expected, in_double)
             break
         except UnsupportedModule:
             if nodes == opaque:
@@ -246,6 +250,21 @@ def _outputs(module: nn.Module, examples: Batch) -> tuple[dict[str, Tensor], For
     return tensors, form
 
 
+def _in_double(module: nn.Module, examples: Batch) -> Batch | None:
+    """A module's outputs in double precision; None if it cannot compute them."""
+    held = (*module.named_parameters(), *module.named_buffers())
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor.clone() for name, tensor in held}
+    given = mapped(lambda own: own.double() if own.is_floating_point() else own.clone(), examples)
+    with evaluation_mode(module), _plain_attention():
+        _forget(module)
+        try:
+            return one_or_named(opened(functional_call(module, wide, *arguments_of(given)))[0])
+        except Exception:  # whatever a user's forward raises in a precision that it was not written for
+            return None
+        finally:
+            _forget(module)
+
+
 @contextmanager
 def _returning_tensors(module: nn.Module) -> Iterator[None]:
     """Let a module return the tensors that it returns, in a tuple without what holds them."""
@@ -283,7 +302,8 @@ def _is_independent(module: nn.Module, examples: Batch, expected: Mapping[str, T
         found, _ = _outputs(module, examples[:count])
     except (InvalidCalibration, UnsupportedModule):
         return False
-    return close(found, {name: tensor[:count] if tensor.ndim else tensor for name, tensor in expected.items()})
+    first = {name: tensor[:count] if tensor.ndim else tensor for name, tensor in expected.items()}
+    return distance(found, first) <= TOLERANCE
 
 
 def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:

@@ -1,7 +1,7 @@
 """The self-check catches rules that are wrong, by permuting what they say can be permuted."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,71 @@ def test_the_check_compares_with_the_module() -> None:
             check(network, analysis, x, wrong)
     assert torch.equal(x, before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state.items())
+
+
+class Amplifying(nn.Module):
+    """Logistic maps behind two layers: each step doubles what rounding has done.
+
+    Outside of tracing the first layer adds in another order, as kernels of other devices do, and may do something else.
+    """
+
+    def __init__(self, steps: int, aside: Callable[[Tensor], Tensor] = torch.clone) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 3)
+        self.steps, self.aside = steps, aside
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.first.weight
+        if not torch.compiler.is_exporting():
+            x, weight = self.aside(x.flip(1)), weight.flip(1)
+        x = self.second(F.linear(x, weight, self.first.bias)).sigmoid()
+        for _ in range(self.steps):
+            x = 4 * x * (1 - x)
+        return x
+
+
+def in_single(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        raise TypeError
+    return x
+
+
+@pytest.mark.parametrize(("steps", "aside"), [(0, in_single), (8, in_single), (12, torch.clone), (20, torch.clone)])
+def test_what_rounding_alone_changes_is_accepted(steps: int, aside: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    module, x = Amplifying(steps, aside), torch.randn(5, 64)
+    state = copy.deepcopy(module.state_dict())
+    network = trace(module, x)
+    assert network.graph.hidden_widths == {"first": 64}
+    assert (network.input_dtype, module.training) == (torch.float32, True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [0, 12, 20])
+def test_other_effects_are_told_from_rounding(steps: int) -> None:
+    torch.manual_seed(0)
+    for aside in (lambda x: x + 0.1, lambda x: x + torch.rand_like(x)):
+        with pytest.raises(UnsupportedModule, match=r"effects that torch\.export does not see"):
+            trace(Amplifying(steps, aside), torch.randn(5, 64))
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModule, match=r"rounding alone changes the outputs of this network by \d+ %"):
+        trace(Amplifying(20, in_single), torch.randn(5, 64))
+
+
+def test_neurons_that_are_mistaken_are_found_in_spite_of_rounding() -> None:
+    register_operation("cumsum", Operation(pointwise))
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModule, match="'0' are not interchangeable"):
+        trace(nn.Sequential(nn.Linear(64, 64), Apply(lambda x: x.cumsum(1)), Amplifying(20)), torch.randn(5, 64))
+
+
+def test_a_network_that_passes_at_once_is_not_run_in_double_precision() -> None:
+    network, analysis = traced(residual(), torch.randn(5, 4))
+    x = torch.randn(5, 4)
+    check(network, analysis, x, residual_of(network, x), lambda: pytest.fail("the module is run again"))
 
 
 def test_neurons_of_different_classes_are_left_in_their_places() -> None:
