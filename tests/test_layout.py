@@ -15,7 +15,6 @@ SEVERAL = {
     "mtz_core/merging/test_differing_networks.py": "matching and walk, of networks that differ somewhere",
     "mtz_core/merging/test_many_networks.py": "matching and walk, of three networks and more",
     "mtz_core/merging/test_unlike_networks.py": "matching and walk, of networks that share only a part",
-    "mtz_core/network/test_writing.py": "one network, however it is written down",
     "mtz_core/test_several_inputs.py": "everything, of networks with several inputs",
     "mtz_core/test_several_outputs.py": "everything, of networks with several outputs",
     "mtz_core/test_shapes.py": "shape annotations everywhere",

@@ -13,9 +13,10 @@ from torch.fx.node import map_aggregate
 
 from mtz_core.batches import Form
 from mtz_core.errors import UnsupportedModule
-from mtz_core.network.graph import GETITEM, OUTPUTS, Node, operator
+from mtz_core.network.graph import GETITEM, OUTPUTS, Node
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.rewriting import path_of
+from mtz_core.network.writing import seen_elsewhere, without_writing
 
 SIZES = (109, 2)
 """The batch sizes that a module is exported for, the second only where it must be. Multiples of 109 are rare."""
@@ -174,8 +175,9 @@ class ProgramReader:
         overload = target._schema.overload_name
         arguments = self._arguments(a, b)
         if target._schema.is_mutable:
-            kind, overload = self._out_of_place(a, kind, overload)
-            names = [argument.name for argument in operator(f"{kind}.{overload}".rstrip("."))._schema.arguments]
+            plain = self._out_of_place(a)._schema
+            kind, overload = plain.name.removeprefix("aten::"), plain.overload_name
+            names = (argument.name for argument in plain.arguments)
             renamed = dict(zip((argument.name for argument in target._schema.arguments), names, strict=False))
             arguments = {renamed[name]: value for name, value in arguments.items()}
         if (kind, overload) == ("to", "device"):
@@ -193,60 +195,26 @@ class ProgramReader:
         taken = set(self.names.values())
         return next(n for n in (name, *(f"{name}:{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
-    def _out_of_place(self, node: fx.Node, kind: str, overload: str) -> tuple[str, str]:
+    def _out_of_place(self, node: fx.Node) -> torch._ops.OpOverload:
         """Replace an operator that writes into its operand by the one that does not. Later readers get the new value.
 
         Args:
             node: The node.
-            kind: Its operator.
-            overload: The operator's overload.
 
         Returns:
-            The operator that does not write into its operand, and its overload.
+            The operator that does not write into its operand.
 
         Raises:
             UnsupportedModule: If there is no such operator, or if another view of the operand is read afterwards.
         """
-        written = node.args[0]
+        written, plain = node.args[0], without_writing(node)
         assert isinstance(written, fx.Node)
-        plain = kind.removesuffix("_")
-        if plain == kind or written.name in self.tensors or not hasattr(torch.ops.aten, plain):
+        if plain is None or written.name in self.tensors:
             raise self._unsupported(node, "it changes a tensor in place")
-        others = {other for other in self._aliases(written, node) if self._current(other) is not written}
-        if any(node < user for other in others for user in other.users):
+        if seen_elsewhere(node):
             raise self._unsupported(node, "it changes in place a tensor of which another view is read afterwards")
         self.replaced[written] = node
-        packet = getattr(torch.ops.aten, plain)
-        if overload not in [name if name != "default" else "" for name in packet.overloads()]:
-            raise self._unsupported(node, "it changes a tensor in place")
-        return plain, overload
-
-    def _aliases(self, node: fx.Node, without: fx.Node) -> set[fx.Node]:
-        """All nodes whose values may share memory with a node's, except those that derive from another one."""
-        root = node
-        while (before := self._viewed(root)) is not None:
-            root = before
-        found, pending = {root}, [root]
-        while pending:
-            for user in pending.pop().users:
-                if self._viewed(user) in found and user not in found and user is not without:
-                    found.add(user)
-                    pending.append(user)
-        return found
-
-    @staticmethod
-    def _viewed(node: fx.Node) -> fx.Node | None:
-        """The node that a view is a view of."""
-        if node.op != "call_function":
-            return None
-        if node.target is python_operator.getitem:
-            source = node.args[0]
-        else:
-            schema = getattr(node.target, "_schema", None)
-            aliasing = schema is not None and any(a.alias_info is not None for a in schema.arguments)
-            passing = schema is not None and schema.name.removeprefix("aten::") in _MAY_PASS
-            source = node.args[0] if (aliasing or passing) and node.args else None
-        return source if isinstance(source, fx.Node) else None
+        return plain
 
     def _arguments(self, a: fx.Node, b: fx.Node) -> dict[str, Any]:
         """The arguments by the names in the operator's schema, defaults left out."""
@@ -298,12 +266,6 @@ class ProgramReader:
             f"{why}. Write this part of the network differently, or leave the network out of the group."
         )
 
-
-_MAY_PASS = frozenset(
-    {"reshape", "contiguous", "flatten", "reshape_as", "unflatten", "broadcast_to", "ravel", "type_as", "movedim"}
-    | {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-)
-"""Operators that may return their operand itself or a view of it, although their schema does not show it."""
 
 _PLACES = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
 """Arguments about where and how a tensor is stored. They are set when the network runs."""

@@ -6,7 +6,7 @@ occur equally often in the same rows and columns of the same layers form a group
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, Inputs, LayerGraph, Network, NeuronGroup, Node
 from mtz_core.network.labelling import Labelling, label_network
+from mtz_core.network.operations import Value
 from mtz_core.network.ties import THE_KERNEL
 
 
@@ -143,7 +144,7 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
         if value.actual is None
     }
     rows, columns = ({name: axis for (name, s), axis in axes.items() if s == side} for side in ("rows", "columns"))
-    return Analysis(graph, rows, columns, constants, _classes(found, members, constants), found, members)
+    return Analysis(graph, rows, columns, constants, _classes(found, nodes, members, constants), found, members)
 
 
 def _name_groups(
@@ -184,15 +185,15 @@ def _axis(labels: np.ndarray, place: Mapping[int, tuple[str, int]]) -> Axis:
 
 
 def _classes(
-    found: Labelling, members: Mapping[str, Sequence[int]], constants: Mapping[str, Axis]
+    found: Labelling, nodes: Sequence[Node], members: Mapping[str, Sequence[int]], constants: Mapping[str, Axis]
 ) -> dict[str, Int64[np.ndarray, " _neurons"]]:
-    """Number the neurons of every group by the constants that belong to them and by what pins them."""
+    """Number the neurons of every group by the constants and cuts that they are in, and by what pins them."""
     marks: dict[int, list[tuple[int, int]]] = {}
     for labels, colours in found.ties.colours:
         for label, colour in zip(found.ties.resolve(labels).tolist(), colours.tolist(), strict=True):
             marks.setdefault(label, []).append((colour, 0))
-    for number, name in enumerate(constants):
-        occurring, counts = np.unique(found.ties.resolve(found.constants[name].labels).numpy(), return_counts=True)
+    for number, table in enumerate((*(found.constants[name] for name in constants), *_cuts(found, nodes))):
+        occurring, counts = np.unique(found.ties.resolve(table.labels).numpy(), return_counts=True)
         for label, count in zip(occurring.tolist(), counts.tolist(), strict=True):
             marks.setdefault(label, []).append((-1 - number, count))
     classes = {}
@@ -201,3 +202,14 @@ def _classes(
         keys = [tuple(sorted(marks.get(label, []))) for label in neurons]
         classes[name] = np.array([kinds.setdefault(key, len(kinds)) for key in keys], dtype=np.int64)
     return classes
+
+
+def _cuts(found: Labelling, nodes: Sequence[Node]) -> Iterator[Value]:
+    """Values with some neurons of what they are cut from, but not all. What follows may treat these otherwise."""
+    for node in nodes:
+        whole = found.values[node.sources[0]] if node.sources and not node.is_layer else None
+        if isinstance(whole, Value) and whole.labels.numel() > 1:
+            parts = found.values[node.name]
+            for part in parts if isinstance(parts, list) else [parts]:
+                if len(found.ties.resolve(part.labels).unique()) < len(found.ties.resolve(whole.labels).unique()):
+                    yield part

@@ -272,7 +272,7 @@ class Dropper:
             pieces = {"self": arguments["self"], "split_sizes": [shape[axis] for shape in shapes], "dim": axis}
             return replace(node, kind="split_with_sizes", arguments=pieces)
         place = [0, *stays.cumsum(0).tolist()]
-        if node.kind == "slice.Tensor":
+        if node.kind in _SLICES:
             first, end, step = slice(*(arguments.get(name) for name in ("start", "end", "step"))).indices(len(stays))
             if step != 1:
                 raise CannotDrop(f"operator {node.kind} of {node.module!r} skips neurons")
@@ -374,8 +374,9 @@ _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 """Arguments that list the sizes of an operator's output, or of its last axes."""
 
 
-_CUTS = SPLITS | {"slice.Tensor", "narrow"}
-"""Operators that cut an axis at given places."""
+_SLICES = frozenset({"slice.Tensor", "slice_scatter"})
+_CUTS = SPLITS | _SLICES | {"narrow"}
+"""Operators that cut an axis at given places, or put something between these."""
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

@@ -188,6 +188,39 @@ def _movable(argument: Any) -> Any:
     return argument
 
 
+def writing(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of what puts a value into another one: it is run on the labels. Numbers belong to no neuron."""
+    given = {name: own.everywhere.contiguous() if isinstance(own, Value) else own for name, own in arguments.items()}
+    if node.kind == "fill.Scalar":
+        given["value"] = FIXED
+    return compress(operator(node.kind)(**given))
+
+
+def index_put(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of writing at constant places, or of one number wherever a mask says.
+
+    Args:
+        ties: The labels that are tied so far.
+        node: The node.
+        arguments: Its arguments.
+        out: Its output.
+
+    Returns:
+        The labels of the output.
+
+    Raises:
+        NotUnderstood: If places depend on the data otherwise, or if something is added there.
+    """
+    value, put, indices = arguments["self"], arguments["values"], arguments["indices"]
+    given = list(operands(indices))
+    if not arguments.get("accumulate") and all(index.actual is not None for index in given):
+        places = [None if index is None else index.actual for index in indices]
+        return compress(torch.ops.aten.index_put(value.everywhere.contiguous(), places, put.everywhere))
+    if arguments.get("accumulate") or put.meta.numel() > 1 or given[0].meta.shape != value.meta.shape:
+        raise NotUnderstood("it writes where the data say")
+    return pointwise(ties, node, arguments, out)
+
+
 def _axes(arguments: RuleArguments, ndim: int) -> list[int]:
     given = arguments.get("dim")
     if given is None or given == []:
@@ -219,6 +252,27 @@ def gated(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, 
     return compress(ties.resolve(_meet(ties, first, second)))
 
 
+@dataclass(frozen=True)
+class Window:
+    """The rule of what works on the last axes of every channel.
+
+    Attributes:
+        axes: How many axes the window has.
+    """
+
+    axes: int
+
+    def __call__(self, ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
+        """Label what the operator puts out."""
+        (value,) = (v for v in operands(arguments) if v.meta.is_floating_point())
+        labels = compress(ties.resolve(value.labels))
+        if value.constant:  # a table of positions: those of one channel belong to one neuron
+            labels = ties.uniform(labels, range(labels.ndim - self.axes))
+        if any(size > 1 for size in labels.shape[-self.axes :]):
+            raise MixesNeurons("its window runs over neurons")
+        return [labels] * len(out) if isinstance(out, (list, tuple)) else labels
+
+
 def window(axes: int) -> Rule:
     """Make the rule of what works on the last axes of every channel, such as pooling and interpolation.
 
@@ -226,19 +280,9 @@ def window(axes: int) -> Rule:
         axes: How many axes the window has.
 
     Returns:
-        The rule. It raises `MixesNeurons` if the window runs over neurons.
+        The rule. Where the window runs over neurons, these stay in their places.
     """
-
-    def rule(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
-        (value,) = (v for v in operands(arguments) if v.meta.is_floating_point())
-        labels = compress(ties.resolve(value.labels))
-        if value.constant:  # a table of positions: those of one channel belong to one neuron
-            labels = ties.uniform(labels, range(labels.ndim - axes))
-        if any(size > 1 for size in labels.shape[-axes:]):
-            raise MixesNeurons("its window runs over neurons")
-        return [labels] * len(out) if isinstance(out, (list, tuple)) else labels
-
-    return rule
+    return Window(axes)
 
 
 def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Iterable[Value | None]) -> Tensor:
@@ -471,9 +515,11 @@ OPERATIONS: dict[str, Operation] = {
     **{
         f"{mode}_pad{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3) for mode in ("reflection", "replication")
     },
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), Operation(nothing)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "zero"), Operation(nothing)),
     **{f"_upsample_nearest_exact{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3)},
     **{f"upsample_{mode}3d": Operation(window(3), keeps=True) for mode in ("nearest", "trilinear")},
+    **dict.fromkeys(("copy", "fill", "slice_scatter", "select_scatter"), Operation(writing)),
+    "index_put": Operation(index_put),
     "glu": Operation(gated),
     "batch_norm": Operation(batch_norm),
     "instance_norm": Operation(instance_norm),

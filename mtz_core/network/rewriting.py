@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from mtz_core.network.writing import write_out_of_place
+
 
 def rewrite(program: ExportedProgram) -> ExportedProgram:
     """Rewrite an exported program; it computes the same.
@@ -19,11 +21,13 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
         program: The program, which may change.
 
     Returns:
-        The program without regions, and without `einsum` where that is a product of matrices.
+        The program without regions, without `einsum` where that is a product of matrices, and without writing into
+        views of what is read afterwards.
     """
     if any(_changes_precision(node) for part in _graphs(program) for node in part.graph.nodes):
         program = program.run_decompositions({})  # writes out what is converted to another precision
     _inline_regions(program.graph_module)
+    write_out_of_place(program)
     _spell_out_products(program)
     return program
 

@@ -13,7 +13,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mtz_core.network.graph import OUTPUTS, Node, blank_values, run_node
-from mtz_core.network.operations import movement, operation_of
+from mtz_core.network.operations import Operation, Window, movement, operation_of
 from mtz_core.zipped.ownership import Arrangement
 from mtz_core.zipped.structure import ZippedStructure
 
@@ -146,8 +146,13 @@ def _order(
     if operation is None:
         return None
     if operation.keeps and all(order.same(given[0]) for order in given):
-        return given[0]
+        return None if _mixes(operation, given[0], len(shape) + 1) else given[0]
     return _moved(node, given[0], shape) if operation.rule is movement and len(given) == 1 else None
+
+
+def _mixes(operation: Operation, order: Order, ndim: int) -> bool:
+    """Whether an operator that keeps channels runs over them here, in a value of so many axes."""
+    return isinstance(operation.rule, Window) and order.axis % ndim >= ndim - operation.rule.axes
 
 
 def _groups_agree(structure: ZippedStructure, node: Node, index: np.ndarray, source: Order) -> bool:

@@ -15,6 +15,7 @@ from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, Network, run
 from mtz_core.network.groups import Analysis, analyse
 from mtz_core.network.tracing import trace
 from tests.support.networks import CASES, Case, hidden_layers
+from tests.support.written import Apply
 
 Group = tuple[str, str, str, int]
 """Name, writers, readers, width. A name in parentheses is that of a group that cannot be shared."""
@@ -423,6 +424,15 @@ def test_channels_stay_in_their_normalisation_group() -> None:
     assert classes_of(grouped, (2, 6, 6), "0") == [0, 0, 1, 1, 2, 2]
     whole = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(1, 6), nn.Conv2d(6, 3, 1))
     assert classes_of(whole, (2, 6, 6), "0") == [0] * 6
+
+
+def test_neurons_of_different_parts_are_of_different_classes() -> None:
+    def parted(x: Tensor) -> Tensor:
+        first, second = x.split([1, 3], 1)
+        return torch.cat([first.relu(), second], 1)
+
+    module = nn.Sequential(nn.Linear(4, 4), Apply(parted), nn.Linear(4, 3))
+    assert classes_of(module, (4,), "0") == [0, 1, 1, 1]
 
 
 def test_neurons_that_meet_different_constants_are_of_different_classes() -> None:

@@ -63,6 +63,20 @@ class Positions(nn.Module):
         return out
 
 
+class Averaged(nn.Module):
+    """Linear layers at every position, with means of neighbouring neurons between them."""
+
+    def __init__(self, widths: Sequence[int], classes: int) -> None:
+        super().__init__()
+        first, second = widths
+        self.embed, self.hidden, self.head = nn.Linear(4, first), nn.Linear(first, second), nn.Linear(second, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.hidden(F.avg_pool1d(F.silu(self.embed(x)), 3, 1, 1)).relu().mean(1))
+        return out
+
+
+AVERAGED = Case("averaged", Averaged, (3, 4), (5, 6))
 SKIPS = Case("skips", Skips, (1, 6, 5), (5, 4))
 POSITIONS = Case("positions", Positions, (3, 4), (5, 6))
 
@@ -173,7 +187,7 @@ def test_neurons_on_the_last_axis() -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-@pytest.mark.parametrize("case", [*CASES, SKIPS, POSITIONS, RESIDUAL, DOUBLE], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, SKIPS, POSITIONS, AVERAGED, RESIDUAL, DOUBLE], ids=lambda case: case.name)
 def test_all_at_once_is_each_alone(case: Case, share: float) -> None:
     zipped, x = zip_traced(traced_pair(case), case.calibration(12), ZipConfig(share=share, patches=4)), case.examples(5)
     with torch.no_grad():
