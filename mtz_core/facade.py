@@ -31,7 +31,7 @@ from mtz_core.evaluation import Case, Function, Model, check_labels, measure, me
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
 from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
-from mtz_core.merging.walk import check_task_name, merge, trace_task
+from mtz_core.merging.walk import check_task_name, merge, trace_task, warn_of_unused
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import check_paths, evaluation_mode
 from mtz_core.planning.planner import Planner
@@ -138,8 +138,8 @@ def zip_networks(
         InvalidConfig: A setting is impossible. All of these come before any work where they can be known.
 
     Warns:
-        ZipWarning: A task has lost most of what it knew, layers that were to be shared stay separate, or calibration
-            data is too little for some.
+        ZipWarning: A task has lost most of what it knew, layers that were to be shared stay separate, calibration data
+            is too little for some, or no output of a network depends on some of its parameters.
     """
     config = config or ZipConfig()
     budget = config.budget
@@ -177,6 +177,8 @@ def zip_networks(
         task: trace_task(task, networks[task], data[0], config)
         for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
     }
+    for task, network in graphs.items():
+        warn_of_unused(task, network, stacklevel=2)
     graphs = common_part(graphs)
     shared_counts(graphs, config)
     traced = {

@@ -22,7 +22,7 @@ from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.merging.compatibility import KEPT_SEPARATE, kept_separate
 from mtz_core.merging.fitting import LayerFit, following_clip
 from mtz_core.merging.pairing import Pairing, assign, assign_greedily
-from mtz_core.merging.walk import ActivationStream, check_task_name, trace_task
+from mtz_core.merging.walk import ActivationStream, check_task_name, trace_task, warn_of_unused
 from mtz_core.network.graph import Network, Node
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.topology import describe, find_difference
@@ -72,7 +72,9 @@ def add_network(
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     _check_request(zipped, task, config)
     batches = as_batches(calibration, task, signature_of(network))
-    traced = _alike(zipped, task, trace_task(task, network, batches[0], config))
+    traced = trace_task(task, network, batches[0], config)
+    warn_of_unused(task, traced, stacklevel=4)  # with_task and no_grad are in between
+    traced = _alike(zipped, task, traced)
     structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
     whole = Reduced.whole(traced)
     stream = ActivationStream(whole, batches)

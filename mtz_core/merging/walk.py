@@ -14,6 +14,7 @@ to the amplitude of its own fit), and the Hessians, the expensive part, stay the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mtz_core.batches import Batch
-from mtz_core.errors import InvalidConfig, MtzError
+from mtz_core.errors import InvalidConfig, MtzError, ZipWarning
 from mtz_core.merging.compatibility import check_compatible, why_separate
 from mtz_core.merging.fitting import LayerFit, fit, following_clip
 from mtz_core.merging.pairing import Pairing
@@ -75,6 +76,18 @@ def trace_task(task: str, module: nn.Module, example: Batch, config: ZipConfig) 
         return trace(module, example, [path for path in config.keep_separate if path in own or ":" in path], config.zip)
     except MtzError as error:
         raise type(error)(f"the network of {task!r}: {error}") from error
+
+
+def warn_of_unused(task: str, network: Network, stacklevel: int) -> None:
+    """Warn of parameters that are left out.
+
+    Args:
+        task: The task.
+        network: Its network.
+        stacklevel: How many calls above this one the user's code is.
+    """
+    if network.unused:
+        warnings.warn(f"the network of {task!r}: {network.left_out}.", ZipWarning, stacklevel=stacklevel + 1)
 
 
 def finish(steps: Iterator[LayerReport | ZippedNetwork]) -> ZippedNetwork:

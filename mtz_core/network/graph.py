@@ -36,6 +36,9 @@ OUTPUTS = ":outputs"
 GETITEM = "getitem"
 """The kind of a node that selects one of several values of another node."""
 
+NAMED = 8
+"""How many operators or parameters a message names."""
+
 FIXED = -1
 """Stands in an `Axis` for a position that belongs to no neuron."""
 
@@ -295,6 +298,7 @@ class Network:
         inputs: What the network is given.
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
         unlike: Why layers stay separate that nobody has listed: where the network differs from another one, in words.
+        unused: The module's parameters that no output depends on, and their bytes. They are no part of the network.
     """
 
     graph: LayerGraph
@@ -303,6 +307,18 @@ class Network:
     inputs: Inputs
     non_persistent: frozenset[str] = frozenset()
     unlike: str = ""
+    unused: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> str:
+        """Which parameters are no part of the network, in words; empty if there are none."""
+        if not self.unused:
+            return ""
+        more = f" and {len(self.unused) - NAMED} more" if len(self.unused) > NAMED else ""
+        return (
+            f"parameters are left out, as no output depends on them: {', '.join(list(self.unused)[:NAMED])}{more} "
+            f"({sum(self.unused.values()):,} bytes, counted neither before nor after zipping)"
+        )
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtz_core.batches import Batch, mapped, tensors_of
 from mtz_core.errors import UnsupportedModule
-from mtz_core.network.graph import INPUT, Axis, Network, Node, free_unused, input_values, run_node
+from mtz_core.network.graph import INPUT, NAMED, Axis, Network, Node, free_unused, input_values, run_node
 from mtz_core.network.groups import Analysis
 from mtz_core.network.operations import Value
 
@@ -26,9 +26,6 @@ ROUNDING = 10
 
 MEASURABLE = 1e-3
 """The largest effect of rounding, relative to outputs, by which a difference may be explained."""
-
-NAMED = 8
-"""How many operators an error names."""
 
 Permutations = Mapping[str, Int64[np.ndarray, " _neurons"]]
 InDouble = Callable[[], Batch | None]

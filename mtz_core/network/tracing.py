@@ -95,19 +95,16 @@ def trace(
     nodes = _reachable(nodes, output)
     parameters = frozenset(dict(module.named_parameters()))
     nodes, state = fold_constants(nodes, output, reader.state(), parameters)
-    unused = sorted(parameters - {name for node in nodes for name in node.state})
-    if unused:
-        raise UnsupportedModule(
-            f"parameter {unused[0]!r} is never used when the network runs. Remove it, "
-            "so that sizes before and after zipping speak of the same network."
-        )
+    used = {name for node in nodes for name in node.state}
+    unused = {name: own.nbytes for name, own in module.named_parameters() if name not in used}
+    parameters -= unused.keys()
     program = fold_weights(Program(_mark_separate(nodes, keep_separate, only), output, state, parameters))
     used = {name for node in program.nodes for name in node.state}
     state = {name: program.state[name] for name in program.state if name in used}
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
     passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
     in_double = partial(_in_double, module, examples)
-    network = _analysed(program, example, passing, examples, one_or_named(expected), in_double)
+    network = _analysed(program, example, passing, unused, examples, one_or_named(expected), in_double)
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
     return network
@@ -117,6 +114,7 @@ def _analysed(
     program: Program,
     example: Batch,
     non_persistent: frozenset[str],
+    unused: Mapping[str, int],
     examples: Batch,
     expected: Batch,
     in_double: InDouble,
@@ -130,6 +128,7 @@ def _analysed(
         program: The network's nodes and tensors.
         example: A batch of its inputs.
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
+        unused: The parameters that are no part of the network, and their bytes.
         examples: The inputs to check with.
         expected: The module's outputs for them.
         in_double: Computes these in double precision.
@@ -144,7 +143,7 @@ def _analysed(
     opaque = [replace(node, opaque=node.separate and not node.is_layer) for node in program.nodes]
     for nodes in (program.nodes, opaque):
         analysis = analyse(nodes, program.output, *entry)
-        network = Network(analysis.graph, *entry, non_persistent)
+        network = Network(analysis.graph, *entry, non_persistent, unused=unused)
         try:
             check(network, analysis, examples, expected, in_double)
             break

@@ -40,6 +40,8 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     """
     network = load_traced(params, workspace, model)
     check_tokens(params, workspace, model, network)
+    if network.unused:
+        show_progress(f"{params.models[model].weights}: {network.left_out}")
     batches = as_batches(calibration(params, workspace, model), model)
     with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
         writers = {

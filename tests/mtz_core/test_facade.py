@@ -494,3 +494,41 @@ def test_what_version_0_1_wrote_is_read() -> None:
     expected = load_file(FORMER / "outputs.safetensors")
     for task in zipped.tasks:
         assert torch.allclose(zipped(expected["inputs"], task=task), expected[task], atol=1e-6)
+
+
+class Auxiliary(nn.Module):
+    """Has a second head for training alone, as Inception does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aside, self.head = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.body(x))
+        return (self.head(hidden), self.aside(hidden)) if self.training else self.head(hidden)
+
+
+def test_parameters_that_no_output_depends_on_are_left_out_with_a_warning(calibration: dict[str, Tensor]) -> None:
+    originals = {task: Auxiliary() for task in TASKS}
+    plain = {task: nn.Sequential(own.body, nn.ReLU(), own.head) for task, own in originals.items()}
+    config = mtz.ZipConfig(outputs=dict.fromkeys(TASKS, mtz.Output("regression")))
+    with pytest.warns(mtz.ZipWarning) as caught:
+        zipped = mtz.zip_networks(originals, calibration, config)
+    told = [warning for warning in caught if "no output depends" in str(warning.message)]
+    assert [str(warning.message) for warning in told] == [
+        f"the network of {task!r}: parameters are left out, as no output depends on them: aside.weight, aside.bias "
+        "(156 bytes, counted neither before nor after zipping)."
+        for task in TASKS
+    ]
+    assert {warning.filename for warning in told} == {__file__}
+    report, expected = zipped.report, mtz.zip_networks(plain, calibration, config).report
+    assert (report.stored_bytes, report.original_bytes) == (expected.stored_bytes, expected.original_bytes)
+    for task, original in originals.items():
+        state = zipped.network(task).state_dict()
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "aside.weight", "aside.bias"'):
+            original.load_state_dict(state)
+        original.load_state_dict(state, strict=False)
+        torch.testing.assert_close(original.eval()(calibration[task]), zipped(calibration[task], task))
+    with pytest.warns(mtz.ZipWarning, match=r"the network of 'c': parameters are left out.*: aside\.weight") as caught:
+        zipped.with_task("c", Auxiliary(), calibration["a"])
+    assert {warning.filename for warning in caught} == {__file__}

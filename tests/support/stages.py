@@ -47,6 +47,19 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, 6))
 
 
+class Aside(nn.Module):
+    """A LeNet-300-100 and a layer that no output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.aside = lenet_300_100(), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits for images `[n, 1, 28, 28]`."""
+        logits: Tensor = self.network(x)
+        return logits
+
+
 def wide(inputs: int) -> nn.Module:
     """A network whose inputs are much larger than all else of it."""
     return nn.Sequential(nn.Linear(inputs, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -156,11 +156,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"does not compute what the module does",
     ),
     # parameters
-    "unused layer": (lambda: Written(lambda m, x: m.first(x)), r"'second\.\w+' is never used"),
-    "unused parameter": (
-        lambda: Written(lambda m, x: m.second(m.first(x)), scale=nn.Parameter(torch.ones(1))),
-        r"'scale' is never used when the network runs\. Remove it",
-    ),
     "half": (lambda: nn.Linear(4, 4).half(), r"'weight' has dtype torch\.float16.*\.float\(\)"),
     "bfloat16": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16()),
@@ -472,6 +467,29 @@ def test_the_module_of_an_exported_program_is_followed() -> None:
 def test_an_exported_program_of_one_batch_size_is_refused() -> None:
     with pytest.raises(InvalidCalibration, match=r"exported for any number of examples, with dynamic_shapes"):
         trace(program(Written(lambda m, x: m.second(m.first(x)))), torch.randn(3, 4))
+
+
+def test_parameters_that_no_output_depends_on_are_left_out() -> None:
+    module = Written(lambda m, x: m.second(m.first(x)), aside=nn.Linear(4, 3), scale=nn.Parameter(torch.ones(2)))
+    network, whole = (
+        trace(module, torch.randn(3, 4)),
+        trace(Written(lambda m, x: m.second(m.first(x))), torch.randn(3, 4)),
+    )
+    assert network.unused == {"scale": 8, "aside.weight": 48, "aside.bias": 12}
+    assert network.left_out == (
+        "parameters are left out, as no output depends on them: scale, aside.weight, aside.bias "
+        "(68 bytes, counted neither before nor after zipping)"
+    )
+    assert (network.bytes, network.parameters) == (whole.bytes, whole.parameters)
+    assert_same(network.graph, whole.graph)
+    assert not whole.left_out
+    assert_runs_as(module, network, (4,))
+
+
+def test_many_parameters_that_are_left_out_are_counted() -> None:
+    aside = nn.ModuleList(nn.Linear(4, 3) for _ in range(10))
+    network = trace(Written(lambda m, x: m.second(m.first(x)), aside=aside), torch.randn(3, 4))
+    assert "aside.3.bias and 12 more (600 bytes" in network.left_out
 
 
 def test_what_is_no_module_is_refused() -> None:

@@ -20,7 +20,7 @@ import mtz_core
 from tasks.__main__ import main
 from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 from tasks.models.example_networks import lenet_300_100
-from tests.support.stages import change, make_lenets, outputs, refused, write_images
+from tests.support.stages import Aside, change, make_lenets, outputs, refused, write_images
 
 STAGES: list[tuple[str, ...]] = [("collect", "a"), ("collect", "b"), ("hessians", "a"), ("hessians", "b")]
 STAGES += [("match",), ("merge",), ("retrain",), ("evaluate",)]
@@ -65,6 +65,21 @@ def test_staged_and_direct_zipping_agree(project: Path) -> None:
     staged = mtz_core.load("merged")
     for task in "ab":
         torch.testing.assert_close(staged(images[task], task), direct(images[task], task), atol=1e-4, rtol=1e-4)
+
+
+def test_what_no_output_depends_on_is_left_out_and_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {f"network.{name}": tensor for name, tensor in load_file("networks/a.safetensors").items()}
+    save_file({**Aside().state_dict(), **state}, "networks/a.safetensors")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["models"]["a"]["network"] = "tests.support.stages:Aside"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    assert main(["collect", "a"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "networks/a.safetensors: parameters are left out, as no output depends on them: aside.weight, aside.bias"
+        in said
+    )
+    assert {path.name for path in Path("activations/a").glob("*.arrow")} == {f"network.{i}.arrow" for i in (1, 3, 5)}
 
 
 def test_metrics_tell_true_sizes(project: Path) -> None:
