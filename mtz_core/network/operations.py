@@ -518,7 +518,7 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "zero"), Operation(nothing)),
     **{f"_upsample_nearest_exact{n}d": Operation(window(n), keeps=True) for n in (1, 2, 3)},
     **{f"upsample_{mode}3d": Operation(window(3), keeps=True) for mode in ("nearest", "trilinear")},
-    **dict.fromkeys(("copy", "fill", "slice_scatter", "select_scatter"), Operation(writing)),
+    **dict.fromkeys(("fill", "slice_scatter", "select_scatter"), Operation(writing)),
     "index_put": Operation(index_put),
     "glu": Operation(gated),
     "batch_norm": Operation(batch_norm),

@@ -19,16 +19,17 @@ aten = torch.ops.aten
 
 
 def write_out_of_place(program: ExportedProgram) -> None:
-    """Replace operators that write in place, if one writes into a tensor of which another view is read afterwards.
+    """Replace operators that write in place, if there is need to.
 
-    Those that cannot be replaced stay as they are.
+    There is if one writes into a tensor of which another view is read afterwards, or if one copies, as `copy` has no
+    gradient. Those that cannot be replaced stay as they are.
 
     Args:
         program: The program, which is changed.
     """
     graph, inputs = program.graph_module.graph, {*program.graph_signature.user_inputs}
     writing = [node for node in graph.nodes if _writes(node)]
-    if any(seen_elsewhere(node) for node in writing):
+    if any(_copies(node) or seen_elsewhere(node) for node in writing):
         for node in _without_copies_of_themselves(writing):
             _replace(node, inputs)
 
@@ -67,6 +68,10 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable and bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
+def _copies(node: fx.Node) -> bool:
+    return _name(node) == "copy_"
+
+
 def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None)
 
@@ -94,7 +99,9 @@ def _viewed(node: Any) -> fx.Node | None:
     """The node that a node's value is a view of, or the same as."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if node.target is not python_operator.getitem and not _writes(node):
+    if node.target is python_operator.getitem:
+        return node.args[0] if _viewed(node.args[0]) is not None else None  # a piece of a split, or a value of its own
+    if not _writes(node):
         aliasing = any(argument.alias_info is not None for argument in getattr(_schema(node), "arguments", ()))
         if not (aliasing or _name(node) in _MAY_PASS) or not _shares_memory(node):
             return None
@@ -109,7 +116,9 @@ _MAY_PASS = frozenset(
 
 
 def _shares_memory(node: fx.Node) -> bool:
-    """Whether an operator that may return a view does, for tensors of these shapes and strides."""
+    """Whether an operator that may return a view does, for tensors of these shapes and strides, if they are known."""
+    if any("val" not in source.meta for source in node.all_input_nodes):
+        return True
     target: Any = node.target
     args: Any = map_aggregate(node.args, _blank)
     kwargs: Any = map_aggregate(dict(node.kwargs), _blank)
@@ -130,7 +139,7 @@ def _without_copies_of_themselves(writing: list[Any]) -> list[Any]:
     kept: list[Any] = []
     for node in writing:
         last = kept[-1] if kept else None
-        if _name(node) == "copy_" and node.args[1] is last and _place(node) == _place(last):
+        if _copies(node) and node.args[1] is last and _place(node) == _place(last):
             node.replace_all_uses_with(last)
             node.graph.erase_node(node)
         else:
@@ -159,6 +168,11 @@ def _parent(step: Any) -> Any:
     return source.args[0] if step.target is python_operator.getitem else source
 
 
+_New = Callable[..., fx.Node]
+_Put = Callable[[_New, Any, fx.Node, fx.Node], fx.Node]
+"""Puts the new value of a view into what it is a view of: given how to make nodes, the view, that, and the value."""
+
+
 def _replace(node: Any, inputs: set[str]) -> None:
     """Replace a node that writes in place, if there are operators that do the same out of place.
 
@@ -181,8 +195,9 @@ def _replace(node: Any, inputs: set[str]) -> None:
         return made
 
     with graph.inserting_before(node):
-        value = whole = new(target, *node.args, *node.kwargs.values())
+        value = _copied(new, node) if _copies(node) else new(target, *node.args, *node.kwargs.values())
         value.meta = dict(node.meta)
+        whole = value
         for step, put in zip(steps, puts, strict=True):
             assert put is not None
             whole = put(new, step, _parent(step), whole)
@@ -207,17 +222,25 @@ def _replace(node: Any, inputs: set[str]) -> None:
     graph.erase_node(node)
 
 
+def _copied(new: _New, node: Any) -> fx.Node:
+    """A copy of what a node writes, in the shape and dtype of what it writes into."""
+    written, source = node.args[:2]
+    into, value = written.meta["val"], source.meta["val"]
+    if value.dtype != into.dtype:
+        source = new(aten.to.dtype, source, into.dtype)
+    if value.shape != into.shape:
+        source = new(aten.expand_as.default, source, written)
+    return new(aten.clone.default, source)
+
+
 def _put_of(step: Any) -> _Put | None:
     """How to put the new value of a view into what it is a view of; None if it is not known."""
-    split = step.target is python_operator.getitem
-    if not split and step.meta["val"].dtype != _parent(step).meta["val"].dtype:
-        return None
-    return _PUT.get("getitem" if split else _name(step))
-
-
-_New = Callable[..., fx.Node]
-_Put = Callable[[_New, Any, fx.Node, fx.Node], fx.Node]
-"""Puts the new value of a view into what it is a view of: given how to make nodes, the view, that, and the value."""
+    if step.target is python_operator.getitem:
+        return _piece
+    put = _PUT.get(_name(step))
+    same = step.meta["val"].dtype == _parent(step).meta["val"].dtype
+    fixed = put is _reshape or not any(isinstance(argument, fx.Node) for argument in step.args[1:])
+    return put if same and fixed else None
 
 
 def _slice(new: _New, step: Any, whole: fx.Node, value: fx.Node) -> fx.Node:
@@ -268,7 +291,6 @@ _PUT: Mapping[str, _Put] = {
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,
-    "getitem": _piece,
     "permute": _permute,
     "movedim": _movedim,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T"), _again),

@@ -154,6 +154,37 @@ def write_where_the_data_say(m: Written, x: Tensor) -> Tensor:
     return out
 
 
+def write_over_all(m: Written, x: Tensor) -> Tensor:
+    hidden, other = m.first(x), m.first(2 * x)
+    hidden.copy_(other)
+    hidden.add_(1)
+    hidden[:, 1:].copy_(x[:, :1].double())
+    out: Tensor = m.second(hidden) + other
+    return out
+
+
+def write_into_one_of_two_values(m: Written, x: Tensor) -> Tensor:
+    values = m.first(x).unflatten(1, (2, 2)).max(2, keepdim=True).values
+    values[:, 0] = 0.5
+    out: Tensor = m.second(values.expand(-1, 2, 2).flatten(1))
+    return out
+
+
+def write_into_a_product(m: Written, x: Tensor) -> Tensor:
+    hidden = torch.einsum("bi,jki->bkj", m.first(x), m.table)
+    hidden[:, 0].relu_()
+    out: Tensor = m.second(hidden.flatten(1))
+    return out
+
+
+def write_and_view_again(m: Written, x: Tensor) -> Tensor:
+    hidden = m.first(x).view(-1, 2, 2).transpose(1, 2)
+    hidden[:, 0].relu_()
+    hidden[..., 1:].mul_(2)
+    out: Tensor = m.second(hidden.transpose(1, 2).view(-1, 4))
+    return out
+
+
 FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "relu": in_place(lambda h: h.relu_()),
     "scaled": in_place(lambda h: h.mul_(2)),
@@ -186,6 +217,10 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "new zeros": lambda: Written(write_into_new_zeros),
     "an alias of dropout": lambda: Written(write_into_an_alias_of_dropout),
     "a view of the input": lambda: Written(write_into_a_view_of_the_input),
+    "one of two values": lambda: Written(write_into_one_of_two_values),
+    "a product": lambda: Written(write_into_a_product, table=nn.Parameter(torch.randn(2, 2, 4))),
+    "and viewed again": lambda: Written(write_and_view_again),
+    "over all": lambda: Written(write_over_all),
     "row by row": lambda: Written(write_row_by_row),
     "a corner": lambda: Written(write_into_a_corner),
     "a copy": lambda: Written(write_into_a_copy),
@@ -197,6 +232,9 @@ def test_writing_in_place_is_followed(name: str) -> None:
     module = FOLLOWED[name]().eval()
     network = trace(module, torch.randn(3, 4))
     assert_runs_as(module, network, (4,), scale=30.0)
+    state = {name: tensor.clone().requires_grad_(name in network.trainable) for name, tensor in network.state.items()}
+    run(network.graph, state, torch.randn(5, 4)).sum().backward()  # as measuring sensitivities does
+    assert state["second.weight"].grad is not None
     assert all(not operator(node.kind)._schema.is_mutable for node in network.graph.nodes if node.kind != GETITEM)
 
 
