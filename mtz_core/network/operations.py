@@ -179,6 +179,18 @@ def movement(ties: Ties, node: Node, arguments: RuleArguments, out: Any) -> Any:
     return [compress(part) for part in result] if isinstance(result, (list, tuple)) else compress(result)
 
 
+def patches(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of what lays patches of images side by side: the operator is run on the labels. Padding is no neuron."""
+    labels = arguments["self"].everywhere - FIXED  # padding is 0
+    return compress(operator(node.kind)(**{**arguments, "self": labels.double()}).long() + FIXED)
+
+
+def overlaid(ties: Ties, node: Node, arguments: RuleArguments, out: Shaped[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """The rule of what adds up patches to images: the values of one channel are tied, wherever they lie in patches."""
+    channels = out.shape[-3]
+    return compress(ties.uniform(arguments["self"].everywhere.unflatten(-2, (channels, -1)), [out.ndim - 3]))
+
+
 def _movable(argument: Any) -> Any:
     if isinstance(argument, Value):
         index = not argument.meta.is_floating_point() and argument.actual is not None
@@ -520,6 +532,8 @@ OPERATIONS: dict[str, Operation] = {
     **{f"upsample_{mode}3d": Operation(window(3), keeps=True) for mode in ("nearest", "trilinear")},
     **dict.fromkeys(("fill", "slice_scatter", "select_scatter"), Operation(writing)),
     "index_put": Operation(index_put),
+    "im2col": Operation(patches),
+    "col2im": Operation(overlaid),
     "glu": Operation(gated),
     "batch_norm": Operation(batch_norm),
     "instance_norm": Operation(instance_norm),
