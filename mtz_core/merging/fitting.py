@@ -119,7 +119,8 @@ class LayerFit:
         changed: Whether the matrix may differ from the original's.
         targets: The original's outputs, batch by batch.
         hessian: The damped Hessian of the rows; None where the layer stays as it is, because nothing is shared in it or
-            before it. The attributes below exist only if there is one.
+            before it, or because it mixes positions some of which are gone. The attributes below exist only if there is
+            one.
         matrix: The layer's matrix in float64, bias as the last column.
         positions: The positions at which rows are taken.
         count: The number of rows.
@@ -169,7 +170,7 @@ class LayerFit:
         self.hessian: Hessian | None = None
         self.targets: list[Float[Tensor, "n out"]] = []
         self._kept: list[Float[Tensor, "n columns"]] = []
-        if not shared and (self.paper or self.intact):
+        if not shared and (self.paper or self.intact or reduced.kept_positions(node)):
             return
         self.matrix = network.matrix(node).to(torch.float64, copy=True)
         self.positions = sample_positions(node, self.shape, zipped[0], config)

@@ -164,11 +164,13 @@ class ActivationStream:
         """``E‖ŷ − y‖² / E‖y‖²`` of a layer's outputs, dropped ones aside; the original has to run along."""
         if self.intact(node.name):
             return 0.0
-        kept = self.reduced.kept_rows(node)
-        axis = node.layer.channel_axis(self.original[node.name][0].ndim)
+        left, rows = self.reduced.kept_positions(node), self.reduced.kept_rows(node)
+        if rows is not None:
+            left[node.layer.channel_axis(self.original[node.name][0].ndim)] = rows
         difference, norm = 0.0, 0.0
         for y, z in zip(self.original[node.name], self.zipped[node.name], strict=True):
-            y = y if kept is None else y.index_select(axis, kept)
+            for axis, kept in left.items():
+                y = y.index_select(axis, kept)
             difference += float((z - y).square_().sum())
             norm += float(y.square().sum())
         return difference / norm if norm else difference

@@ -20,7 +20,7 @@ from torch import Tensor
 from mtz_core.batches import Batch, tensors_of
 from mtz_core.errors import MtzError
 from mtz_core.network.graph import FIXED, Axis, Network, Node, blank_values, run, run_node
-from mtz_core.network.groups import analysis_of
+from mtz_core.network.groups import Analysis, analysis_of
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
 from mtz_core.network.topology import SPLITS
@@ -62,6 +62,15 @@ class Reduced:
     def kept_rows(self, layer: Node) -> Int64[Tensor, " kept"] | None:
         """Which of the original's rows of a layer's matrix are left; None if all are."""
         return self._kept(self.original.graph.rows[layer.name])
+
+    def kept_positions(self, layer: Node) -> dict[int, Int64[Tensor, " kept"]]:
+        """Which positions that a layer mixes are left, by their axis, if they are neurons and some of them are gone."""
+        analysis = analysis_of(self.original)
+        if not self.keep or layer.name not in analysis.labels.reasons:
+            return {}
+        stays = ~_dropped(analysis.labels.values[layer.name].labels, _gone(analysis, self.keep))
+        axes = [axis for axis, size in enumerate(stays.shape) if size > 1 and not bool(stays.all())]
+        return {axis: torch.nonzero(stays.movedim(axis, 0).flatten(1).any(dim=1))[:, 0] for axis in axes}
 
     def _kept(self, axis: Axis) -> Int64[Tensor, " kept"] | None:
         if not any(name in self.keep for name in axis.groups):
@@ -231,7 +240,7 @@ class Dropper:
         network = self.network
         metas = {name: tensor.to("meta") for name, tensor in state.items()}
         values = blank_values(network.inputs, 1)
-        nodes, gone = [], self._gone(keep)
+        nodes, gone = [], _gone(self._analysis, keep)
         for node in network.graph.nodes:
             known = self._analysis.labels.values[node.name]
             expected = [self._expected(node, value, gone) for value in (known if isinstance(known, list) else [known])]
@@ -323,11 +332,12 @@ class Dropper:
             raise CannotDrop(f"operator {node.kind} of {node.module!r} mixes kept and dropped neurons")
         return tuple(sizes)
 
-    def _gone(self, keep: Keep) -> Bool[Tensor, " labels"]:
-        """Which labels belong to dropped neurons."""
-        ties, members = self._analysis.labels.ties, self._analysis.members
-        neurons = [np.delete(np.array(members[name]), kept) for name, kept in keep.items()]
-        return torch.isin(ties.resolve(torch.arange(ties.count)), torch.from_numpy(np.concatenate(neurons)))
+
+def _gone(analysis: Analysis, keep: Keep) -> Bool[Tensor, " labels"]:
+    """Which labels belong to dropped neurons."""
+    ties, members = analysis.labels.ties, analysis.members
+    neurons = [np.delete(np.array(members[name]), kept) for name, kept in keep.items()]
+    return torch.isin(ties.resolve(torch.arange(ties.count)), torch.from_numpy(np.concatenate(neurons)))
 
 
 def _dropped(labels: Int64[Tensor, "..."], gone: Bool[Tensor, " labels"]) -> Bool[Tensor, "..."]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtz_core import LayerReport, MtzError, ZipConfig, ZippedNetwork, zip_networks
+from mtz_core import Budget, LayerReport, MtzError, ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import (
     IncompatibleNetworks,
     InvalidCalibration,
@@ -608,3 +608,36 @@ def test_settings_are_refused_before_any_work(settings: dict[str, Any]) -> None:
         networks["fashion"].get_parameter("2.weight").mul_(1e38)
     with pytest.raises(InvalidConfig):
         zip_networks(networks, {task: 1e6 * x for task, x in data().items()}, ZipConfig(**settings))
+
+
+class PositionMixer(nn.Module):
+    """Tolstikhin et al.: mixes positions, alike for every neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.back = nn.Linear(8, 12), nn.Linear(5, 9), nn.Linear(9, 5)
+        self.second, self.head = nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.back(self.mix(x.transpose(1, 2)).relu()).transpose(1, 2)
+        out: Tensor = self.head(self.second(x.relu()).relu().mean(1))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::mtz_core.ZipWarning")
+@pytest.mark.parametrize("patches", [4, 64])
+def test_layers_that_mix_positions_stay_as_they_are_where_neurons_are_gone(patches: int) -> None:
+    torch.manual_seed(0)
+    networks = {task: PositionMixer() for task in "ab"}
+    data = {task: torch.randn(40, 5, 8) for task in networks}
+    config = ZipConfig(patches=patches, budget=Budget(size=0.7, moves=("drop",)))
+    zipped = zip_networks(networks, data, config)
+    reports = {layer.layer: layer for layer in zipped.report.layers}
+    assert min(reports["first"].neurons.values()) < 12
+    for layer in ("mix", "back"):
+        assert max(reports[layer].error.values()) < 1e-9
+        for task, original in networks.items():
+            assert torch.equal(
+                zipped.network(task).get_parameter(f"{layer}.weight"), original.get_parameter(f"{layer}.weight")
+            )
