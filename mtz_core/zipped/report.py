@@ -95,6 +95,10 @@ class TaskReport:
             return {name: Output(**own) for name, own in self.output.items()}
         return Output(self.output, self.tolerance)
 
+    def has_guessed(self, output: str = "") -> bool:
+        """Whether the kind of an output was guessed; that of several is named."""
+        return any(part.startswith(f"{output}: " if output else "") for part in self.guessed.split("; ") if part)
+
     @property
     def kinds(self) -> str:
         """The kind of the outputs, or of each, in words."""
