@@ -433,6 +433,8 @@ def _checked_labels(
     outputs = tensors_of(one)
     if isinstance(one, Tensor):
         _check_logits(zipped, task, "")
+        if not isinstance(given[task], Tensor):
+            raise InvalidConfig(f"the {split} labels for {task!r} are no tensor, but its network has one output.")
         return _classes(f"the {split} labels for {task!r}", given[task], examples, one)
     labels = given[task].tensors if isinstance(given[task], NamedTensors) else given[task]
     if not isinstance(labels, Mapping):

@@ -146,7 +146,7 @@ def _check_networks(project: Path, params: Params) -> None:
     from mtz_core.merging.compatibility import common_part, shared_counts
     from tasks.artifacts.paths import Workspace
     from tasks.models.factories import build_network
-    from tasks.models.load import check_tokens, load_network, trace_on_own_image
+    from tasks.models.load import check_outputs, check_tokens, load_network, trace_on_own_image
     from tasks.stages.budget_checks import check_budget
 
     workspace = Workspace(project)
@@ -156,6 +156,7 @@ def _check_networks(project: Path, params: Params) -> None:
         network = load_network(params, workspace, name) if pretrained else build_network(params, name)
         traced[name] = trace_on_own_image(params, workspace, name, network)
         check_tokens(params, workspace, name, traced[name])
+        check_outputs(params, workspace, name, traced[name], pretrained)
     if len(traced) > 1:
         traced = common_part(traced)
         shared_counts(traced, params.zip_config())
