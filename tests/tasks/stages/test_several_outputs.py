@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mtz_core
-from flows.commands.check import _check_networks
+from flows.commands.check import check_networks
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError
 from tasks.__main__ import main
 from tasks.data.examples import InvalidData, read_labelled
@@ -249,10 +249,10 @@ BAD: dict[str, tuple[Any, type[MtzError], str]] = {
 def test_what_does_not_fit_is_refused_before_work(
     project: Path, change: Any, kind: type[MtzError], message: str
 ) -> None:
-    _check_networks(project, load_params(project / "params.yaml"))
+    check_networks(project, load_params(project / "params.yaml"))
     changed(change)
     with pytest.raises(kind, match=message):
-        _check_networks(project, load_params(project / "params.yaml"))
+        check_networks(project, load_params(project / "params.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_labels_of_other_outputs_are_refused_before_work(project: Path, rename: 
     if "other" in rename.values():
         relabel(Path("data/a"), lambda table: table.drop_columns(["other"]))
     with pytest.raises(InvalidData, match=message):
-        _check_networks(project, load_params(project / "params.yaml"))
+        check_networks(project, load_params(project / "params.yaml"))
 
 
 def test_collect_refuses_a_kind_that_does_not_fit(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
