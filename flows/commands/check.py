@@ -146,8 +146,9 @@ def check_networks(project: Path, params: Params) -> None:
     from mtz_core.merging.compatibility import common_part, shared_counts
     from tasks.artifacts.paths import Workspace
     from tasks.models.factories import build_network
-    from tasks.models.load import check_outputs, check_tokens, load_network, trace_on_own_image
+    from tasks.models.load import check_tokens, load_network, trace_on_own_image
     from tasks.stages.budget_checks import check_budget
+    from tasks.stages.output_checks import check_outputs
 
     workspace = Workspace(project)
     traced = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,24 +11,16 @@ from mtz_core.batches import Batch, needs_several, signature_of
 from mtz_core.errors import MtzError, UnsupportedModule
 from mtz_core.network.graph import Network, given_name, input_values
 from mtz_core.network.tracing import trace
-from mtz_core.settings import floors_by_name
-from mtz_core.statistics.calibration import as_batches
-from mtz_core.statistics.sensitivity import loss_of
-from mtz_core.task_loss import Loss
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_batches, read_examples, read_images
 from tasks.data.layout import SPLITS
 from tasks.models.factories import build_network
-from tasks.models.metrics import find_metrics, names_of
 from tasks.models.weights import read_weights, state_for
-from tasks.params import InvalidParams, Params, task_of
+from tasks.params import Params
 from tasks.progress import show_progress
 
 _SCANNED = 1000
 """Texts whose tokens are looked at at a time."""
-
-_TRIED = 100
-"""Examples on which a check looks at what a network puts out."""
 
 
 def load_network(params: Params, workspace: Workspace, model: str) -> nn.Module:
@@ -102,56 +93,6 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
         return trace(network, example, params.models[model].keep_separate, params.models[model].zip)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
-
-
-def loss_of_outputs(params: Params, model: str, network: Network, batches: Sequence[Batch]) -> Loss:
-    """Make the loss of a model's task from what its network puts out.
-
-    Args:
-        params: The parameters of the group.
-        model: The model's name.
-        network: The model's network, traced.
-        batches: Its calibration data, or some of them.
-
-    Returns:
-        The loss.
-
-    Raises:
-        InvalidCalibration: The settings declare an output that the network has not, or a kind that does not fit.
-    """
-    try:
-        return loss_of(network, batches, params.models[model].declared_output)
-    except MtzError as error:
-        raise type(error)(f"models.{model}.output: {error}") from error
-
-
-def check_outputs(params: Params, workspace: Workspace, model: str, network: Network, trained: bool) -> None:
-    """Check what settings and data say of a network's outputs: their kinds, metrics, labels and floors.
-
-    Args:
-        params: The parameters of the group.
-        workspace: The workspace with the data.
-        model: The model's name.
-        network: The model's network, traced.
-        trained: Whether the network has its weights, so that its outputs are what they are meant to be.
-
-    Raises:
-        InvalidCalibration: The settings declare an output that the network has not, or a kind that does not fit.
-        InvalidParams: The settings name a metric or a floor of an output that is not there.
-        InvalidData: A metric needs labels, and there are none, or labels are for other outputs.
-    """
-    outputs, folder = network.graph.outputs, workspace.root / params.models[model].data
-    declared = params.models[model].declared_output
-    if trained:
-        images, _ = next(read_batches(folder, "train", _TRIED, labelled=False))
-        loss_of_outputs(params, model, network, as_batches(images, model))
-    elif isinstance(declared, Mapping) and (unknown := declared.keys() - network.graph.endings.keys()):
-        names = ", ".join(network.graph.endings)
-        raise InvalidParams(f"models.{model}.output.{min(unknown)}: there is no such output. Outputs: {names}.")
-    _, labels = next(read_batches(folder, "test", 1))
-    find_metrics(params, model, outputs, labels)
-    floors = {name: points for name, points in params.register.floors.items() if task_of(name) == model}
-    floors_by_name(floors, names_of(params, model, outputs), "register.floors")
 
 
 def check_tokens(params: Params, workspace: Workspace, model: str, network: Network) -> None:
