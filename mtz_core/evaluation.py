@@ -88,12 +88,14 @@ class Metric:
         reads: ``labels`` where it cannot do without, else ``outputs``.
         unit: ``%``, or nothing for a number in units of its own.
         joint: Whether it can measure several outputs together.
+        by_value: Whether it compares every value of the outputs with one of the labels, where there are some.
     """
 
     of: Callable[[Case], Float[Tensor, " n"] | float]
     reads: Literal["labels", "outputs"] = "outputs"
     unit: Literal["%", ""] = "%"
     joint: bool = False
+    by_value: bool = False
 
     @property
     def factor(self) -> float:
@@ -128,7 +130,8 @@ def _wrong_by_class(case: Case) -> float:
 
 
 def _distance(case: Case) -> float:
-    return float((case.outputs - case.truth.to(case.outputs.dtype)).abs().double().mean())
+    truth = case.truth.to(case.outputs.dtype).reshape(case.outputs.shape)
+    return float((case.outputs - truth).abs().double().mean())
 
 
 def _uncorrelated(case: Case) -> float:
@@ -160,9 +163,9 @@ METRICS: Mapping[str, Metric] = {
     "balanced_error": Metric(_wrong_by_class, "labels"),
     "agreement": Metric(lambda case: 1 - case.loss.agreements(case.outputs, case.targets), joint=True),
     "output_error": Metric(lambda case: float(case.loss.relative_error(case.outputs, case.targets)), joint=True),
-    "mean_absolute_error": Metric(_distance, unit=""),
-    "correlation": Metric(_uncorrelated),
-    "average_precision": Metric(_imprecise),
+    "mean_absolute_error": Metric(_distance, unit="", by_value=True),
+    "correlation": Metric(_uncorrelated, by_value=True),
+    "average_precision": Metric(_imprecise, by_value=True),
 }
 """The metrics by name. All are errors, the less the better, so that a floor means the same for each: of the likeliest
 class, of the five likeliest, of the mean over classes; what is missing to full agreement with the original (see
@@ -237,8 +240,14 @@ def measured(case: Case, metrics: Metrics, task: str) -> dict[str, tuple[Metric,
         title = f"{task}.{name}" if name else task
         known, part = metric_of(metric), case.output(name) if name else case
         _check(known, part, title)
-        if known.reads == "labels" and isinstance(part.labels, Tensor):
-            check_labels(part.labels, len(part.outputs), part.outputs.shape[1], title)
+        if isinstance(part.labels, Tensor):
+            if known.reads == "labels":
+                check_labels(part.labels, len(part.outputs), part.outputs.shape[1], title)
+            if known.by_value and part.labels.numel() != part.outputs.numel():
+                raise InvalidCalibration(
+                    f"the labels of {title!r} have shape {list(part.labels.shape)}, but its outputs "
+                    f"{list(part.outputs.shape)}. Give a number for each, or take another metric, such as agreement."
+                )
         found[title] = known, part
     return found
 

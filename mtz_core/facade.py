@@ -206,7 +206,7 @@ def zip_networks(
     if not zipped.report.tasks or retraining is not None:
         zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
-    ruined = [task for task, judged in zipped.report.tasks.items() if judged.lost > RUINED]
+    ruined = [task for task, judged in zipped.report.tasks.items() if judged.worst[1] > RUINED]
     if ruined:
         _warn_of_ruin(zipped.report, ruined, traced, config)
     return zipped
@@ -273,7 +273,7 @@ def evaluate(
             number.
         InvalidCalibration: There are no examples, or labels that do not fit.
     """
-    needs_labels, needs_originals = _needs(metric)
+    needs_labels, may_read_labels, needs_originals = _needs(metric)
     for task in test:
         if task not in zipped.tasks:
             raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(zipped.tasks)}.")
@@ -283,7 +283,9 @@ def evaluate(
     with evaluation_mode(zipped):
         for task, data in test.items():
             taken = zipped.signature(task)
-            inputs, labels = _labelled(data, task, taken) if needs_labels else (_examples(data, task, taken), None)
+            given, labelled = _opened(data, taken)
+            read = needs_labels or (labelled and may_read_labels)
+            inputs, labels = _labelled(given, task, taken) if read else (_examples(given, task, taken), None)
             batches = divided(inputs, _BATCH)
             outputs = _outputs(partial(zipped, task=task), batches, task)
             before = None
@@ -304,11 +306,13 @@ def evaluate(
     return found
 
 
-def _needs(metrics: Metrics) -> tuple[bool, bool]:
-    """Whether metrics cannot do without labels, and without the original's outputs. Functions are given labels."""
+def _needs(metrics: Metrics) -> tuple[bool, bool, bool]:
+    """Whether metrics need labels, read labels where there are some, and need the original's outputs."""
     each = list(metrics.values()) if isinstance(metrics, Mapping) else [metrics]
-    read = [metric_of(metric).reads if isinstance(metric, str) else "labels" for metric in each]
-    return "labels" in read, "outputs" in read
+    known = [metric_of(metric) for metric in each if isinstance(metric, str)]
+    functions = len(known) < len(each)  # which are given labels
+    needs_labels = functions or any(metric.reads == "labels" for metric in known)
+    return needs_labels, any(metric.by_value for metric in known), any(metric.reads == "outputs" for metric in known)
 
 
 _Item = TypeVar("_Item")
@@ -415,6 +419,20 @@ def _examples(data: Validation | Given, task: str, taken: Signature) -> Batch:
     return concatenated(as_batches(given, task, taken))
 
 
+def _opened(data: Any, taken: Signature) -> tuple[Any, bool]:
+    """Return data, an iterator as a list, and whether they come with labels."""
+    if _is_pair(data, taken):
+        return data, True
+    if (
+        isinstance(data, (Tensor, NamedTensors, Mapping))
+        or is_positional(data, taken)
+        or not isinstance(data, Iterable)
+    ):
+        return data, False
+    batches = list(data)
+    return batches, bool(batches) and isinstance(batches[0], (tuple, list)) and not is_positional(batches[0], taken)
+
+
 def _is_pair(data: Any, taken: Signature) -> bool:
     """Whether data is all examples with their labels; otherwise it is batches of such."""
     return isinstance(data, tuple) and len(data) == 2 and (isinstance(data[0], Tensor) or has_several(data[0], taken))
@@ -488,10 +506,13 @@ def _warn_of_ruin(report: ZipReport, ruined: Sequence[str], traced: Mapping[str,
     )
     for task in ruined:
         judged = report.tasks[task]
+        output, lost = judged.worst
+        heavier = f"Let {output!r} count more: declare it with a greater weight" if judged.lost <= RUINED else remedy
         warnings.warn(
-            f"{task!r} has lost {100 * judged.lost:.0f} % of what it knew ({judged.agreement:.1f} % agreement with its "
+            f"{task!r} has lost {100 * lost:.0f} % of what it knew{f' of {output!r}' if output else ''} "
+            f"({judged.agreement:.1f} % agreement with its "
             f"original, on {judged.examples} held-out examples; its outputs are {judged.kinds}"
-            f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {remedy}.",
+            f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {heavier}.",
             ZipWarning,
             stacklevel=3,
         )

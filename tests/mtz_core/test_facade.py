@@ -494,3 +494,15 @@ def test_what_version_0_1_wrote_is_read() -> None:
     expected = load_file(FORMER / "outputs.safetensors")
     for task in zipped.tasks:
         assert torch.allclose(zipped(expected["inputs"], task=task), expected[task], atol=1e-6)
+
+
+def test_numbers_are_compared_with_labels_where_there_are_some(zipped: mtz.ZippedNetwork) -> None:
+    x, originals = torch.rand(30, 6), networks()
+    with torch.no_grad():
+        y = zipped(x, "a")
+    pairs = list(zip(x.split(12), (y + 0.25).split(12), strict=True))
+    for data in ((x, y + 0.25), pairs, iter(pairs), DataLoader(TensorDataset(x, y + 0.25), batch_size=7)):
+        found = mtz.evaluate(zipped, {"a": data}, originals=originals, metric="mean_absolute_error")["a"]
+        assert found.error == pytest.approx(0.25, abs=1e-5)
+    alone = mtz.evaluate(zipped, {"a": x}, originals=originals, metric="mean_absolute_error")["a"]
+    assert alone.original_error == 0 < alone.error

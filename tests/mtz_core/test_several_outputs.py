@@ -115,6 +115,27 @@ def test_a_report_names_the_kind_of_every_output() -> None:
     assert "logits: their softmax tells inputs apart; found.0: " in str(guessed)
 
 
+def test_a_report_says_how_every_output_came_through(tmp_path: Path) -> None:
+    """As a file has it, too, with a warning for one that is lost while the others, which count more, are not."""
+    heavy = {"logits": mtz.Output("logits", weight=100.0), "found.0": "regression"}
+    settings = mtz.ZipConfig(budget=mtz.Budget(size=0.4), outputs=dict.fromkeys(("a", "b"), heavy))
+    message = r"'a' has lost \d+ % of what it knew of 'found\.0'.*Let 'found\.0' count more: declare .* greater weight"
+    with pytest.warns(mtz.ZipWarning, match=message):
+        found = mtz.zip_networks({"a": apart(1), "b": apart(2)}, dict.fromkeys("ab", numbers(80, 1)), settings)
+    again = read_again(found, tmp_path).report.tasks["a"]
+    assert again.declared == {"logits": mtz.Output("logits", weight=100.0), "found.0": mtz.Output("regression")}
+    output, lost = again.worst
+    assert output == "found.0" and lost > 0.5 > again.lost
+    assert isinstance(again.output, dict)
+    shares = [(own["weight"] / 101, own["lost"], own["agreement"]) for own in again.output.values()]
+    assert again.lost == pytest.approx(sum(weight * own for weight, own, _ in shares), rel=1e-4)
+    assert again.agreement == pytest.approx(sum(weight * own for weight, _, own in shares))
+    even = mtz.ZipConfig(budget=mtz.Budget(size=0.4), outputs={task: {"logits": "logits"} for task in "ab"})
+    mended = mtz.zip_networks({"a": apart(1), "b": apart(2)}, dict.fromkeys("ab", numbers(80, 1)), even)
+    assert mended.report.tasks["a"].worst[1] < 0.5
+    assert f"agreement (logits {shares[0][2]:.1f} %, found.0 {shares[1][2]:.1f} %), " in str(again)
+
+
 def test_some_outputs_may_be_declared_and_others_guessed() -> None:
     some = mtz.ZipConfig(outputs={"narrow": {"found.0": "embedding"}}, share=0.0)
     judged = mtz.zip_networks(originals(), calibration(), some).report.tasks
@@ -219,6 +240,11 @@ def test_every_output_may_have_its_metric_and_labels() -> None:
         ({"logits": "error"}, {"boxes": torch.zeros(30)}, r"labels of 'narrow' are for an output 'boxes'"),
         ({"logits": "error"}, {"found.0": torch.zeros(30)}, r"metric of 'narrow\.logits' needs labels"),
         ({"logits": "error"}, {"logits": torch.full((30,), 4)}, r"labels of 'narrow\.logits' go from 4 to 4"),
+        (
+            {"found.0": "correlation"},
+            {"found.0": torch.zeros(30)},
+            r"labels of 'narrow\.found\.0' have shape \[30\].*\[30, 2\]",
+        ),
         ({"logits": "error"}, {"logits": torch.zeros(29)}, r"'narrow' has 29 labels for 30 examples"),
         (
             {"logits": "error"},
@@ -226,7 +252,7 @@ def test_every_output_may_have_its_metric_and_labels() -> None:
             r"unequal lengths \(logits has 30",
         ),
     ],
-    ids=["output", "one tensor", "labels of none", "no labels", "class", "length", "lengths"],
+    ids=["output", "one tensor", "labels of none", "no labels", "class", "shape", "length", "lengths"],
 )
 def test_metrics_and_labels_that_do_not_fit_are_refused(metric: Any, labels: Any, message: str) -> None:
     with pytest.raises((InvalidConfig, InvalidCalibration), match=message):
