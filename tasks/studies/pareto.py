@@ -67,12 +67,12 @@ class Row:
         group: The group's name.
         method: How bytes were saved, a key of `METHODS`.
         retrained: Whether the network was retrained lightly.
-        task: The task.
+        task: The task, or one of several outputs as ``task.output``.
         stored_bytes: Stored bytes of the whole network, payload only.
         original_bytes: Bytes of all originals, payload only.
         stored_fraction: Stored bytes relative to the originals' bytes, 0 to 1.
         least_fraction: The least that the method can store, relative to the originals' bytes, 0 to 1.
-        metric: The model's metric.
+        metric: The metric of the model, or of the output.
         error: Error on the test split by that metric, in percent.
         error_original: The same of the original, in percent.
         rise: The difference of the two, in points.
@@ -219,8 +219,9 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
         message = _errors_by_task(rows)
         if asked.retraining:
             group.retrain(zipped)
-            rows += group.rows(method, least[method], candidate, zipped, retrained=True)
-            message += f"; retrained {_errors_by_task(rows[len(group.networks) :])}"
+            again = group.rows(method, least[method], candidate, zipped, retrained=True)
+            rows += again
+            message += f"; retrained {_errors_by_task(again)}"
         stored = f"{NAMES[method]} in {100 * rows[0].stored_fraction:.1f} %, {rows[0].stored_bytes:,} bytes"
         show_progress(f"{done} of {len(todo)}: {stored}: error {message} ({time.monotonic() - start:.0f} s)")
         found += rows

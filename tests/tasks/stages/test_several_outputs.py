@@ -19,9 +19,11 @@ import mtz_core
 from flows.commands.check import check_networks
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError
 from tasks.__main__ import main
+from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_labelled
 from tasks.faults import EXIT_REFUSED
 from tasks.params import InvalidParams, load_params
+from tasks.studies.pareto import Asked, measure_rows
 from tests.support.several import numbers, two_heads
 from tests.support.stages import SIZES, refused
 
@@ -198,6 +200,21 @@ def test_a_floor_for_an_output_is_searched_for(done: Path, capsys: pytest.Captur
     assert chosen["loss"]["a.found.0"] <= 0.05
     assert max(chosen["loss"]["b.logits"], chosen["loss"]["b.found.0"]) <= 10
     assert found["limit"].startswith("at ") and " loses " in found["limit"]
+
+
+def test_curves_have_a_row_for_every_output(done: Path) -> None:
+    params, asked = load_params(Path("params.yaml")), Asked((0.8,), ("share",), retraining=True)
+    rows = measure_rows(params, Workspace(Path()), asked)
+    assert [(row.task, row.metric) for row in rows if row.retrained] == [
+        ("a.found.0", "mean_absolute_error"),
+        ("a.logits", "error"),
+        ("b.found.0", "agreement"),
+        ("b.logits", "agreement"),
+    ]
+    assert [row.task for row in rows] == 2 * [row.task for row in rows if row.retrained]
+    measured = json.loads(Path("metrics.json").read_text())["tasks"]
+    for row in rows:
+        assert row.error_original == pytest.approx(measured[row.task]["error_original"])
 
 
 def output(**declared: Any) -> Any:
