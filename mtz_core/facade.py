@@ -25,6 +25,7 @@ from mtz_core.batches import (
     mapped,
     shapes_in_words,
     signature_of,
+    tensors_of,
 )
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
 from mtz_core.evaluation import Case, Function, Metrics, Model, measure, measured, metric_of, outputs_of
@@ -490,6 +491,8 @@ def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Batch]:
             )
     if not pairs:
         raise InvalidCalibration(f"there are no examples with labels for {task!r}. Give at least one.")
+    if len({tuple(sorted(tensors_of(pair[1]))) for pair in pairs}) > 1:
+        raise InvalidCalibration(f"batches of {task!r} have labels of different outputs. Give the same in all.")
     inputs, labels = (concatenated(parts) for parts in zip(*pairs, strict=True))
     return inputs, mapped(lambda own: own if own.is_floating_point() else own.long(), labels)
 

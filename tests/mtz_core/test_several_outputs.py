@@ -259,6 +259,13 @@ def test_metrics_and_labels_that_do_not_fit_are_refused(metric: Any, labels: Any
         mtz.evaluate(zipped(0.0), {"narrow": (numbers(30), labels)}, originals=originals(), metric=metric)
 
 
+def test_batches_have_labels_of_the_same_outputs() -> None:
+    x, classes = numbers(10), torch.zeros(10)
+    batches: Any = [(x, {"logits": classes}), (x, {"found.0": classes})]
+    with pytest.raises(InvalidCalibration, match="batches of 'narrow' have labels of different outputs"):
+        mtz.evaluate(zipped(0.0), {"narrow": batches}, metric={"logits": "error"})
+
+
 def labelled(count: int, seed: int) -> tuple[dict[str, Data], dict[str, dict[str, Tensor]]]:
     """Examples, and classes for their logits that the originals do not know."""
     x = numbers(count, seed)
