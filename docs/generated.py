@@ -154,14 +154,21 @@ def _uses(schema: Schema, block: Schema | None = None, path: str = "") -> Iterat
     """Every place of a file where a block stands, and the block's name."""
     for key, field in (block or schema)["properties"].items():
         where = f"{path}{key}"
-        options = [field, *field.get("anyOf", ())]
-        options += [dict(inner, named=True) for option in options for inner in _values(option)]
+        options = [*_options(field)]
+        options += [dict(inner, named=True) for o in options for value in _values(o) for inner in _options(value)]
         for option in options:
             if "$ref" in option:
                 name = option["$ref"].rpartition("/")[2]
                 place = where + (".NAME" if "named" in option else "")
                 yield place, name
                 yield from _uses(schema, schema["$defs"][name], f"{place}.")
+
+
+def _options(field: Schema) -> Iterator[Schema]:
+    """What a value may be: what the field says, or any of its unions."""
+    yield field
+    for option in (*field.get("anyOf", ()), *field.get("oneOf", ())):
+        yield from _options(option)
 
 
 def _values(field: Schema) -> list[Schema]:

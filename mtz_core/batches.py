@@ -157,9 +157,35 @@ def bound(given: Mapping[str, Any] | Sequence[Any] | NamedTensors, taken: Signat
             tensors |= {f"{name}_{number}": own for number, own in enumerate(value)}
         else:
             tensors |= value if kind is Parameter.VAR_KEYWORD else {name: value}
-    for name, value in tensors.items():
+    for name in tensors:
         if not name.isidentifier() or iskeyword(name):
             raise InvalidCalibration(f"{where}: {name!r} cannot name an input. Allowed: names as in Python.")
+    _check_lengths(tensors, where)
+    return NamedTensors(tensors, 0 if by_name else len(tensors))
+
+
+def labels_of(given: Any, where: str) -> Any:
+    """Take labels by the names of outputs for a batch; anything else is returned as it is.
+
+    Args:
+        given: Labels: a tensor, a dict of several, or whatever.
+        where: What is given, for errors.
+
+    Returns:
+        The labels.
+
+    Raises:
+        InvalidCalibration: If some of several are no tensors of examples, or of unequal lengths.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    _check_lengths(given, where)
+    return NamedTensors(dict(given))
+
+
+def _check_lengths(tensors: Mapping[str, Any], where: str) -> None:
+    """Raises `InvalidCalibration` unless there are tensors, and these have as many entries."""
+    for name, value in tensors.items():
         if not isinstance(value, Tensor) or not value.ndim:
             raise InvalidCalibration(
                 f"{where}: {name!r} is no tensor of examples but {type(value).__name__}. Give a tensor with one entry "
@@ -169,10 +195,8 @@ def bound(given: Mapping[str, Any] | Sequence[Any] | NamedTensors, taken: Signat
     if len({*lengths.values()}) != 1:
         counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())
         raise InvalidCalibration(
-            f"{where}: the inputs are of unequal lengths ({counts or 'none is given'}). Give each an entry for every "
-            "example."
+            f"{where} are of unequal lengths ({counts or 'none is given'}). Give each an entry for every example."
         )
-    return NamedTensors(tensors, 0 if by_name else len(tensors))
 
 
 Form = list[Any] | int | None

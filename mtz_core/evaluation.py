@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from mtz_core.batches import Batch, NamedTensors, concatenated, flattened
+from mtz_core.batches import Batch, NamedTensors, concatenated, flattened, tensors_of
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 
 Model = Callable[..., Any]
@@ -52,13 +52,14 @@ class Case:
 
     Attributes:
         outputs: The network's outputs.
-        labels: The label of every example, or its true outputs; None where there are none.
+        labels: The label of every example, or its true outputs; of several outputs `NamedTensors`, for some or all of
+            them. None where there are none.
         targets: The original network's outputs.
         loss: The task's loss, which knows the kind of the outputs.
     """
 
     outputs: Any
-    labels: Shaped[Tensor, "n ..."] | None
+    labels: Any
     targets: Any
     loss: Any
 
@@ -66,6 +67,11 @@ class Case:
         """Some of the examples."""
         labels = None if self.labels is None else self.labels[index]
         return Case(self.outputs[index], labels, self.targets[index], self.loss)
+
+    def output(self, name: str) -> Case:
+        """One of several outputs."""
+        labels = None if self.labels is None else tensors_of(self.labels).get(name)
+        return Case(self.outputs.tensors[name], labels, self.targets.tensors[name], self.loss.losses[name])
 
     @property
     def truth(self) -> Any:
@@ -82,12 +88,14 @@ class Metric:
         reads: ``labels`` where it cannot do without, else ``outputs``.
         unit: ``%``, or nothing for a number in units of its own.
         joint: Whether it can measure several outputs together.
+        by_value: Whether it compares every value of the outputs with one of the labels, where there are some.
     """
 
     of: Callable[[Case], Float[Tensor, " n"] | float]
     reads: Literal["labels", "outputs"] = "outputs"
     unit: Literal["%", ""] = "%"
     joint: bool = False
+    by_value: bool = False
 
     @property
     def factor(self) -> float:
@@ -122,7 +130,8 @@ def _wrong_by_class(case: Case) -> float:
 
 
 def _distance(case: Case) -> float:
-    return float((case.outputs - case.truth.to(case.outputs.dtype)).abs().double().mean())
+    truth = case.truth.to(case.outputs.dtype).reshape(case.outputs.shape)
+    return float((case.outputs - truth).abs().double().mean())
 
 
 def _uncorrelated(case: Case) -> float:
@@ -154,9 +163,9 @@ METRICS: Mapping[str, Metric] = {
     "balanced_error": Metric(_wrong_by_class, "labels"),
     "agreement": Metric(lambda case: 1 - case.loss.agreements(case.outputs, case.targets), joint=True),
     "output_error": Metric(lambda case: float(case.loss.relative_error(case.outputs, case.targets)), joint=True),
-    "mean_absolute_error": Metric(_distance, unit=""),
-    "correlation": Metric(_uncorrelated),
-    "average_precision": Metric(_imprecise),
+    "mean_absolute_error": Metric(_distance, unit="", by_value=True),
+    "correlation": Metric(_uncorrelated, by_value=True),
+    "average_precision": Metric(_imprecise, by_value=True),
 }
 """The metrics by name. All are errors, the less the better, so that a floor means the same for each: of the likeliest
 class, of the five likeliest, of the mean over classes; what is missing to full agreement with the original (see
@@ -185,6 +194,81 @@ def metric_of(metric: Metric | str | Function) -> Metric:
     if metric not in METRICS:
         raise InvalidConfig(f"the metric {metric!r} is unknown. Metrics: {', '.join(METRICS)}.")
     return METRICS[metric]
+
+
+Metrics = Metric | str | Function | Mapping[str, Metric | str | Function]
+"""A metric, or one for each of several outputs by their names; an empty name stands for all of them together."""
+
+
+def measured(case: Case, metrics: Metrics, task: str) -> dict[str, tuple[Metric, Case]]:
+    """Say what is measured of a task.
+
+    Args:
+        case: The outputs and what they are compared with.
+        metrics: The metric, or those of several outputs.
+        task: The task's name.
+
+    Returns:
+        Each metric and what it compares, by the task's name, or ``task.output``.
+
+    Raises:
+        InvalidConfig: There is no such metric or output, or a metric measures one output and is given several.
+        InvalidCalibration: Labels do not fit the examples, the outputs or the classes.
+    """
+    names = [*tensors_of(case.outputs)] if isinstance(case.outputs, NamedTensors) else []
+    labelled = [*tensors_of(case.labels)] if isinstance(case.labels, NamedTensors) else []
+    for name in labelled:
+        if name not in names:
+            raise InvalidCalibration(
+                f"the labels of {task!r} are for an output {name!r}, but its outputs are "
+                f"{', '.join(names) or 'one without a name'}. Name them after outputs, or give one tensor for one."
+            )
+    if not isinstance(metrics, Mapping):
+        metrics = {"": metrics}
+    elif names and case.labels is not None and not labelled:
+        raise InvalidCalibration(
+            f"the labels of {task!r} are one tensor, but its network has several outputs. Give labels by their names: "
+            f"{', '.join(names)}."
+        )
+    found = {}
+    for name, metric in metrics.items():
+        if name and name not in names:
+            raise InvalidConfig(
+                f"the metric of {task!r} is for an output {name!r}, but its outputs are "
+                f"{', '.join(names) or 'one without a name'}."
+            )
+        title = f"{task}.{name}" if name else task
+        known, part = metric_of(metric), case.output(name) if name else case
+        _check(known, part, title)
+        if isinstance(part.labels, Tensor):
+            if known.reads == "labels":
+                check_labels(part.labels, len(part.outputs), part.outputs.shape[1], title)
+            if known.by_value and part.labels.numel() != part.outputs.numel():
+                raise InvalidCalibration(
+                    f"the labels of {title!r} have shape {list(part.labels.shape)}, but its outputs "
+                    f"{list(part.outputs.shape)}. Give a number for each, or take another metric, such as agreement."
+                )
+        found[title] = known, part
+    return found
+
+
+def _check(metric: Metric, case: Case, task: str) -> None:
+    """Raises `InvalidConfig` if a metric does not fit what it is to compare."""
+    if metric.reads == "labels" and case.labels is None:
+        raise InvalidConfig(
+            f"the metric of {task!r} needs labels, and its data have none. Give labels, or take a metric without: "
+            f"{', '.join(name for name, known in METRICS.items() if known.reads != 'labels')}."
+        )
+    if isinstance(case.outputs, NamedTensors) and not metric.joint:
+        names = ", ".join(case.outputs.tensors)
+        raise InvalidConfig(
+            f"the metric of {task!r} measures one output, but its network has several: {names}. Take agreement or "
+            "output_error, a function, which is given a dict, or a metric for each: {output: metric}."
+        )
+    if metric.reads == "labels" and isinstance(case.outputs, Tensor) and case.outputs.ndim < 2:
+        raise InvalidConfig(
+            f"the metric of {task!r} compares classes, but its output is one number. Take mean_absolute_error."
+        )
 
 
 def _by_name(values: Batch) -> Any:
@@ -229,16 +313,7 @@ def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
 
 def _computed(metric: Metric, case: Case, task: str) -> tuple[float, bool]:
     """An error before its unit, and whether it is a mean over the examples."""
-    if metric.reads == "labels" and case.labels is None:
-        raise InvalidConfig(
-            f"the metric of {task!r} needs labels, and its data have none. Give labels, or take a metric without: "
-            f"{', '.join(name for name, known in METRICS.items() if known.reads != 'labels')}."
-        )
-    if isinstance(case.outputs, NamedTensors) and not metric.joint:
-        raise InvalidConfig(
-            f"the metric of {task!r} measures one output, but its network has several: "
-            f"{', '.join(case.outputs.tensors)}. Take agreement or output_error, or a function: it is given a dict."
-        )
+    _check(metric, case, task)
     found = metric.of(case)
     if isinstance(found, Tensor) and found.ndim == 1 and len(found) == len(case.outputs):
         return _number(float(found.double().mean()), task), True

@@ -10,8 +10,6 @@ from functools import partial
 from inspect import Signature
 from typing import Any, TypeVar
 
-import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mtz_core.batches import (
@@ -23,11 +21,14 @@ from mtz_core.batches import (
     divided,
     is_finite,
     is_positional,
+    labels_of,
+    mapped,
     shapes_in_words,
     signature_of,
+    tensors_of,
 )
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
-from mtz_core.evaluation import Case, Function, Model, check_labels, measure, metric_of, outputs_of
+from mtz_core.evaluation import Case, Function, Metrics, Model, measure, measured, metric_of, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
 from mtz_core.merging.judging import HELD_OUT, judge
 from mtz_core.merging.matching import descent, match
@@ -46,8 +47,9 @@ from mtz_core.zipped.report import LayerReport, ZipReport
 Given = Tensor | Mapping[str, Tensor] | Iterable[Any]
 """Examples: a tensor; of several inputs, a dict by name, or a tuple in the network's order; or batches of such."""
 
-Labelled = tuple[Any, Tensor] | Iterable[tuple[Any, Tensor]]
-"""Examples with labels: a pair of both, or batches of pairs, as a ``DataLoader`` gives them."""
+Labelled = tuple[Any, Tensor | Mapping[str, Tensor]] | Iterable[tuple[Any, Tensor | Mapping[str, Tensor]]]
+"""Examples with labels: a pair of both, or batches of pairs, as a ``DataLoader`` gives them. Labels of several outputs
+are a dict by name, for some or all of them."""
 
 RUINED = 0.5
 """The share of its information whose loss a warning tells."""
@@ -207,7 +209,7 @@ def zip_networks(
     if not zipped.report.tasks or retraining is not None:
         zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
-    ruined = [task for task, judged in zipped.report.tasks.items() if judged.lost > RUINED]
+    ruined = [task for task, judged in zipped.report.tasks.items() if judged.worst[1] > RUINED]
     if ruined:
         _warn_of_ruin(zipped.report, ruined, traced, config)
     return zipped
@@ -254,7 +256,7 @@ def evaluate(
     test: Mapping[str, Labelled | Given],
     *,
     originals: Mapping[str, nn.Module] | None = None,
-    metric: str | Function = "error",
+    metric: str | Function | Mapping[str, str | Function] = "error",
 ) -> dict[str, Evaluation]:
     """Measure the errors of a zipped network.
 
@@ -263,16 +265,18 @@ def evaluate(
         test: Examples of each task that is to be measured, with labels where the metric needs them.
         originals: The original network of each of these tasks, to compare with.
         metric: A name from `mtz_core.evaluation.METRICS`, such as ``error`` (of the likeliest class), ``agreement`` or
-            ``mean_absolute_error``; or a function of outputs and labels that returns an error, the less the better.
+            ``mean_absolute_error``; or a function of outputs and labels that returns an error, the less the better. Of
+            several outputs, ``{name: metric}``.
 
     Returns:
-        What was measured, for each task in `test`.
+        What was measured, for each task in `test`; with a metric for each output, for each ``task.output``.
 
     Raises:
-        InvalidConfig: A task or the metric is unknown, an original is missing, or the metric is no finite number.
+        InvalidConfig: A task, the metric or an output is unknown, an original is missing, or the metric is no finite
+            number.
         InvalidCalibration: There are no examples, or labels that do not fit.
     """
-    found_metric = metric_of(metric)
+    needs_labels, may_read_labels, needs_originals = _needs(metric)
     for task in test:
         if task not in zipped.tasks:
             raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(zipped.tasks)}.")
@@ -281,28 +285,37 @@ def evaluate(
     found = {}
     with evaluation_mode(zipped):
         for task, data in test.items():
-            needs_labels = found_metric.reads == "labels" or callable(metric)
             taken = zipped.signature(task)
-            inputs, labels = _labelled(data, task, taken) if needs_labels else (_examples(data, task, taken), None)
+            given, labelled = _opened(data, taken)
+            read = needs_labels or (labelled and may_read_labels)
+            inputs, labels = _labelled(given, task, taken) if read else (_examples(given, task, taken), None)
             batches = divided(inputs, _BATCH)
             outputs = _outputs(partial(zipped, task=task), batches, task)
             before = None
             if originals is not None:
                 with evaluation_mode(originals[task]):
                     before = _outputs(partial(call, originals[task]), batches, task)
-            elif found_metric.reads == "outputs" and not callable(metric):
+            elif needs_originals:
                 raise InvalidConfig(f"the metric {metric!r} compares with the original networks. Give originals.")
-            if found_metric.reads == "labels" and labels is not None and isinstance(outputs, Tensor):
-                check_labels(labels, len(inputs), outputs.shape[1], task)
-            loss = zipped.loss_of(task, outputs if before is None else before)
-            error = measure(found_metric, Case(outputs, labels, outputs if before is None else before, loss), task)
-            interval = (error.low, error.high)
-            if before is None:
-                found[task] = Evaluation(error.value, interval)
-                continue
-            original = measure(found_metric, Case(before, labels, before, loss), task)
-            found[task] = Evaluation(error.value, interval, original.value, loss.agreement(outputs, before))
+            targets = outputs if before is None else before
+            case = Case(outputs, labels, targets, zipped.loss_of(task, targets))
+            for name, (own, part) in measured(case, metric, task).items():
+                error = measure(own, part, name)
+                found[name] = Evaluation(error.value, (error.low, error.high))
+                if before is not None:
+                    original = measure(own, replace(part, outputs=part.targets), name)
+                    agreement = part.loss.agreement(part.outputs, part.targets)
+                    found[name] = replace(found[name], original_error=original.value, agreement=agreement)
     return found
+
+
+def _needs(metrics: Metrics) -> tuple[bool, bool, bool]:
+    """Whether metrics need labels, read labels where there are some, and need the original's outputs."""
+    each = list(metrics.values()) if isinstance(metrics, Mapping) else [metrics]
+    known = [metric_of(metric) for metric in each if isinstance(metric, str)]
+    functions = len(known) < len(each)  # which are given labels
+    needs_labels = functions or any(metric.reads == "labels" for metric in known)
+    return needs_labels, any(metric.by_value for metric in known), any(metric.reads == "outputs" for metric in known)
 
 
 _Item = TypeVar("_Item")
@@ -409,6 +422,20 @@ def _examples(data: Validation | Given, task: str, taken: Signature) -> Batch:
     return concatenated(as_batches(given, task, taken))
 
 
+def _opened(data: Any, taken: Signature) -> tuple[Any, bool]:
+    """Return data, an iterator as a list, and whether they come with labels."""
+    if _is_pair(data, taken):
+        return data, True
+    if (
+        isinstance(data, (Tensor, NamedTensors, Mapping))
+        or is_positional(data, taken)
+        or not isinstance(data, Iterable)
+    ):
+        return data, False
+    batches = list(data)
+    return batches, bool(batches) and isinstance(batches[0], (tuple, list)) and not is_positional(batches[0], taken)
+
+
 def _is_pair(data: Any, taken: Signature) -> bool:
     """Whether data is all examples with their labels; otherwise it is batches of such."""
     return isinstance(data, tuple) and len(data) == 2 and (isinstance(data[0], Tensor) or has_several(data[0], taken))
@@ -438,22 +465,24 @@ def _outputs(network: Model, batches: Sequence[Batch], task: str) -> Any:
 def _validation(data: Any, task: str, taken: Signature) -> Validation:
     if not isinstance(data, Validation):
         return Validation(*_labelled(data, task, taken))
-    return replace(data, examples=_examples(data, task, taken))
+    labels = labels_of(data.labels, f"the labels of {task!r}")
+    return replace(data, examples=_examples(data, task, taken), labels=labels)
 
 
-def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Shaped[Tensor, "_ ..."]]:
+def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Batch]:
     """Return all examples and labels of a task."""
     pairs: list[Any] = [data] if _is_pair(data, taken) else list(data) if isinstance(data, Iterable) else [data]
     pairs = [
-        (as_batch(pair[0], task, taken), pair[1]) if isinstance(pair, (tuple, list)) and len(pair) == 2 else pair
+        (as_batch(pair[0], task, taken), labels_of(pair[1], f"the labels of {task!r}"))
+        if isinstance(pair, (tuple, list)) and len(pair) == 2
+        else pair
         for pair in pairs
     ]
     for pair in pairs:
         if (
             not isinstance(pair, tuple)
             or len(pair) != 2
-            or not isinstance(pair[0], (Tensor, NamedTensors))
-            or not isinstance(pair[1], Tensor)
+            or not all(isinstance(part, (Tensor, NamedTensors)) for part in pair)
         ):
             raise InvalidCalibration(
                 f"the data of {task!r} are not examples with labels. Give a pair of tensors, or batches of pairs."
@@ -464,8 +493,10 @@ def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Shaped[Ten
             )
     if not pairs:
         raise InvalidCalibration(f"there are no examples with labels for {task!r}. Give at least one.")
-    inputs, labels = concatenated([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
-    return inputs, labels.long() if not labels.is_floating_point() else labels
+    if len({tuple(sorted(tensors_of(pair[1]))) for pair in pairs}) > 1:
+        raise InvalidCalibration(f"batches of {task!r} have labels of different outputs. Give the same in all.")
+    inputs, labels = (concatenated(parts) for parts in zip(*pairs, strict=True))
+    return inputs, mapped(lambda own: own if own.is_floating_point() else own.long(), labels)
 
 
 def _warn_of_ruin(report: ZipReport, ruined: Sequence[str], traced: Mapping[str, Traced], config: ZipConfig) -> None:
@@ -480,10 +511,13 @@ def _warn_of_ruin(report: ZipReport, ruined: Sequence[str], traced: Mapping[str,
     )
     for task in ruined:
         judged = report.tasks[task]
+        output, lost = judged.worst
+        heavier = f"Let {output!r} count more: declare it with a greater weight" if judged.lost <= RUINED else remedy
         warnings.warn(
-            f"{task!r} has lost {100 * judged.lost:.0f} % of what it knew ({judged.agreement:.1f} % agreement with its "
+            f"{task!r} has lost {100 * lost:.0f} % of what it knew{f' of {output!r}' if output else ''} "
+            f"({judged.agreement:.1f} % agreement with its "
             f"original, on {judged.examples} held-out examples; its outputs are {judged.kinds}"
-            f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {remedy}.",
+            f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {heavier}.",
             ZipWarning,
             stacklevel=3,
         )

@@ -1,8 +1,9 @@
 """Light retraining: a few steps of gradient descent that let a zipped network settle.
 
 By default the loss is distillation on unlabelled data: each task's outputs are drawn to its original network's, by the
-loss of their kind, relative to the information in them (`mtz_core.task_loss`). Labels can take part or take over. Every
-stored value learns, shared ones from all tasks at once. A running average of the weights is validated on held-out data,
+loss of their kind, relative to the information in them (`mtz_core.task_loss`). Labels can take part or take over. Of
+several outputs each has its weight; those without labels are distilled. Every stored value learns, shared ones from all
+tasks at once. A running average of the weights is validated on held-out data,
 and the best one is kept. The merged network itself is the first candidate, so retraining never makes it worse there.
 """
 
@@ -68,12 +69,13 @@ class Targets:
     """What outputs are drawn to: the originals' outputs, or labels.
 
     Attributes:
-        training: Of each task, for its training examples.
+        training: Of each task, for its training examples. Labels of several outputs are a dict by name; outputs that it
+            leaves out are distilled.
         validation: Of each task, for its validation examples.
     """
 
-    training: Mapping[str, Num[Tensor, "_ ..."] | NamedTensors]
-    validation: Mapping[str, Num[Tensor, "_ ..."] | NamedTensors]
+    training: Mapping[str, Num[Tensor, "_ ..."] | NamedTensors | Mapping[str, Tensor]]
+    validation: Mapping[str, Num[Tensor, "_ ..."] | NamedTensors | Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -174,18 +176,18 @@ class Retraining:
             raise InvalidConfig("labels are given, but their weight is 0. Raise retrain.labels, or leave them out.")
         if labels is None and config.labels:
             raise InvalidCalibration(f"there are no labels, but their weight is {config.labels}. Give them, or set 0.")
-        if config.labels < 1 and outputs is None:
+        several = any(isinstance(one, NamedTensors) for one in own.values())
+        needed = config.labels < 1 or several
+        if needed and outputs is None:
             _check_names("originals", originals, tasks)
             for task in tasks:
                 if task not in originals:
                     raise InvalidCalibration(f"light retraining has no original network for {task!r}.")
             outputs = original_outputs(originals, training, validation)
-        if labels is not None:
-            _check_logits(zipped)
-        distil = {} if outputs is None or config.labels == 1 else _distillations(zipped, outputs.training, config)
+        distil = {} if outputs is None or not needed else _distillations(zipped, outputs.training, config)
         self._data: dict[str, dict[str, _Examples]] = {}
         for split, examples in splits.items():
-            aims = None if outputs is None or config.labels == 1 else getattr(outputs, split)
+            aims = None if outputs is None or not needed else getattr(outputs, split)
             truth = None if labels is None else getattr(labels, split)
             for kind, given in (("outputs", aims), ("labels", truth)):
                 _check_names(f"{split} {kind}", given or {}, tasks)
@@ -195,9 +197,11 @@ class Retraining:
                 self._data[split][task] = _Examples(
                     examples[task],
                     None if aims is None else _checked_outputs(task, split, aims, examples[task], one),
-                    None if truth is None else _checked_labels(task, split, truth, examples[task], one),
-                    distil.get(task),
+                    None if truth is None else _checked_labels(zipped, task, split, truth, examples[task], one),
+                    distil.get(task, {"": (1.0, None)}),
                 )
+        for task in tasks:
+            _check_same_outputs(task, *(self._data[split][task].labels for split in splits))
         self._optimiser = torch.optim.Adam(zipped.parameters(), lr=config.learning_rate)
         self._average, self._best = _snapshot(zipped), _snapshot(zipped)
         self._curve: list[RetrainStep] = []
@@ -323,31 +327,23 @@ class Retraining:
         return sum(self._balance[task] * loss for task, loss in losses.items())
 
 
-def _check_logits(zipped: ZippedNetwork) -> None:
-    """Raises `InvalidConfig` where a task's outputs are known to be no logits, which is what labels are read for."""
+def _distillations(
+    zipped: ZippedNetwork, targets: Mapping[str, Any], config: RetrainConfig
+) -> dict[str, _Distillations]:
+    """For every output, its weight, and its divergence at the temperature of distillation as a share of the most."""
+    found: dict[str, _Distillations] = {}
     for task in zipped.tasks:
-        endings = zipped.structure.networks[task].graph.endings
-        if len(endings) > 1:
-            raise InvalidConfig(
-                f"labels are compared with one output, but the network of {task!r} has several: {', '.join(endings)}. "
-                "Set retrain.labels to 0."
-            )
-    for task, judged in zipped.report.tasks.items():
-        if judged.output in ("probabilities", "multi-label", "embedding") or (
-            judged.output != "logits" and not judged.guessed
-        ):
-            raise InvalidConfig(
-                f"labels are compared with logits, but the network of {task!r} puts out {judged.output}. "
-                "Set retrain.labels to 0."
-            )
-
-
-def _distillations(zipped: ZippedNetwork, targets: Mapping[str, Any], config: RetrainConfig) -> dict[str, Distillation]:
-    """For every task, the divergence of its outputs at the temperature of distillation, as a share of the most."""
-    found: dict[str, Distillation] = {}
-    for task in zipped.tasks:
-        found[task] = zipped.loss_of(task, targets[task]).distillation(targets[task], config.temperature)
+        parts, known = zipped.loss_of(task, targets[task]).parts, tensors_of(targets[task])
+        found[task] = {
+            name: (weight, loss.distillation(known[name], config.temperature))
+            for name, (weight, loss) in parts.items()
+            if weight
+        }
     return found
+
+
+_Distillations = Mapping[str, tuple[float, Distillation | None]]
+"""For every output that counts, its weight, and its distillation if the original's outputs are known."""
 
 
 @dataclass(frozen=True)
@@ -356,8 +352,8 @@ class _Examples:
 
     examples: Batch
     outputs: Batch | None
-    labels: Int[Tensor, "n ..."] | None
-    distil: Distillation | None
+    labels: Batch | None
+    distil: _Distillations
 
     def part(self, index: Int[Tensor, " batch"]) -> _Examples:
         return _Examples(
@@ -368,12 +364,16 @@ class _Examples:
         )
 
     def loss(self, outputs: Batch, config: RetrainConfig) -> Float[Tensor, ""]:
-        """Distillation and cross-entropy, mixed as configured, mean over the examples."""
-        loss = next(iter(tensors_of(outputs).values())).new_zeros(())
-        if self.outputs is not None and self.distil is not None:
-            loss = loss + (1 - config.labels) * self.distil(outputs, self.outputs)
-        if self.labels is not None and isinstance(outputs, Tensor):
-            loss = loss + config.labels * F.cross_entropy(outputs, self.labels)
+        """Distillation and, of outputs that have labels, cross-entropy, mixed as configured; mean over the examples."""
+        found = tensors_of(outputs)
+        aims, labels = ({} if own is None else tensors_of(own) for own in (self.outputs, self.labels))
+        loss = next(iter(found.values())).new_zeros(())
+        for name, (weight, distil) in self.distil.items():
+            labelled = config.labels if name in labels else 0.0
+            if distil is not None and labelled < 1:
+                loss = loss + weight * (1 - labelled) * distil(found[name], aims[name])
+            if labelled:
+                loss = loss + weight * labelled * F.cross_entropy(found[name], labels[name])
         return loss
 
 
@@ -424,24 +424,77 @@ def _checked_outputs(task: str, split: str, given: Mapping[str, Batch], examples
     return given[task]
 
 
-def _checked_labels(task: str, split: str, given: Mapping[str, Any], examples: Batch, one: Batch) -> Tensor:
-    """The labels of one task as class numbers, if every example has one that the network knows."""
-    assert isinstance(one, Tensor)
-    classes, expected = one.shape[1], (len(examples), *one.shape[2:])
+def _checked_labels(
+    zipped: ZippedNetwork, task: str, split: str, given: Mapping[str, Any], examples: Batch, one: Batch
+) -> Batch | None:
+    """The labels of one task, or of its outputs, as class numbers, if every example has one that the network knows."""
     if task not in given:
         raise InvalidCalibration(f"there are no {split} labels for {task!r}. Give them, or set retrain.labels to 0.")
-    labels = given[task]
-    if labels.shape != expected:
-        raise InvalidCalibration(
-            f"the {split} labels for {task!r} have shape {list(labels.shape)}, not {list(expected)}: one per example."
+    outputs = tensors_of(one)
+    if isinstance(one, Tensor):
+        _check_logits(zipped, task, "")
+        if not isinstance(given[task], Tensor):
+            raise InvalidConfig(f"the {split} labels for {task!r} are no tensor, but its network has one output.")
+        return _classes(f"the {split} labels for {task!r}", given[task], examples, one)
+    labels = given[task].tensors if isinstance(given[task], NamedTensors) else given[task]
+    if not isinstance(labels, Mapping):
+        raise InvalidConfig(
+            f"the {split} labels for {task!r} are one tensor, but its network has several outputs: "
+            f"{', '.join(outputs)}. Give {{output: labels}}; outputs that are left out are distilled."
         )
+    for name in labels:
+        if name not in outputs:
+            raise InvalidConfig(
+                f"the {split} labels for {task!r} are for an output {name!r}, but its outputs are {', '.join(outputs)}."
+            )
+        _check_logits(zipped, task, name)
+    checked = {
+        name: _classes(f"the {split} labels for {task!r} ({name})", own, examples, outputs[name])
+        for name, own in labels.items()
+    }
+    return NamedTensors(checked) if checked else None
+
+
+def _check_same_outputs(task: str, *labels: Batch | None) -> None:
+    """Raises `InvalidCalibration` unless labels are for the same outputs in training and validation."""
+    names = [[] if own is None else sorted(tensors_of(own)) for own in labels]
+    if names[0] != names[1]:
+        said = [", ".join(own) or "none" for own in names]
+        raise InvalidCalibration(
+            f"the training labels for {task!r} are for outputs {said[0]}, the validation labels for {said[1]}. Give "
+            "both for the same."
+        )
+
+
+def _check_logits(zipped: ZippedNetwork, task: str, name: str) -> None:
+    """Raises `InvalidConfig` where an output is known to be no logits, which is what labels are read for."""
+    judged = zipped.report.tasks.get(task)
+    if judged is None:
+        return
+    declared = judged.declared[name] if isinstance(judged.declared, Mapping) else judged.declared
+    if declared.kind in ("probabilities", "multi-label", "embedding") or (
+        declared.kind != "logits" and not judged.has_guessed(name)
+    ):
+        remedy = "Leave its labels out: it is distilled" if name else "Set retrain.labels to 0"
+        raise InvalidConfig(
+            f"labels are compared with logits, but the network of {task!r} puts out {declared.kind}"
+            f"{f' as {name!r}' if name else ''}. {remedy}."
+        )
+
+
+def _classes(what: str, labels: Tensor, examples: Batch, one: Tensor) -> Tensor:
+    """Labels as class numbers, if every example has one that the output knows."""
+    if one.ndim < 2:
+        raise InvalidConfig(f"{what} are for an output of one number, which has no classes. Leave them out.")
+    classes, expected = one.shape[1], (len(examples), *one.shape[2:])
+    if labels.shape != expected:
+        raise InvalidCalibration(f"{what} have shape {list(labels.shape)}, not {list(expected)}: one per example.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InvalidCalibration(f"the {split} labels for {task!r} are {labels.dtype}. Give whole class numbers.")
+        raise InvalidCalibration(f"{what} are {labels.dtype}. Give whole class numbers.")
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= classes:
         raise InvalidCalibration(
-            f"the {split} labels for {task!r} go from {least} to {most}. Allowed: 0 to {classes - 1}, "
-            f"as the network has {classes} classes."
+            f"{what} go from {least} to {most}. Allowed: 0 to {classes - 1}, as the network has {classes} classes."
         )
     return labels.long()
 

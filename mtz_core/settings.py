@@ -112,8 +112,9 @@ class Budget:
 
     Attributes:
         size: Stored bytes at most, relative to the originals' bytes. Range: above 0, at most 1.
-        floor: Percentage points that a task may lose on validation data, one number for all tasks or one for each.
-            The smallest network that keeps the floor after light retraining is searched for. Range: 0 to 100.
+        floor: Percentage points that a task may lose on validation data, one number for all tasks or one for each; for
+            one of several outputs that are measured, it is named ``task.output``. The smallest network that keeps the
+            floor after light retraining is searched for. Range: 0 to 100.
         moves: What may be done to save bytes: ``share`` neurons across networks, ``drop`` neurons within one network.
 
     Raises:
@@ -141,17 +142,41 @@ class Budget:
         ):
             raise InvalidConfig(f"budget.moves: {self.moves!r} is impossible. Allowed: share, drop, or both.")
 
-    def floors(self, tasks: Sequence[str]) -> dict[str, float]:
-        """Return the percentage points that each task may lose.
+    def floors(self, measured: Sequence[str]) -> dict[str, float]:
+        """Return the percentage points that may be lost, by what is measured: tasks, or outputs as ``task.output``.
 
         Raises:
-            InvalidConfig: `floor` is a mapping that does not name exactly the tasks.
+            InvalidConfig: `floor` is a mapping that leaves a task out, or names what is not measured.
         """
-        if not isinstance(self.floor, Mapping):
-            return dict.fromkeys(tasks, float(self.floor or 0.0))
-        if set(self.floor) != set(tasks):
-            raise InvalidConfig(f"budget.floor: names {sorted(self.floor)}, but the tasks are {sorted(tasks)}.")
-        return {task: float(self.floor[task]) for task in tasks}
+        tasks = {name.partition(".")[0] for name in measured}
+        given = self.floor if isinstance(self.floor, Mapping) else dict.fromkeys(tasks, self.floor or 0.0)
+        if {name.partition(".")[0] for name in given} != tasks:
+            raise InvalidConfig(f"budget.floor: names {sorted(given)}, but the tasks are {sorted(tasks)}.")
+        return floors_by_name(given, measured, "budget.floor")
+
+
+def floors_by_name(floors: Mapping[str, float], measured: Sequence[str], where: str) -> dict[str, float]:
+    """Say what each floor holds for.
+
+    Args:
+        floors: The points that may be lost, by task, or by output as ``task.output``.
+        measured: What is measured: tasks, or their outputs.
+        where: The setting, for errors.
+
+    Returns:
+        The points by what is measured. A floor for a task of which outputs are measured holds for each of them that has
+        none of its own.
+
+    Raises:
+        InvalidConfig: A floor is for something that is not measured.
+    """
+    found: dict[str, float] = {}
+    for name in sorted(floors, key=len):
+        own = [one for one in measured if one == name] or [one for one in measured if one.startswith(f"{name}.")]
+        if not own:
+            raise InvalidConfig(f"{where}: nothing is measured under {name!r}. Measured: {', '.join(measured)}.")
+        found |= dict.fromkeys(own, float(floors[name]))
+    return found
 
 
 @dataclass(frozen=True)

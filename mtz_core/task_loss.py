@@ -113,6 +113,11 @@ class TaskLoss:
         return self.output.kind
 
     @property
+    def parts(self) -> Mapping[str, tuple[float, TaskLoss]]:
+        """The weight and the loss of every output, by its name; that of one alone is empty."""
+        return {"": (1.0, self)}
+
+    @property
     def tells(self) -> bool:
         """Whether the outputs depend on the input, so far as the data show."""
         return self.information > 1e-12
@@ -264,6 +269,11 @@ class JointLoss:
         return ", ".join(f"{name}: {loss.kind}" for name, loss in self.losses.items())
 
     @property
+    def parts(self) -> Mapping[str, tuple[float, TaskLoss]]:
+        """The weight and the loss of every output, by its name."""
+        return {name: (self.weights[name], loss) for name, loss in self.losses.items()}
+
+    @property
     def tells(self) -> bool:
         """Whether any output depends on the input, so far as the data show."""
         return any(loss.tells for loss in self.losses.values())
@@ -287,16 +297,6 @@ class JointLoss:
         """The share of its information that a task loses, mean over the examples."""
         each = [w * self.losses[n](outputs.tensors[n], targets.tensors[n]) for n, w in self.weights.items() if w]
         return torch.stack(each).sum()
-
-    def distillation(self, targets: Any, temperature: float) -> Distillation:
-        """The divergence at another temperature, as a share of the information in these targets."""
-        parts = {n: loss.distillation(targets.tensors[n], temperature) for n, loss in self.losses.items()}
-
-        def distil(outputs: Any, aims: Any) -> Tensor:
-            each = [w * parts[n](outputs.tensors[n], aims.tensors[n]) for n, w in self.weights.items() if w]
-            return torch.stack(each).sum()
-
-        return distil
 
     def score(self, natural: Any, generator: torch.Generator) -> Any:
         """Draw a gradient for each output, independently, so that its second moment is the curvature of the loss.

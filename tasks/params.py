@@ -17,7 +17,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -32,6 +34,11 @@ class InvalidParams(MtzError):
     """A parameter file is unreadable, or has an unknown key, a wrong type or an impossible value."""
 
 
+def task_of(measured: str) -> str:
+    """Return the task of what is measured: a task, or an output as `task.output`."""
+    return measured.partition(".")[0]
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Names of groups and tasks: letters, digits, '_' and '-'."""
 
@@ -42,11 +49,11 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def _as_value_error(build: Callable[[], object]) -> None:
+def _as_value_error(build: Callable[[], object], block: str = "") -> None:
     try:
         build()
     except MtzError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).removeprefix(block)) from error
 
 
 def _below(folder: str) -> Callable[[str], str]:
@@ -109,7 +116,7 @@ def metric_name(value: str) -> str:
 
 
 class OutputParams(_Block):
-    """What a network puts out. See `mtz_core.Output`."""
+    """What a network puts out, or one of several outputs. See `mtz_core.Output`."""
 
     kind: Kind
     """`logits`, `probabilities`, `multi-label` (logits or the outputs of a sigmoid), `regression`, `heatmap` or
@@ -117,15 +124,41 @@ class OutputParams(_Block):
     tolerance: float | None = None
     """The error that makes no difference, in units of the outputs, for `regression` and `heatmap`. Without it each
     output counts in units of its own spread. Allowed: above 0."""
+    weight: float = 1.0
+    """How much it counts beside other outputs of the same network. Allowed: above 0."""
 
     @model_validator(mode="after")
     def _possible(self) -> OutputParams:
-        _as_value_error(self.core)
+        _as_value_error(self.core, "output.")
         return self
 
     def core(self) -> Output:
         """The same for the core."""
-        return Output(self.kind, self.tolerance)
+        return Output(self.kind, self.tolerance, self.weight)
+
+
+def _form(given: object) -> str:
+    """Say in which form an output is declared: its kind, a block, or blocks by name."""
+    if isinstance(given, Mapping):
+        return "[block]" if given.keys() & OutputParams.model_fields.keys() else "[names]"
+    return "[block]" if isinstance(given, OutputParams) else "[kind]"
+
+
+_OneOutput = Annotated[
+    Annotated[Kind, Tag("[kind]")] | Annotated[OutputParams, Tag("[block]")],
+    Discriminator(lambda given: "[kind]" if _form(given) == "[kind]" else "[block]"),
+]
+_AnyOutput = Annotated[
+    Annotated[Kind, Tag("[kind]")]
+    | Annotated[OutputParams, Tag("[block]")]
+    | Annotated[dict[str, _OneOutput], Field(min_length=1), Tag("[names]")],
+    Discriminator(_form),
+]
+_OneMetric = Annotated[str, AfterValidator(metric_name)]
+_AnyMetric = Annotated[
+    Annotated[_OneMetric, Tag("[name]")] | Annotated[dict[str, _OneMetric], Field(min_length=1), Tag("[names]")],
+    Discriminator(lambda given: "[names]" if isinstance(given, Mapping) else "[name]"),
+]
 
 
 class ModelTraits(_Block):
@@ -137,15 +170,21 @@ class ModelTraits(_Block):
     zip: list[str] = []
     """Paths of the submodules that take part in sharing; everything else stays task-specific. Without it, everything
     takes part."""
-    output: Kind | OutputParams | None = None
-    """What the network puts out: a kind, or `{kind: …, tolerance: …}`. Without it the kind is guessed from the
-    network's last operator and its outputs for calibration data, and the report says so."""
-    metric: Annotated[str, AfterValidator(metric_name)] | None = None
+    output: _AnyOutput | None = None
+    """What the network puts out: a kind, or `{kind: …, tolerance: …}`. Of several outputs, either for each, by its
+    name; `weight` says how much it counts. Without it the kind is guessed from the network's last operator and its
+    outputs for calibration data, and the report says so."""
+    metric: _AnyMetric | None = None
     """How errors of this model are counted: `error`, `top5_error` or `balanced_error` (with labels); `agreement`,
     `output_error`, `mean_absolute_error`, `correlation` or `average_precision` (with or without); or a function of your
     own, `package.module:function`, of outputs and labels (the original's outputs without labels). All are given as
-    errors, the less the better. Without it: `error` with class labels, `mean_absolute_error` with other ones,
+    errors, the less the better. Of several outputs, `{output: metric}`; one metric for all of them is that of each,
+    and one function is given all. Without it: `error` with class labels, `mean_absolute_error` with other ones,
     `agreement` without."""
+
+
+def _declared(output: Kind | OutputParams) -> Output:
+    return output.core() if isinstance(output, OutputParams) else Output(output)
 
 
 class ModelParams(ModelTraits):
@@ -163,9 +202,11 @@ class ModelParams(ModelTraits):
     Allowed: a path below `data/`."""
 
     @property
-    def declared_output(self) -> Output | None:
-        """What the network is declared to put out."""
-        return self.output.core() if isinstance(self.output, OutputParams) else Output.declared(self.output)
+    def declared_output(self) -> Output | Mapping[str, Output] | None:
+        """What the network is declared to put out: one output, or several by name."""
+        if isinstance(self.output, Mapping):
+            return {name: _declared(own) for name, own in self.output.items()}
+        return None if self.output is None else _declared(self.output)
 
 
 class RuntimeParams(_Block):
@@ -251,8 +292,9 @@ class BudgetParams(_Block):
     size: float | None = None
     """The largest fraction of the originals' bytes. Allowed: above 0, at most 1."""
     floor: float | dict[str, float] | None = None
-    """Percentage points of error that each task may lose on validation data: one number, or `{task: points}`. The
-    smallest network that keeps it is searched for. Allowed: 0 to 100."""
+    """Percentage points of error that each task may lose on validation data: one number, or `{task: points}`. A floor
+    for a task holds for each of several outputs; that of one is called `task.output`. The smallest network that keeps
+    it is searched for. Allowed: 0 to 100."""
     moves: list[Literal["share", "drop"]] = ["share", "drop"]
     """What may be done to save bytes: share neurons across networks, drop neurons within one."""
     retrain: RetrainParams | None = None
@@ -337,11 +379,12 @@ class RegisterParams(_Block):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Its name in the registry. Allowed: letters, digits, `_`, `.` and `-`."""
     agreement: float = Field(default=50, ge=0, le=100)
-    """Percent of agreement with its original on the test split that every task must have. If one has less, it has lost
-    most of what it knew, and nothing is registered. Allowed: 0 to 100."""
+    """Percent of agreement with its original on the test split that every task, and each of several outputs, must have.
+    If one has less, it has lost most of what it knew, and nothing is registered. Allowed: 0 to 100."""
     floors: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Percentage points of test error that a task may lose, `{task: points}`. If one loses more, nothing is
-    registered. Allowed: 0 or more."""
+    """Percentage points of test error that a task may lose, `{task: points}`. A floor for a task holds for each of
+    several outputs; that of one is called `task.output`. If one loses more, nothing is registered. Allowed: 0 or
+    more."""
 
 
 class StorageParams(_Block):
@@ -434,14 +477,15 @@ class Params:
             if self.models[name].weights != f"networks/{name}.safetensors":
                 raise ValueError(f"models.{name}.weights: pretrain writes them to networks/{name}.safetensors; say so")
         for name in self.register.floors:
-            if name not in self.models:
+            if task_of(name) not in self.models:
                 raise ValueError(f"register.floors.{name}: there is no such model; models: {', '.join(self.models)}")
         named: dict[str, object] = {"match.balance": self.match.balance, "retrain.balance": self.retrain.balance}
         if self.match.budget is not None:
             named["match.budget.floor"] = self.match.budget.floor
             self._check_same_retraining(self.match.budget)
         for key, names in named.items():
-            if isinstance(names, dict) and set(names) != set(self.models):
+            known = task_of if key.endswith("floor") else str
+            if isinstance(names, dict) and {known(name) for name in names} != set(self.models):
                 raise ValueError(f"{key}: names {sorted(names)}, but models are {sorted(self.models)}")
         return self
 
@@ -570,11 +614,13 @@ def _describe(problem: Any) -> str:
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
-    """The keys of the block at a path; the second part of a longer path is a model's name."""
+    """The keys of the block at a path; the second part of a longer path is a model's name, the third a key of it."""
     if not path:
         return list(Params.__dataclass_fields__)
     blocks = {name: hint for name, hint in get_type_hints(Params).items() if name not in ("models", "pretrain")}
     block = (blocks | {"models": ModelParams, "pretrain": PretrainParams})[path[0]]
+    if path[0] == "models" and len(path) > 2:
+        block = OutputParams
     if path[0] == "match":
         for name in path[1:]:
             block = {"budget": BudgetParams, "retrain": RetrainParams}[name]

@@ -23,6 +23,7 @@ SEVERAL = {
     "mtz_core/test_zoo_foreign_masks.py": "laws that hold for every network",
     "mtz_core/test_zoo_foreign_text.py": "laws that hold for every network",
     "tasks/stages/test_several_inputs.py": "all stages, of networks with several inputs",
+    "tasks/stages/test_several_outputs.py": "all stages, of networks with several outputs",
     "tasks/stages/test_stages.py": "all stages, one after another",
     "tasks/stages/test_tokens.py": "all stages, of networks that read tokens",
 }

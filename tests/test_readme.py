@@ -71,6 +71,18 @@ def perceptron(classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, classes))
 
 
+class Detector(nn.Module):
+    """Puts out classes and boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.logits, self.boxes = perceptron(8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.body(x).relu()
+        return {"logits": self.logits(y), "boxes": self.boxes(y)}
+
+
 def names() -> dict[str, Any]:
     """What snippets speak of without saying where it comes from."""
     torch.manual_seed(0)
@@ -88,7 +100,8 @@ def names() -> dict[str, Any]:
         "batch_2": masked(60, seed=2),
     }
     given |= {"bert_a": MaskedEncoder().eval(), "bert_b": MaskedEncoder().eval()}
-    return {**given, "example": x[:2], "labels": labels, "labels_a": labels}
+    given |= {"detector_a": Detector().eval(), "detector_b": Detector().eval(), "boxes": torch.zeros(200, 4)}
+    return {**given, "example": x[:2], "labels": labels, "labels_a": labels, "classes": labels}
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("python") if b.page != TUTORIAL], ids=str)

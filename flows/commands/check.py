@@ -96,7 +96,7 @@ def check_all(
         if problem := _missing_file(project, plan):
             raise NotReady(problem)
         if not plan.models:
-            _check_networks(project, plan.params)
+            check_networks(project, plan.params)
             on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
     with s3.connect(shared.storage, home) as store:
         on_progress(f"storage: {store.url()} at {store.endpoint or 'AWS'} is writable")
@@ -114,7 +114,7 @@ def _check_declared(
     for plan in (*(plan for plan in plans if plan.models), *(fleet.model(name) for name in free)):
         with tempfile.TemporaryDirectory() as folder:
             place(sources_of(plan, access), access.contents, Path(folder))
-            _check_networks(Path(folder), plan.params)
+            check_networks(Path(folder), plan.params)
         on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
 
 
@@ -134,7 +134,7 @@ def _missing_file(project: Path, plan: GroupPlan) -> str | None:
     return None
 
 
-def _check_networks(project: Path, params: Params) -> None:
+def check_networks(project: Path, params: Params) -> None:
     """Trace each network and check that the networks can be zipped as configured.
 
     Networks of a pretrain stage are traced untrained; all others have their weights.
@@ -148,6 +148,7 @@ def _check_networks(project: Path, params: Params) -> None:
     from tasks.models.factories import build_network
     from tasks.models.load import check_tokens, load_network, trace_on_own_image
     from tasks.stages.budget_checks import check_budget
+    from tasks.stages.output_checks import check_outputs
 
     workspace = Workspace(project)
     traced = {}
@@ -156,6 +157,7 @@ def _check_networks(project: Path, params: Params) -> None:
         network = load_network(params, workspace, name) if pretrained else build_network(params, name)
         traced[name] = trace_on_own_image(params, workspace, name, network)
         check_tokens(params, workspace, name, traced[name])
+        check_outputs(params, workspace, name, traced[name], pretrained)
     if len(traced) > 1:
         traced = common_part(traced)
         shared_counts(traced, params.zip_config())

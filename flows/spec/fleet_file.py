@@ -26,6 +26,7 @@ from tasks.params import (
     InvalidParams,
     ModelTraits,
     Name,
+    OutputParams,
     Params,
     importable_name,
     read_yaml,
@@ -86,8 +87,8 @@ class Model(ModelTraits):
     data: str | Splits | Factory
     """A folder with `train`, `validation` and `test`, local or `s3://…`; or a file for each split; or a function."""
     floor: Annotated[float, Field(ge=0)] | None = None
-    """Percentage points of test error that the model may lose. If it loses more, its group is refused. Allowed: 0 or
-    more."""
+    """Percentage points of test error that the model, or each of several outputs, may lose. If it loses more, its group
+    is refused. Floors of some outputs are `register.floors` of the group. Allowed: 0 or more."""
     tags: list[Name] = Field(default=[])
     """Labels for `auto.separate`."""
 
@@ -392,10 +393,12 @@ def _problems(error: ValidationError) -> list[str]:
     """One line for each finding: the key's path, what is wrong, what is allowed. Of a union, the likeliest member's."""
     lines = []
     for problem in error.errors(include_url=False):
-        path = [str(part) for part in problem["loc"] if part not in ("str", "Splits", "Factory")]
+        path = [str(p) for p in problem["loc"] if p not in ("str", "Splits", "Factory") and "[" not in str(p)]
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             block = _BLOCKS.get(path[0], FleetFile) if len(path) > 1 else FleetFile
+            if path[0] == "models" and path[2:3] == ["output"] and len(path) > 3:
+                block = OutputParams
             message = f"unknown key; allowed here: {', '.join(block.model_fields)}"
         elif problem["type"] == "missing":
             message = "is missing"

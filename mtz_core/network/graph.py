@@ -254,6 +254,11 @@ class LayerGraph:
         return {name: self._by_name[own].kind if own in self._by_name else "" for name, own in outputs.items()}
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs if there are several."""
+        return tuple(self.endings) if len(self.endings) > 1 else ()
+
+    @property
     def ending(self) -> str:
         """The kind of the node that computes the output; empty if the output is the input."""
         return next(iter(self.endings.values()))

@@ -273,6 +273,7 @@ def _returning_tensors(module: nn.Module) -> Iterator[None]:
     def tensors(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
         return tuple(opened(forward(*arguments, **named))[0].values())
 
+    vars(tensors).pop("__signature__", None)  # that of a method names `self`
     module.forward = tensors
     try:
         yield

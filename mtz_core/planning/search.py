@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from math import exp, hypot, log
+from typing import Any
 
-from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import nn
 
 from mtz_core.batches import Batch, concatenated, divided
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.evaluation import Case, Function, Metric, check_labels, error_of, metric_of, outputs_of
+from mtz_core.evaluation import Case, Metrics, error_of, measured, outputs_of
 from mtz_core.merging.judging import HELD_OUT, judge, targets_of
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
@@ -260,14 +260,15 @@ class Validation:
     """A task's validation data: examples that were used for nothing else.
 
     Attributes:
-        examples: The inputs.
-        labels: The class of every example, or its true outputs; None where there are none.
-        metric: A metric, its name, or a function; see `mtz_core.evaluation.metric_of`.
+        examples: The inputs; several by name.
+        labels: The class of every example, or its true outputs; of several outputs a dict by name, for some or all of
+            them. None where there are none.
+        metric: A metric, its name, or a function, see `mtz_core.evaluation.metric_of`; or one for each output by name.
     """
 
-    examples: Batch
-    labels: Shaped[Tensor, "labels ..."] | None
-    metric: Metric | str | Function = "error"
+    examples: Any
+    labels: Any
+    metric: Metrics = "error"
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +279,7 @@ class FloorCandidate:
         what: What was tried, in words.
         plan: The plan that the network was merged by.
         size: The stored bytes relative to the originals'.
-        lost: The percentage points that each task has lost on its validation data.
+        lost: The percentage points that each task, or each output as ``task.output``, has lost on validation data.
         kept: Whether the network keeps the floor of every task.
         iterations: The number of iterations of light retraining.
         zipped: The network, after light retraining.
@@ -294,11 +295,14 @@ class FloorCandidate:
 
 
 class FloorSearch:
-    """Searches for the smallest network that keeps every task's floor on validation data, after light retraining.
+    """Searches for the smallest network that keeps every floor on validation data, after light retraining.
 
     Sizes are bisected. Where some tasks break their floor while others have room, the losses are reweighed. At the end,
     the smallest plan that failed is tried again with its most damaging groups as in the plan that kept the floor, so
     that a layer that is to blame steps back alone.
+
+    Attributes:
+        floors: The percentage points that may be lost, by task, or by output as ``task.output``.
     """
 
     def __init__(
@@ -329,27 +333,24 @@ class FloorSearch:
             )
         self._budget_search, self._validation, self._retraining = budget_search, validation, retraining
         self._reweighed = 0
-        self._floors = budget_search.budget.floors(tasks)
         self._originals, self._training = originals, training
         examples = {task: own.examples for task, own in validation.items()}
         outputs = {}
         networks = {task: own.network for task, own in budget_search.traced.items()}
         for task, network in networks.items():
             outputs[task] = outputs_of(partial(run, network.graph, network.state), divided(examples[task], 500))
-            labels = validation[task].labels
-            own = outputs[task]
-            if labels is not None and metric_of(validation[task].metric).reads == "labels" and isinstance(own, Tensor):
-                check_labels(labels, len(examples[task]), own.shape[1], task)
         self._targets = Targets(
             {t: outputs_of(partial(run, n.graph, n.state), divided(training[t], 500)) for t, n in networks.items()},
             outputs,
         )
-        self._before = {task: self._error(task, outputs[task]) for task in tasks}
+        self._before = {task: self._errors(task, outputs[task]) for task in tasks}
+        self.floors = budget_search.budget.floors([name for errors in self._before.values() for name in errors])
 
-    def _error(self, task: str, outputs: Batch) -> float:
+    def _errors(self, task: str, outputs: Batch) -> dict[str, float]:
+        """The errors of a task, or of its outputs."""
         own, loss = self._validation[task], self._budget_search.traced[task].loss
         case = Case(outputs, own.labels, self._targets.validation[task], loss)
-        return error_of(metric_of(own.metric), case, task)
+        return {name: error_of(metric, part, name) for name, (metric, part) in measured(case, own.metric, task).items()}
 
     def steps(self) -> Iterator[FloorCandidate]:
         """Try networks of different sizes.
@@ -404,17 +405,18 @@ class FloorSearch:
                 zipped, self._originals, self._training, examples, self._retraining, outputs=self._targets
             ):
                 iterations = step.iteration
-        lost = {}
+        lost: dict[str, float] = {}
         for task, own in self._validation.items():
             outputs = outputs_of(partial(zipped, task=task), divided(own.examples, 500))
-            lost[task] = self._error(task, outputs) - self._before[task]
+            lost |= {name: error - self._before[task][name] for name, error in self._errors(task, outputs).items()}
         size = plan.bytes / self._budget_search.planner.original_bytes
-        kept = all(points <= self._floors[task] + 1e-9 for task, points in lost.items())
+        kept = all(lost[name] <= points + 1e-9 for name, points in self.floors.items())
         return FloorCandidate(what, plan, size, lost, kept, iterations, zipped)
 
     def _room(self, step: FloorCandidate) -> dict[str, float]:
-        """How much of its floor each task has used up; 1 is all of it."""
-        return {task: max(points, 0.0) / max(self._floors[task], 0.01) for task, points in step.lost.items()}
+        """How much of its floor each task has used up; 1 is all of it. Of several floors, the one that is nearest."""
+        used = {name: max(step.lost[name], 0.0) / max(points, 0.01) for name, points in self.floors.items()}
+        return {task: max(used[name] for name in own if name in used) for task, own in self._before.items()}
 
     def _uneven(self, step: FloorCandidate) -> bool:
         used = self._room(step).values()

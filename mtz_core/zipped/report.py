@@ -60,12 +60,17 @@ class LayerReport:
         )
 
 
+_JUDGED = {"lost", "agreement"}
+"""What a report on a task says of each of several outputs, beside what it is declared as."""
+
+
 @dataclass(frozen=True)
 class TaskReport:
     """How well a task came through zipping, judged on examples to which nothing was fitted.
 
     Attributes:
-        output: The kind of its outputs, see `mtz_core.Output`; of several outputs the fields of each, by name.
+        output: The kind of its outputs, see `mtz_core.Output`; of several outputs the fields of each, by name, with
+            ``lost`` and ``agreement`` of each that counts.
         tolerance: The error that makes no difference to it, if one is declared.
         guessed: Why this kind was taken, in words; empty where it was declared.
         lost: The share of its own information that it has lost: 0 for none, 1 for all; see `mtz_core.task_loss`.
@@ -81,19 +86,35 @@ class TaskReport:
     examples: int
 
     @classmethod
-    def of(cls, loss: Loss, lost: float, agreement: float, examples: int) -> TaskReport:
-        """Make a report on a task that has this loss."""
-        if isinstance(loss, JointLoss):
-            several = {name: asdict(own.output) for name, own in loss.losses.items()}
-            return cls(several, None, loss.guessed, lost, agreement, examples)
-        return cls(loss.kind, loss.output.tolerance, loss.guessed, lost, agreement, examples)
+    def of(cls, loss: Loss, outputs: Any, targets: Any) -> TaskReport:
+        """Make a report on a task that has this loss, from outputs and those of the original."""
+        lost, agreement = float(loss(outputs, targets)), loss.agreement(outputs, targets)
+        if not isinstance(loss, JointLoss):
+            return cls(loss.kind, loss.output.tolerance, loss.guessed, lost, agreement, len(targets))
+        several = {name: asdict(own.output) for name, own in loss.losses.items()}
+        for name, (weight, own) in loss.parts.items():
+            if weight:
+                pair = outputs.tensors[name], targets.tensors[name]
+                several[name] |= {"lost": float(own(*pair)), "agreement": own.agreement(*pair)}
+        return cls(several, None, loss.guessed, lost, agreement, len(targets))
 
     @property
     def declared(self) -> Outputs:
         """What the outputs mean."""
         if isinstance(self.output, Mapping):
-            return {name: Output(**own) for name, own in self.output.items()}
+            return {name: Output(**{n: own[n] for n in own.keys() - _JUDGED}) for name, own in self.output.items()}
         return Output(self.output, self.tolerance)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The output that has lost most, by its name (empty for one), and the share of its information that is lost."""
+        several = self.output if isinstance(self.output, Mapping) else {}
+        lost = {name: float(own["lost"]) for name, own in several.items() if "lost" in own} or {"": self.lost}
+        return max(lost.items(), key=lambda item: item[1])
+
+    def has_guessed(self, output: str = "") -> bool:
+        """Whether the kind of an output was guessed; that of several is named."""
+        return any(part.startswith(f"{output}: " if output else "") for part in self.guessed.split("; ") if part)
 
     @property
     def kinds(self) -> str:
@@ -109,7 +130,10 @@ class TaskReport:
     def __str__(self) -> str:
         """Return a line for people."""
         guessed = f", guessed, as {self.guessed}" if self.guessed else ""
-        return f"{self.brief()}, on {self.examples} held-out examples; outputs are {self.kinds}{guessed}"
+        several = self.output if isinstance(self.output, Mapping) else {}
+        each = ", ".join(f"{name} {own['agreement']:.1f} %" for name, own in several.items() if "agreement" in own)
+        brief = self.brief().replace("agreement", f"agreement ({each})", 1) if each else self.brief()
+        return f"{brief}, on {self.examples} held-out examples; outputs are {self.kinds}{guessed}"
 
 
 @dataclass(frozen=True)

@@ -87,16 +87,6 @@ class TaskStructure:
         sizes = original.parameters, original.bytes
         return cls(network.graph, shapes, network.trainable, network.inputs, *sizes, network.non_persistent)
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one example; of several inputs, of the first one's."""
-        return next(iter(self.inputs.values())).shape
-
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """The dtype of the examples; of several inputs, of the first one's."""
-        return next(iter(self.inputs.values())).dtype
-
     @cached_property
     def matrices(self) -> frozenset[str]:
         """The names of the tensors that are a layer's weight or bias."""

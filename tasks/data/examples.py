@@ -7,6 +7,7 @@ A split is `{split}.parquet`; `{split}.arrow`, an Arrow IPC file or stream; or a
     input: fixed_shape_tensor or lists    anything else, taken as it is: floating-point numbers, or tokens, or
     NAME: the same                        one of several inputs, by its name in the network's forward pass
     label: int64                          class numbers from 0; or numbers, one or several for each example; or none
+    label.NAME: the same                  those of one of several outputs, by its name
 
 Tables are read in pieces, so they may be larger than memory where only a sample or a batch at a time is wanted.
 """
@@ -24,13 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int64, Shaped
-from torch import Tensor
+from jaxtyping import Int64
 
 from mtz_core.batches import NamedTensors
 from mtz_core.errors import MtzError
 from tasks.data.images import InvalidImage, pixels_of
-from tasks.data.layout import IMAGE, INPUT, LABEL, SAVED, SAVED_STATE, SUFFIXES
+from tasks.data.layout import IMAGE, INPUT, LABEL, LABEL_OF, SAVED, SAVED_STATE, SUFFIXES
 from tasks.files import read_json
 
 
@@ -41,7 +41,7 @@ class InvalidData(MtzError):
 LAYOUT = (
     "Expected are the columns image: struct<bytes, path> with encoded images, or input: fixed_shape_tensor (or lists "
     "of one length) of floating-point numbers, or of whole ones for tokens, or such columns by the names of the "
-    "network's inputs; and label: int64."
+    "network's inputs; and label: int64, or such columns label.NAME for outputs by name."
 )
 
 _ROWS = 128
@@ -51,10 +51,10 @@ _FILE = b"ARROW1"
 """What an Arrow IPC file begins with; a stream does not."""
 
 _Arrays = Mapping[str, np.ndarray]
-"""Inputs by the names of their columns."""
+"""Inputs or labels by the names of their columns."""
 
-_Piece = tuple[_Arrays, np.ndarray | None]
-"""Inputs, and their labels."""
+_Piece = tuple[_Arrays, _Arrays]
+"""Inputs, and their labels, none if they are not wanted."""
 
 
 def read_images(folder: Path, split: str, count: int | None = None, seed: int = 0) -> Any:
@@ -74,35 +74,39 @@ def read_images(folder: Path, split: str, count: int | None = None, seed: int = 
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
     table = _Table.of(folder, split)
-    return table.read(_sample(table.rows, count, seed), labelled=False)[0]
+    return table.read(_sample(table.rows, count, seed), ())[0]
 
 
-def read_examples(folder: Path, split: str, count: int | None = None, seed: int = 0) -> tuple[Any, Int64[Tensor, " n"]]:
-    """Read the inputs of a split and their labels.
+def read_examples(
+    folder: Path, split: str, count: int | None = None, seed: int = 0, several: bool = False
+) -> tuple[Any, Any]:
+    """Read the inputs of a split and their labels, which are class numbers.
 
     Args:
         folder: The data set's folder.
         split: `train`, `validation` or `test`.
         count: The most examples to read; all by default. If there are more, a seeded sample is read.
         seed: The seed of the sample.
+        several: Whether labels may be those of several outputs.
 
     Returns:
-        The inputs, as `read_images` returns them, and their class numbers.
+        The inputs, as `read_images` returns them, and their class numbers; of several outputs a dict by name, without
+        labels that are other numbers.
 
     Raises:
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
     table = _Table.of(folder, split)
-    if not table.labelled:
+    if not (table.labels if several else LABEL in table.labels):
         raise InvalidData(f"{table.path} has no column {LABEL!r}. {LAYOUT}")
-    if not pa.types.is_integer(table.schema.field(LABEL).type):
+    classes = [name for name in table.labels if pa.types.is_integer(table.schema.field(name).type)]
+    if LABEL in table.labels and not classes:
         raise InvalidData(f"{table.path} has labels that are no class numbers from 0. {LAYOUT}")
-    inputs, labels = table.read(_sample(table.rows, count, seed), labelled=True)
-    assert labels is not None
-    return inputs, labels
+    inputs, labels = table.read(_sample(table.rows, count, seed), classes)
+    return inputs, {} if labels is None else labels.tensors if isinstance(labels, NamedTensors) else labels
 
 
-def read_labelled(folder: Path, split: str) -> tuple[Any, Shaped[Tensor, "n ..."] | None]:
+def read_labelled(folder: Path, split: str) -> tuple[Any, Any]:
     """Read the inputs of a split and their labels, if it has any.
 
     Args:
@@ -110,18 +114,17 @@ def read_labelled(folder: Path, split: str) -> tuple[Any, Shaped[Tensor, "n ..."
         split: `train`, `validation` or `test`.
 
     Returns:
-        The inputs, as `read_images` returns them, and class numbers (int64), other numbers (float32), or None.
+        The inputs, as `read_images` returns them, and class numbers (int64), other numbers (float32), or None; of
+        several outputs `NamedTensors`.
 
     Raises:
         InvalidData: The split is missing, unreadable, empty, or not in the expected layout.
     """
     table = _Table.of(folder, split)
-    return table.read(np.arange(table.rows), table.labelled)
+    return table.read(np.arange(table.rows), table.labels)
 
 
-def read_batches(
-    folder: Path, split: str, size: int, labelled: bool = True
-) -> Iterator[tuple[Any, Shaped[Tensor, "n ..."] | None]]:
+def read_batches(folder: Path, split: str, size: int, labelled: bool = True) -> Iterator[tuple[Any, Any]]:
     """Read a split batch by batch, so that no more than a batch of it is in memory.
 
     Args:
@@ -138,7 +141,7 @@ def read_batches(
     """
     table = _Table.of(folder, split)
     held: list[_Piece] = []
-    for piece in table.pieces(np.arange(table.rows), labelled and table.labelled):
+    for piece in table.pieces(np.arange(table.rows), table.labels if labelled else ()):
         held.append(piece)
         while sum(_count(inputs) for inputs, _ in held) >= size:
             whole = _together(held)
@@ -198,6 +201,7 @@ class _Table:
         schema: The columns of each file.
         rows: How many rows it has.
         columns: The names of the inputs' columns.
+        labels: The names of the labels' columns.
     """
 
     path: Path
@@ -205,6 +209,7 @@ class _Table:
     schema: pa.Schema
     rows: int
     columns: Sequence[str]
+    labels: Sequence[str]
 
     @classmethod
     def of(cls, folder: Path, split: str) -> _Table:
@@ -213,9 +218,15 @@ class _Table:
         path = files[0] if files[0].parent == folder else files[0].parent
         with _readable(path):
             schemas, counts = zip(*(_outline(file) for file in files), strict=True)
+        labels = [name for name in schemas[0].names if name == LABEL or name.startswith(LABEL_OF)]
+        if LABEL in labels and len(labels) > 1:
+            raise InvalidData(
+                f"{path} has both columns {LABEL!r} and {labels[labels[0] == LABEL]!r}. Give {LABEL!r} for a network "
+                f"of one output, columns {LABEL_OF}NAME for one of several."
+            )
         columns = [name for name in (IMAGE, INPUT) if name in schemas[0].names]
         if not columns:
-            columns = [own.name for own in schemas[0] if own.name != LABEL and _is_numbers(own.type, masks=True)]
+            columns = [own.name for own in schemas[0] if own.name not in labels and _is_numbers(own.type, masks=True)]
         if not columns or {IMAGE, INPUT} <= {*columns}:
             raise InvalidData(
                 f"{path} has {'both columns' if columns else 'no column'} {IMAGE!r} or {INPUT!r}. {LAYOUT}"
@@ -229,24 +240,17 @@ class _Table:
             raise InvalidData(f"{path}: column {columns[0]} is {kind}. {LAYOUT}")
         if not sum(counts):
             raise InvalidData(f"{path} is empty. Give at least one example.")
-        return cls(path, files, schemas[0], sum(counts), columns)
+        return cls(path, files, schemas[0], sum(counts), columns, labels)
 
-    @property
-    def labelled(self) -> bool:
-        """Whether there are labels."""
-        return LABEL in self.schema.names
+    def read(self, index: Int64[np.ndarray, " n"], labels: Sequence[str]) -> tuple[Any, Any]:
+        """Return the inputs of some rows, and the labels that are wanted; None if there are none."""
+        return _tensors(*_together(self.pieces(index, labels), len(index)))
 
-    def read(
-        self, index: Int64[np.ndarray, " n"], labelled: bool
-    ) -> tuple[Shaped[Tensor, "n ..."], Shaped[Tensor, "n ..."] | None]:
-        """Return the inputs of some rows, and their labels if they are wanted."""
-        return _tensors(*_together(self.pieces(index, labelled), len(index)))
-
-    def pieces(self, index: Int64[np.ndarray, " n"], labelled: bool) -> Iterator[_Piece]:
-        """Yield the inputs of some rows in ascending order, and their labels if they are wanted, a few at a time."""
+    def pieces(self, index: Int64[np.ndarray, " n"], labels: Sequence[str]) -> Iterator[_Piece]:
+        """Yield the inputs of some rows in ascending order, and the labels that are wanted, a few at a time."""
         first, shapes = 0, None
-        for batch in self._batches([*self.columns, *([LABEL] if labelled else [])]):
-            labels = self._labels(batch.column(LABEL)) if labelled else None
+        for batch in self._batches([*self.columns, *labels]):
+            given = {name: self._labels(batch.column(name), name) for name in labels}
             within = index[slice(*np.searchsorted(index, (first, first + len(batch))))] - first
             inputs = {name: self._inputs(batch.column(name), name, within, first) for name in self.columns}
             first += len(batch)
@@ -255,7 +259,7 @@ class _Table:
                 shapes = shapes or found
                 if found != shapes:
                     raise self._mixed()
-                yield inputs, None if labels is None else labels[within]
+                yield inputs, {name: own[within] for name, own in given.items()}
 
     def _batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield all rows, few at a time."""
@@ -289,18 +293,18 @@ class _Table:
             raise self._mixed()
         return np.stack(decoded) if decoded else np.empty(0, np.float32)
 
-    def _labels(self, column: pa.Array) -> np.ndarray:
+    def _labels(self, column: pa.Array, name: str) -> np.ndarray:
         """Return labels: class numbers, or numbers, one or several for each example."""
         if pa.types.is_integer(column.type):
             if column.null_count or pc.min(column).as_py() < 0:
                 raise InvalidData(f"{self.path} has labels that are no class numbers from 0. {LAYOUT}")
             return column.to_numpy().astype(np.int64)
         if _is_numbers(column.type) or pa.types.is_floating(column.type):
-            labels = self._numbers(column, LABEL)
+            labels = self._numbers(column, name)
             if np.isfinite(labels).all():
                 return labels
             raise InvalidData(f"{self.path} has labels that are not finite. Correct them or leave their examples out.")
-        raise InvalidData(f"{self.path}: column {LABEL} is {column.type}. {LAYOUT}")
+        raise InvalidData(f"{self.path}: column {name} is {column.type}. {LAYOUT}")
 
     def _numbers(self, column: pa.Array, name: str) -> np.ndarray:
         """Return a column of numbers as one array, `[rows, …]`, float32, int64 or bool."""
@@ -402,19 +406,17 @@ def _together(pieces: Iterable[_Piece], count: int | None = None) -> _Piece:
     if count is None:
         pieces = list(pieces)
         count = sum(_count(inputs) for inputs, _ in pieces)
-    inputs: dict[str, np.ndarray] = {}
-    labels, first = None, 0
-    for some, own in pieces:
-        if first == 0:
-            inputs = {name: np.empty((count, *values.shape[1:]), values.dtype) for name, values in some.items()}
-            labels = None if own is None else np.empty((count, *own.shape[1:]), own.dtype)
-        part = slice(first, first + _count(some))
-        for name, values in some.items():
-            inputs[name][part] = values
-        if labels is not None:
-            labels[part] = own
+    whole: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+    first = 0
+    for piece in pieces:
+        part = slice(first, first + _count(piece[0]))
+        for arrays, some in zip(whole, piece, strict=True):
+            for name, values in some.items():
+                if first == 0:
+                    arrays[name] = np.empty((count, *values.shape[1:]), values.dtype)
+                arrays[name][part] = values
         first = part.stop
-    return inputs, labels
+    return whole
 
 
 def _count(inputs: _Arrays) -> int:
@@ -422,11 +424,12 @@ def _count(inputs: _Arrays) -> int:
 
 
 def _part(piece: _Piece, part: slice) -> _Piece:
-    inputs, labels = piece
-    return {name: values[part] for name, values in inputs.items()}, None if labels is None else labels[part]
+    inputs, labels = ({name: values[part] for name, values in arrays.items()} for arrays in piece)
+    return inputs, labels
 
 
-def _tensors(inputs: _Arrays, labels: np.ndarray | None) -> tuple[Any, Tensor | None]:
-    tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
-    one = next((tensors[name] for name in (IMAGE, INPUT) if name in tensors), None)
-    return NamedTensors(tensors) if one is None else one, None if labels is None else torch.from_numpy(labels)
+def _tensors(inputs: _Arrays, labels: _Arrays) -> tuple[Any, Any]:
+    given, known = ({name: torch.from_numpy(own) for name, own in arrays.items()} for arrays in (inputs, labels))
+    one = next((given[name] for name in (IMAGE, INPUT) if name in given), None)
+    several = {name.removeprefix(LABEL_OF): own for name, own in known.items()}
+    return NamedTensors(given) if one is None else one, known.get(LABEL, NamedTensors(several) if several else None)

@@ -2,8 +2,9 @@
 
 FACTORY is `package.module:function`. For each of train, validation and test, `function(split, **arguments)` returns
 either `(inputs, labels)` or a `torch.utils.data.Dataset` of such pairs. Inputs are tensors or arrays `[n, …]` of
-floating-point numbers, or of whole ones for tokens. Labels are class numbers from 0, `[n]`; those of train may be None.
-Each split becomes the file `{split}.arrow`, see `tasks.data.examples`.
+floating-point numbers, or of whole ones for tokens; several are a dict by the names of the network's inputs, and may be
+masks. Labels are class numbers from 0, `[n]`, or numbers `[n, …]`; those of several outputs are a dict by name. None
+are None. Each split becomes the file `{split}.arrow`, see `tasks.data.examples`.
 
 The random number generators of torch, numpy and Python are seeded before each call, so that the files are the same each
 time.
@@ -16,7 +17,7 @@ import importlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from mtz_core.errors import MtzError
-from tasks.data.layout import INPUT, LABEL, SPLITS
+from tasks.data.layout import IMAGE, INPUT, LABEL, LABEL_OF, SPLITS
 from tasks.faults import EXIT_TRY_AGAIN, ServiceFault
 from tasks.files import whole_file
 
@@ -36,7 +37,9 @@ class InvalidDataset(MtzError):
     """The factory of a data set cannot be used, or does not return a data set."""
 
 
-Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]
+Array = np.ndarray[Any, Any]
+Batch = tuple[dict[str, Array], dict[str, Array]]
+"""Inputs and labels by the names of their columns."""
 
 
 def recall_key(factory: str, arguments: Mapping[str, Any], project: Path) -> str:
@@ -76,7 +79,7 @@ def materialise(factory: str, arguments: Mapping[str, Any], folder: Path) -> Non
         where = f"{factory}, split {split}"
         batches = _batches(where, _called(where, function, split, arguments))
         with whole_file(folder / f"{split}.arrow") as partial:
-            _write(partial, where, batches, labelled=split != "train")
+            _write(partial, where, batches)
 
 
 def _module_file(factory: str, project: Path) -> Path:
@@ -130,22 +133,22 @@ def _batches(where: str, given: object) -> Iterator[Batch]:
         )
 
 
-def _sliced(where: str, inputs: object, labels: object) -> Iterator[Batch]:
-    values, classes = _array(inputs), None if labels is None else _array(labels)
-    if values.ndim < 2 or (classes is not None and classes.shape != values.shape[:1]):
-        shapes = f"{list(values.shape)} and {None if classes is None else list(classes.shape)}"
+def _sliced(where: str, given: object, labels: object) -> Iterator[Batch]:
+    inputs, known = _columns(where, given, labels)
+    sizes = {values.shape[:1] for values in (*inputs.values(), *known.values())}
+    if any(values.ndim < 2 for values in inputs.values()) or len(sizes) != 1 or () in sizes:
         raise InvalidDataset(
-            f"{where}: inputs and labels have shapes {shapes}, not [n, …] and [n]. Correct the factory."
+            f"{where}: inputs and labels have shapes {_shapes(inputs)} and {_shapes(known)}, not [n, …] and [n] or "
+            "[n, …]. Correct the factory."
         )
-    rows = _rows(values[:1])
-    for start in range(0, len(values), rows):
+    rows = _rows(values[:1] for values in inputs.values())
+    for start in range(0, len(next(iter(inputs.values()))), rows):
         part = slice(start, start + rows)
-        yield values[part], None if classes is None else classes[part]
+        yield ({name: values[part] for name, values in inputs.items()}, {n: own[part] for n, own in known.items()})
 
 
 def _collected(where: str, dataset: Any) -> Iterator[Batch]:
-    inputs: list[np.ndarray[Any, Any]] = []
-    labels: list[Any] = []
+    items: list[Batch] = []
     for index in range(len(dataset)):
         try:
             value, label = dataset[index]
@@ -153,69 +156,106 @@ def _collected(where: str, dataset: Any) -> Iterator[Batch]:
             raise InvalidDataset(
                 f"{where}: item {index} is no pair of input and label: {error!r}. Correct it."
             ) from error
-        inputs.append(_array(value))
-        labels.append(label)
-        if inputs[-1].shape != inputs[0].shape or inputs[0].ndim == 0 or (label is None) != (labels[0] is None):
+        items.append(_columns(where, value, label))
+        first, last = ([{name: own.shape for name, own in part.items()} for part in items[i]] for i in (0, -1))
+        if first != last or () in last[0].values():
             raise InvalidDataset(f"{where}: item {index} has another shape, or other labels, than those before it.")
-        if len(inputs) == _rows(inputs[0]):
-            yield _stacked(inputs, labels)
-            inputs, labels = [], []
-    if inputs:
-        yield _stacked(inputs, labels)
+        if len(items) == _rows(items[0][0].values()):
+            yield _stacked(items)
+            items = []
+    if items:
+        yield _stacked(items)
 
 
-def _stacked(inputs: list[np.ndarray[Any, Any]], labels: list[Any]) -> Batch:
-    return np.stack(inputs), None if labels[0] is None else np.array([_array(label) for label in labels])
+def _stacked(items: list[Batch]) -> Batch:
+    inputs, labels = ({n: np.stack([item[i][n] for item in items]) for n in items[0][i]} for i in (0, 1))
+    return inputs, labels
 
 
-def _array(values: object) -> np.ndarray[Any, Any]:
+def _columns(where: str, given: object, labels: object) -> Batch:
+    """Return inputs and labels by the names of their columns."""
+    inputs = {str(n): _array(own) for n, own in given.items()} if isinstance(given, Mapping) else {INPUT: _array(given)}
+    for name in inputs:
+        if name in (IMAGE, LABEL) or name.startswith(LABEL_OF) or (name == INPUT and len(inputs) > 1):
+            raise InvalidDataset(f"{where}: no input can be called {name!r}, which is another column. Rename it.")
+    if isinstance(labels, Mapping):
+        return inputs, {f"{LABEL_OF}{name}": _array(own) for name, own in labels.items()}
+    return inputs, {} if labels is None else {LABEL: _array(labels)}
+
+
+def _array(values: object) -> Array:
     import torch
 
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _rows(example: np.ndarray[Any, Any]) -> int:
-    """Return how many examples make a batch."""
-    return max(1, _BATCH_BYTES // max(1, 4 * example.size))
+def _shapes(arrays: Mapping[str, Array]) -> str:
+    """Return shapes in words, of several with their names."""
+    shapes = {name: list(values.shape) for name, values in arrays.items()}
+    if len(shapes) > 1:
+        return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    return str(next(iter(shapes.values()), None))
 
 
-def _write(path: Path, where: str, batches: Iterator[Batch], labelled: bool) -> None:
+def _rows(examples: Iterable[Array]) -> int:
+    """Return how many examples make a batch, by the inputs of one."""
+    return max(1, _BATCH_BYTES // max(1, 4 * sum(example.size for example in examples)))
+
+
+def _write(path: Path, where: str, batches: Iterator[Batch]) -> None:
     writer: pa.ipc.RecordBatchFileWriter | None = None
     schema: pa.Schema = None
     row = 0
     for inputs, labels in batches:
-        _check(where, inputs, labels, row, labelled)
-        values = np.ascontiguousarray(inputs, np.float32 if np.issubdtype(inputs.dtype, np.floating) else np.int64)
-        columns = {INPUT: pa.FixedShapeTensorArray.from_numpy_ndarray(values)}
-        if labels is not None:
-            columns[LABEL] = pa.array(labels.astype(np.int64))
-        batch = pa.record_batch(columns)
+        for name, values in inputs.items():
+            _check_input(where, name, values, row)
+        for values in labels.values():
+            _check_labels(where, values, row)
+        batch = pa.record_batch({name: _column(values) for name, values in (inputs | labels).items()})
         if writer is None:
             schema = batch.schema
             writer = pa.ipc.new_file(path, schema)
         if batch.schema != schema:
             raise InvalidDataset(f"{where}: example {row} has another shape, or other labels, than those before it.")
         writer.write_batch(batch)
-        row += len(inputs)
+        row += len(batch)
     if writer is None:
         raise InvalidDataset(f"{where}: it gave no example. Give at least one.")
     writer.close()
 
 
-def _check(
-    where: str, inputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None, row: int, labelled: bool
-) -> None:
-    if not np.issubdtype(inputs.dtype, np.floating) and not np.issubdtype(inputs.dtype, np.integer):
-        raise InvalidDataset(f"{where}: inputs are {inputs.dtype}, not numbers. Convert them.")
-    finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
+def _column(values: Array) -> pa.Array:
+    """Return values as a column: masks as lists, which can hold truth values, anything else as tensors or numbers."""
+    if values.dtype == bool:
+        return pa.array(values.tolist())
+    values = np.ascontiguousarray(values, np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64)
+    return pa.array(values) if values.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+
+
+def _check_input(where: str, name: str, values: Array, row: int) -> None:
+    if not _is_number(values) and (name == INPUT or values.dtype != bool):
+        raise InvalidDataset(f"{where}: inputs are {values.dtype}, not numbers. Convert them.")
+    _check_finite(where, values, row)
+
+
+def _check_labels(where: str, values: Array, row: int) -> None:
+    classes = np.issubdtype(values.dtype, np.integer) and values.ndim == 1
+    if not _is_number(values) or (classes and values.min() < 0):
+        raise InvalidDataset(
+            f"{where}: labels are no class numbers from 0, as integers, and no other numbers. Correct the factory."
+        )
+    _check_finite(where, values, row)
+
+
+def _check_finite(where: str, values: Array, row: int) -> None:
+    finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if not finite.all():
         bad = row + int(np.flatnonzero(~finite)[0])
         raise InvalidDataset(f"{where}: example {bad} has NaN or infinite values. Correct it or leave it out.")
-    if labels is None:
-        if labelled:
-            raise InvalidDataset(f"{where}: it has no labels, and errors are measured on it. Give them.")
-    elif labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise InvalidDataset(f"{where}: labels are no class numbers from 0, as integers. Correct the factory.")
+
+
+def _is_number(values: Array) -> bool:
+    return np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)
 
 
 def main(arguments: list[str]) -> int:

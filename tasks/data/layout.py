@@ -12,3 +12,6 @@ SAVED_STATE = "state.json"
 """File in a split's folder that names the others, if `save_to_disk` of Hugging Face datasets wrote the folder."""
 
 IMAGE, INPUT, LABEL = "image", "input", "label"
+
+LABEL_OF = "label."
+"""What the names of columns begin with that hold the labels of one of several outputs."""

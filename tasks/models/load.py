@@ -79,7 +79,7 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
         The network as the core sees it.
 
     Raises:
-        UnsupportedModule: The network has several inputs or outputs.
+        UnsupportedModule: The network needs several inputs, and the data have one.
         MtzError: The image cannot be read, or the network cannot be traced.
     """
     example = read_images(workspace.root / params.models[model].data, "train", count=1)
@@ -90,15 +90,9 @@ def trace_on_own_image(params: Params, workspace: Workspace, model: str, network
             "but the data have one. Name their columns after the inputs."
         )
     try:
-        traced = trace(network, example, params.models[model].keep_separate, params.models[model].zip)
+        return trace(network, example, params.models[model].keep_separate, params.models[model].zip)
     except MtzError as error:
         raise type(error)(f"models.{model}: {error}") from error
-    if len(traced.graph.endings) > 1:
-        raise UnsupportedModule(
-            f"models.{model}.network: {type(network).__name__} has several outputs, {', '.join(traced.graph.endings)}. "
-            "In the pipeline a network has one: wrap it in a module that returns it alone."
-        )
-    return traced
 
 
 def check_tokens(params: Params, workspace: Workspace, model: str, network: Network) -> None:
@@ -154,7 +148,7 @@ def calibration(params: Params, workspace: Workspace, model: str) -> Any:
 
 def read_split(
     params: Params, workspace: Workspace, split: str, count: int | None
-) -> tuple[dict[str, Batch], dict[str, Tensor]]:
+) -> tuple[dict[str, Batch], dict[str, Any]]:
     """Read images of every model, and their labels if retraining uses them; otherwise labels stay unread.
 
     Args:
@@ -164,17 +158,18 @@ def read_split(
         count: The most examples of each model; None for all.
 
     Returns:
-        The images and the labels by model; there are no labels if retraining does not use them.
+        The images and the labels by model, those of several outputs by their names; there are no labels if retraining
+        does not use them.
 
     Raises:
         InvalidData: A model's split cannot be used.
     """
     images: dict[str, Batch] = {}
-    labels: dict[str, Tensor] = {}
+    labels: dict[str, Any] = {}
     for model, block in params.models.items():
         folder, seed = workspace.root / block.data, params.retrain.seed
         if params.retrain.labels:
-            images[model], labels[model] = read_examples(folder, split, count, seed)
+            images[model], labels[model] = read_examples(folder, split, count, seed, several=True)
         else:
             images[model] = read_images(folder, split, count, seed)
     return images, labels

@@ -21,12 +21,15 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, Signature
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mtz_core.batches import Form, formed
 from mtz_core.errors import MtzError
 
 _KEYWORD = 2
@@ -88,7 +91,8 @@ def exported(program: str) -> nn.Module:
     """
     path = Path(program)
     with _readable(path), zipfile.ZipFile(path) as archive:
-        return Program(_parsed(archive))
+        found = _parsed(archive)
+        return _taking(found.names)(found)
 
 
 def extract_weights(program: Path) -> dict[str, Tensor]:
@@ -113,6 +117,8 @@ class _Archive:
     Attributes:
         graph: The operators and values of the program.
         inputs: The kind of each input of the graph.
+        names: The names of the inputs that the program is given, in its order.
+        form: What holds the outputs, see `mtz_core.batches.Form`.
         tensors: All tensors by name.
         parameters: Names of the tensors that are parameters.
         persistent: Names of the tensors that are persistent buffers.
@@ -120,6 +126,8 @@ class _Archive:
 
     graph: Mapping[str, Any]
     inputs: Sequence[Mapping[str, Any]]
+    names: Sequence[str]
+    form: Form
     tensors: Mapping[str, Tensor]
     parameters: frozenset[str]
     persistent: frozenset[str]
@@ -135,28 +143,39 @@ class Program(nn.Module):
         super().__init__()
         # A node without outputs only asserts something about the place of export.
         self._steps = [_step(node) for node in archive.graph["nodes"] if node["outputs"]]
-        self._output = archive.graph["outputs"][0]["as_tensor"]["name"]
-        self._input = ""
+        self._outputs = [output.get("as_tensor", {}).get("name") for output in archive.graph["outputs"]]
+        self._form = archive.form
+        self._given: list[str] = []
         self._held: dict[str, str] = {}
         for argument, spec in zip(archive.graph["inputs"], archive.inputs, strict=True):
             value = argument["as_tensor"]["name"]
             (kind, held), *_ = spec.items()
             if kind == "user_input":
-                self._input = value
+                self._given.append(value)
             else:
                 self._held[value] = held[_NAMED[kind]]
         shared: dict[int, nn.Parameter] = {}
         for name, tensor in archive.tensors.items():
             self._register(archive, name, tensor, shared)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the program."""
+    def forward(self, *given: Tensor) -> Any:
+        """Return what the program puts out for its inputs, in its order."""
+        return self.run(given)
+
+    def run(self, given: Sequence[Tensor]) -> Any:
+        """Run the program.
+
+        Args:
+            given: Its inputs, in its order.
+
+        Returns:
+            A tensor, or tensors in dicts, lists and tuples.
+        """
         values: dict[str, Any] = {value: self._tensor(name) for value, name in self._held.items()}
-        values[self._input] = x
+        values |= zip(self._given, given, strict=True)
         for step in self._steps:
             step.run(values)
-        output: Tensor = values[self._output]
-        return output
+        return formed(self._form, [None if output is None else values[output] for output in self._outputs])
 
     def _tensor(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
@@ -180,6 +199,18 @@ class Program(nn.Module):
             raise InvalidProgram(
                 f"{name!r} is no name that a tensor of a network can have: {error}. {_EXPORT_AGAIN}"
             ) from error
+
+
+def _taking(names: Sequence[str]) -> type[Program]:
+    """Return programs whose forward pass takes inputs by these names, or in this order."""
+    own = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+
+    def forward(self: Program, *given: Tensor, **named: Tensor) -> Any:
+        arguments = Signature(own).bind(*given, **named).arguments
+        return self.run([arguments[name] for name in names])
+
+    vars(forward)["__signature__"] = Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *own])
+    return type("Program", (Program,), {"forward": forward})
 
 
 _NAMED = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
@@ -325,12 +356,23 @@ def _parsed(archive: zipfile.ZipFile) -> _Archive:
         )
     graph, signature = program["graph_module"]["graph"], program["graph_module"]["signature"]
     _check_signature(graph, signature)
+    called = program["graph_module"]["module_call_graph"][0]["signature"]
+    given = [
+        spec["user_input"]["arg"]["as_tensor"]["name"] for spec in signature["input_specs"] if "user_input" in spec
+    ]
+    names = called.get("forward_arg_names") or given
+    if len(names) != len(given):
+        raise InvalidProgram(
+            f"it is given tensors inside of others. Wrap the network so that each has a name. {_EXPORT_AGAIN}"
+        )
     weights = _tensors(archive, root / "data/weights", f"{model}_weights_config.json")
     constants = _tensors(archive, root / "data/constants", f"{model}_constants_config.json")
     parameters = frozenset(name for name, (_, is_parameter) in weights.items() if is_parameter)
     return _Archive(
         graph=graph,
         inputs=signature["input_specs"],
+        names=names,
+        form=_form(json.loads(called["out_spec"])[1], count(0)),
         tensors={name: tensor for name, (tensor, _) in (weights | constants).items()},
         parameters=parameters,
         persistent=frozenset(weights) - parameters,
@@ -344,14 +386,36 @@ def _check_signature(graph: Mapping[str, Any], signature: Mapping[str, Any]) -> 
         raise InvalidProgram(f"it has an input of the kind {min(unknown)}, which may be pickled. {_EXPORT_AGAIN}")
     if "buffer_mutation" in outputs:
         raise InvalidProgram(f"it changes its buffers, as in training. {_EXPORT_AGAIN}")
-    if inputs.count("user_input") != 1 or outputs != ["user_output"] or "as_tensor" not in graph["outputs"][0]:
-        raise InvalidProgram(
-            f"it does not map one tensor to one tensor. Wrap the network so that it does. {_EXPORT_AGAIN}"
-        )
-    name = graph["inputs"][inputs.index("user_input")]["as_tensor"]["name"]
-    sizes = graph["tensor_values"][name]["sizes"]
-    if not sizes or "as_expr" not in sizes[0]:
-        raise InvalidProgram(f"it accepts batches of one size only. {_EXPORT_AGAIN}")
+    given = [argument for kind, argument in zip(inputs, graph["inputs"], strict=True) if kind == "user_input"]
+    tensors = all("as_tensor" in argument for argument in given)
+    if not given or not tensors or {*outputs} != {"user_output"} or not all(map(_is_output, graph["outputs"])):
+        raise InvalidProgram(f"it does not map tensors to tensors. Wrap the network so that it does. {_EXPORT_AGAIN}")
+    for argument in given:
+        sizes = graph["tensor_values"][argument["as_tensor"]["name"]]["sizes"]
+        if not sizes or "as_expr" not in sizes[0]:
+            raise InvalidProgram(f"it accepts batches of one size only. {_EXPORT_AGAIN}")
+
+
+def _is_output(argument: Mapping[str, Any]) -> bool:
+    return "as_tensor" in argument or "as_none" in argument
+
+
+def _form(spec: Mapping[str, Any], numbers: Iterator[int]) -> Form:
+    """Return what holds the outputs, of which each has a number."""
+    kind = spec["type"]
+    if kind is None:
+        return next(numbers)
+    parts = [_form(part, numbers) for part in spec["children_spec"]]
+    if kind == "builtins.dict":
+        keys = json.loads(spec["context"])
+        if all(isinstance(key, str) for key in keys):
+            return ["dict", *([key, part] for key, part in zip(keys, parts, strict=True))]
+    if kind in ("builtins.tuple", "builtins.list"):
+        return [kind.removeprefix("builtins."), *parts]
+    raise InvalidProgram(
+        f"it returns a {kind}, not tensors in tuples, lists or dicts with texts for keys. Wrap the network so that it "
+        f"does. {_EXPORT_AGAIN}"
+    )
 
 
 def _tensors(archive: zipfile.ZipFile, folder: PurePosixPath, config: str) -> dict[str, tuple[Tensor, bool]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import mtz_core
-from mtz_core.batches import flattened
+from mtz_core.batches import flattened, tensors_of
 from mtz_core.network.graph import given_name
 from mtz_core.zipped.structure import TaskStructure
 from tasks.registry.mlflow_client import (
@@ -210,9 +210,10 @@ def _log_model(mlflow: Any, release: Release) -> Any:
         common = (sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
         dtype = np.dtype(np.float32 if own.dtype.is_floating_point else np.int64)
         specs.append(TensorSpec(dtype, (-1, *common), given_name(name) or None))
+    outputs = _outputs(network, network.tasks[0], example)
     signature = ModelSignature(
         inputs=Schema(specs),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1))]),
+        outputs=Schema([TensorSpec(own.dtype, (-1,) * own.ndim, name or None) for name, own in outputs.items()]),
         params=ParamSchema([ParamSpec("task", "string", network.tasks[0])]),
     )
     with tempfile.TemporaryDirectory() as folder, _no_bytecode():
@@ -241,19 +242,25 @@ def _no_bytecode() -> Iterator[None]:
 
 def _check_served(mlflow: Any, model_uri: str, folder: Path) -> None:
     """Check that the stored model can be loaded from the storage and computes the same."""
-    import torch
-
     network = mtz_core.load(folder)
     with tempfile.TemporaryDirectory() as copy:
         served = mlflow.pyfunc.load_model(model_uri, dst_path=copy)
         for task in network.tasks:
             x = _example(network.structure.networks[task])
-            named = isinstance(x, dict)
-            given = {n: torch.from_numpy(own) for n, own in x.items()} if named else torch.from_numpy(x)
-            with torch.inference_mode():
-                expected = flattened(network(given, task=task)).numpy()
-            if not np.array_equal(served.predict(x, params={"task": task}), expected):
+            found, expected = served.predict(x, params={"task": task}), _outputs(network, task, x)
+            found = found if isinstance(found, dict) else {"": found}
+            if found.keys() != expected.keys() or not all(map(np.array_equal, found.values(), expected.values())):
                 raise TrackingError(f"The logged model gives other outputs for task '{task}' than {folder}. Run again.")
+
+
+def _outputs(network: mtz_core.ZippedNetwork, task: str, x: Any) -> dict[str, np.ndarray]:
+    """Return what one task puts out, by name; one output has an empty name."""
+    import torch
+
+    given = {n: torch.from_numpy(own) for n, own in x.items()} if isinstance(x, dict) else torch.from_numpy(x)
+    with torch.inference_mode():
+        outputs = tensors_of(flattened(network(given, task=task)))
+    return {name: own.numpy() for name, own in outputs.items()}
 
 
 def _example(original: TaskStructure) -> Any:

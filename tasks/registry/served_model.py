@@ -14,7 +14,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 import mtz_core
-from mtz_core.batches import flattened
+from mtz_core.batches import flattened, tensors_of
 
 
 class ServedNetwork(PythonModel):
@@ -29,7 +29,7 @@ class ServedNetwork(PythonModel):
         context: PythonModelContext,
         model_input: Any,
         params: dict[str, Any] | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | dict[str, np.ndarray]:
         """Run one task of the network.
 
         Args:
@@ -38,7 +38,7 @@ class ServedNetwork(PythonModel):
             params: `task` names the task; by default the first one.
 
         Returns:
-            The logits, `[batch, classes]`, float32.
+            The outputs, `[batch, …]`, float32; several by name.
 
         Raises:
             MtzError: The network does not have this task.
@@ -50,8 +50,8 @@ class ServedNetwork(PythonModel):
             else torch.tensor(model_input)
         )
         with torch.inference_mode():
-            outputs: np.ndarray = flattened(self._network(given, task=task)).numpy()
-        return outputs
+            outputs = {n: own.numpy() for n, own in tensors_of(flattened(self._network(given, task=task))).items()}
+        return outputs.get("", outputs)
 
 
 set_model(ServedNetwork())

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mtz_core.batches import tensors_of
 from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import check_labels
 from mtz_core.merging.compatibility import shared_counts
@@ -19,7 +20,7 @@ from mtz_core.zipped.ownership import NOT_A_MEMBER
 from mtz_core.zipped.structure import hidden_groups
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_labelled
-from tasks.models.metrics import find_metric
+from tasks.models.metrics import find_metrics, names_of
 from tasks.params import Params
 
 
@@ -35,7 +36,8 @@ def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Ne
         The validation data of each model if the budget is a floor; empty otherwise.
 
     Raises:
-        InvalidConfig: The size cannot be reached, whatever the weights are.
+        InvalidConfig: The size cannot be reached, whatever the weights are, or a floor is for something that is not
+            measured.
         InvalidData: The validation data is missing, or its images have another shape than the training images.
         InvalidCalibration: The labels do not fit the images or the network.
     """
@@ -45,6 +47,11 @@ def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Ne
     if budget.size is not None:
         _check_size(params, networks, budget)
         return {}
+    measured = [name for model, own in networks.items() for name in names_of(params, model, own.graph.outputs)]
+    try:
+        budget.floors(measured)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"match.{error}") from error
     return {model: _validation(params, workspace, model, network) for model, network in networks.items()}
 
 
@@ -76,7 +83,8 @@ def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget)
 def _validation(params: Params, workspace: Workspace, model: str, network: Network) -> Validation:
     settings = params.models[model]
     images, labels = read_labelled(workspace.root / settings.data, "validation")
-    _, metric = find_metric(params, model, labels)
+    outputs = network.graph.outputs
+    metrics = {output: metric for output, (_, metric) in find_metrics(params, model, outputs, labels).items()}
     shapes = [
         {given_name(name): list(own.shape) for name, own in inputs.items()}
         for inputs in (inputs_of(images), network.inputs)
@@ -87,7 +95,9 @@ def _validation(params: Params, workspace: Workspace, model: str, network: Netwo
             f"models.{model}.data: validation images have shape {said[0]}, training images {said[1]}. Bring them to "
             "one."
         )
-    if metric.reads == "labels":
-        assert labels is not None
-        check_labels(labels, len(images), run(network.graph, network.state, images[:1]).shape[1], model)
-    return Validation(images, labels, metric)
+    put_out = tensors_of(run(network.graph, network.state, images[:1]))
+    for output, metric in metrics.items():
+        if metric.reads == "labels":
+            title = f"{model}.{output}" if output else model
+            check_labels(tensors_of(labels)[output], len(images), put_out[output].shape[1], title)
+    return Validation(images, labels, metrics)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
-from torch import Tensor
-
-from mtz_core.errors import MtzError
-from mtz_core.network.graph import Network
 from mtz_core.statistics.calibration import as_batches, stream_rows
-from mtz_core.statistics.sensitivity import loss_of, sensitivities
-from mtz_core.task_loss import Loss
+from mtz_core.statistics.sensitivity import sensitivities
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
 from tasks.models.load import calibration, check_tokens, load_traced
+from tasks.models.outputs import loss_of_outputs
 from tasks.params import Params
 from tasks.progress import show_progress
-
-
-def _loss(params: Params, model: str, network: Network, batches: Sequence[Tensor]) -> Loss:
-    try:
-        return loss_of(network, batches, params.models[model].declared_output)
-    except MtzError as error:
-        raise type(error)(f"models.{model}.output: {error}") from error
 
 
 def run(params: Params, workspace: Workspace, model: str) -> None:
@@ -43,6 +31,9 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     if network.unused:
         show_progress(f"{params.models[model].weights}: {network.left_out}")
     batches = as_batches(calibration(params, workspace, model), model)
+    loss = loss_of_outputs(params, model, network, batches)
+    if loss.guessed:
+        show_progress(f"outputs are taken for {loss.kind}, as {loss.guessed}; models.{model}.output declares them")
     with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
         writers = {
             node.name: stack.enter_context(
@@ -63,8 +54,5 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
             if number % 10 == 0 or number == len(batches):
                 done = sum(len(batch) for batch in batches[:number])
                 show_progress(f"{done} of {sum(map(len, batches))} images")
-        loss = _loss(params, model, network, batches)
-        if loss.guessed:
-            show_progress(f"outputs are taken for {loss.kind}, as {loss.guessed}; models.{model}.output declares them")
         sensitivity = sensitivities(network, batches, params.collect.seed, loss)
         write_sensitivities(sensitivities_file(folder), sensitivity)

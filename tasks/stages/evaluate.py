@@ -6,18 +6,15 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mtz_core.batches import call
-from mtz_core.evaluation import Case, Model, check_labels, measure, outputs_of
+from mtz_core.batches import Batch, call, concatenated
+from mtz_core.evaluation import Case, Model, measure, outputs_of
 from mtz_core.zipped.format import WEIGHTS
 from mtz_core.zipped.module import load
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import read_batches
 from tasks.files import write_json, write_table
 from tasks.models.load import load_network
-from tasks.models.metrics import find_metric
+from tasks.models.metrics import cases_of, find_metrics
 from tasks.models.shards import weight_files
 from tasks.params import Params
 from tasks.progress import show_progress
@@ -27,6 +24,8 @@ _STATES = ("original", "zipped", "retrained")
 
 def run(params: Params, workspace: Workspace) -> None:
     """Write `metrics.json` and a table of errors, measured on the test splits.
+
+    Tasks are measured as a whole, or by each of several outputs, which are called ``task.output``.
 
     Args:
         params: The parameters of the group.
@@ -45,21 +44,24 @@ def run(params: Params, workspace: Workspace) -> None:
         )
         batches = read_batches(workspace.root / block.data, "test", params.evaluate.batch_size)
         outputs, labels = _outputs(dict(zip(_STATES, networks, strict=True)), batches)
-        name, metric = find_metric(params, model, labels)
         original = outputs["original"]
-        if metric.reads == "labels" and labels is not None:
-            check_labels(labels, len(original), original.shape[1], model)
         loss = retrained.loss_of(model, original)
-        tasks[model] = {"metric": name, "unit": metric.unit, "output": loss.kind, "examples": len(original)}
+        metrics = find_metrics(params, model, retrained.structure.networks[model].graph.outputs, labels)
+        found: dict[str, dict[str, Any]] = {}
         for state, own in outputs.items():
-            error = measure(metric, Case(own, labels, original, loss), model)
-            tasks[model] |= {f"error_{state}": error.value, f"interval_{state}": [error.low, error.high]}
-            if state != "original":
-                tasks[model] |= {
-                    f"agreement_{state}": loss.agreement(own, original),
-                    f"lost_{state}": 100 * float(loss(own, original)),
-                }
-        show_progress(f"{model}: {_line(tasks[model], metric.unit)}")
+            for title, (name, metric, case) in cases_of(metrics, Case(own, labels, original, loss), model).items():
+                head = {"metric": name, "unit": metric.unit, "output": case.loss.kind, "examples": len(original)}
+                error = measure(metric, case, title)
+                found.setdefault(title, head)
+                found[title] |= {f"error_{state}": error.value, f"interval_{state}": [error.low, error.high]}
+                if state != "original":
+                    found[title] |= {
+                        f"agreement_{state}": case.loss.agreement(case.outputs, case.targets),
+                        f"lost_{state}": 100 * float(case.loss(case.outputs, case.targets)),
+                    }
+        for title, errors in found.items():
+            show_progress(f"{title}: {_line(errors)}")
+        tasks |= found
     report = retrained.report
     write_json(
         workspace.metrics,
@@ -86,20 +88,21 @@ def run(params: Params, workspace: Workspace) -> None:
 
 
 def _outputs(
-    networks: Mapping[str, Model], batches: Iterable[tuple[Tensor, Tensor | None]]
-) -> tuple[dict[str, Tensor], Tensor | None]:
+    networks: Mapping[str, Model], batches: Iterable[tuple[Batch, Batch | None]]
+) -> tuple[dict[str, Any], Batch | None]:
     """Return what each network puts out, and the labels; of the inputs, one batch at a time is in memory."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in networks}
-    labels: list[Tensor] = []
+    outputs: dict[str, list[Batch]] = {name: [] for name in networks}
+    labels: list[Batch] = []
     for inputs, own in batches:
         for name, network in networks.items():
             outputs[name].append(outputs_of(network, [inputs]))
         labels += [] if own is None else [own]
-    return {name: torch.cat(parts) for name, parts in outputs.items()}, torch.cat(labels) if labels else None
+    return {name: concatenated(parts) for name, parts in outputs.items()}, concatenated(labels) if labels else None
 
 
-def _line(errors: Mapping[str, Any], unit: str) -> str:
+def _line(errors: Mapping[str, Any]) -> str:
     """Return the errors of a task for people."""
+    unit = errors["unit"]
     before, after, later = (
         f"{errors[f'error_{state}']:.2f} [{errors[f'interval_{state}'][0]:.2f}, {errors[f'interval_{state}'][1]:.2f}]"
         for state in _STATES

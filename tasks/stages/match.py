@@ -131,7 +131,7 @@ def _search(
         plans.append(step.plan)
         tried.append(CandidateRecord(step.what, step.size, step.plan.damage, step.lost, verdict))
     best = min((i for i, one in enumerate(tried) if one.verdict == _KEEPS), key=lambda i: tried[i].stored)
-    limit = _limit(tried, tried[best], budget_search.budget.floors(tuple(training)))
+    limit = _limit(tried, tried[best], search.floors)
     tried[best] = replace(tried[best], verdict="chosen")
     return _planned(budget_search, plans[best], tried, limit)
 
@@ -146,9 +146,9 @@ def _limit(tried: Sequence[CandidateRecord], best: CandidateRecord, floors: Mapp
         return "nothing smaller was tried"
     nearest = max(smaller, key=lambda one: one.stored)
     broken = [
-        f"{task} loses {lost:.2f} points, allowed are {floors[task]:g}"
-        for task, lost in nearest.loss.items()
-        if lost > floors[task]
+        f"{name} loses {nearest.loss[name]:.2f} points, allowed are {points:g}"
+        for name, points in floors.items()
+        if nearest.loss[name] > points
     ]
     return f"at {nearest.stored:.3f} of the bytes {'; '.join(broken)}"
 

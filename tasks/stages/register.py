@@ -5,6 +5,7 @@ The stage may be killed at any moment and run again: whatever is there already i
 
 from __future__ import annotations
 
+from mtz_core.settings import floors_by_name
 from tasks.artifacts.paths import Workspace
 from tasks.faults import Refused
 from tasks.files import read_json, write_json
@@ -43,7 +44,8 @@ def run(params: Params, workspace: Workspace) -> None:
 
 def _check_floors(params: Params, workspace: Workspace) -> None:
     tasks = read_json(workspace.metrics)["tasks"]
-    lost = {task: tasks[task]["error_retrained"] - tasks[task]["error_original"] for task in params.register.floors}
+    floors = floors_by_name(params.register.floors, list(tasks), "register.floors")
+    lost = {task: tasks[task]["error_retrained"] - tasks[task]["error_original"] for task in floors}
     broken = [
         f"{task} agrees with its original in {errors['agreement_retrained']:.1f} % of the test examples, and "
         f"register.agreement is {params.register.agreement:g} %"
@@ -51,9 +53,9 @@ def _check_floors(params: Params, workspace: Workspace) -> None:
         if errors["agreement_retrained"] < params.register.agreement
     ]
     broken += [
-        f"{task} loses {points:.2f} points of test error, and {params.register.floors[task]:g} are allowed"
+        f"{task} loses {points:.2f} points of test error, and {floors[task]:g} are allowed"
         for task, points in lost.items()
-        if points > params.register.floors[task]
+        if points > floors[task]
     ]
     if broken:
         raise Refused(f"{'; '.join(broken)}. Store more (match), retrain more, allow more, or leave that model out.")

@@ -44,6 +44,10 @@ def run(params: Params, workspace: Workspace) -> None:
     validation, validation_labels = read_split(params, workspace, "validation", None)
     labels = Targets(training_labels, validation_labels) if settings.labels else None
     retraining = Retraining(zipped, originals, training, validation, settings.config(), labels=labels)
+    for model, own in training_labels.items():
+        outputs = zipped.structure.networks[model].graph.outputs
+        if distilled := [name for name in outputs if name not in own]:
+            show_progress(f"{model}: distilled, as without class numbers: {', '.join(distilled)}")
     checkpoint = workspace.root / "checkpoints" / "retrain.safetensors"
     digest = _digest(params, workspace)
     _resume(retraining, checkpoint, digest)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from mtz_core.batches import Batch, divided
 from mtz_core.errors import MtzError
-from mtz_core.evaluation import Case, Metric, Model, check_labels, error_of, outputs_of
+from mtz_core.evaluation import Case, Model, error_of, outputs_of
 from mtz_core.merging.compatibility import common_part
 from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
@@ -33,7 +33,7 @@ from tasks.data.examples import read_labelled
 from tasks.files import InvalidArtifact, sha256, whole_file, write_table
 from tasks.home import find_home
 from tasks.models.load import calibration, load_traced, read_split
-from tasks.models.metrics import find_metric
+from tasks.models.metrics import Named, cases_of, find_metrics
 from tasks.params import Params
 from tasks.progress import show_progress
 from tasks.registry import mlflow_client, publish
@@ -67,12 +67,12 @@ class Row:
         group: The group's name.
         method: How bytes were saved, a key of `METHODS`.
         retrained: Whether the network was retrained lightly.
-        task: The task.
+        task: The task, or one of several outputs as ``task.output``.
         stored_bytes: Stored bytes of the whole network, payload only.
         original_bytes: Bytes of all originals, payload only.
         stored_fraction: Stored bytes relative to the originals' bytes, 0 to 1.
         least_fraction: The least that the method can store, relative to the originals' bytes, 0 to 1.
-        metric: The model's metric.
+        metric: The metric of the model, or of the output.
         error: Error on the test split by that metric, in percent.
         error_original: The same of the original, in percent.
         rise: The difference of the two, in points.
@@ -219,8 +219,9 @@ def measure_rows(params: Params, workspace: Workspace, asked: Asked) -> list[Row
         message = _errors_by_task(rows)
         if asked.retraining:
             group.retrain(zipped)
-            rows += group.rows(method, least[method], candidate, zipped, retrained=True)
-            message += f"; retrained {_errors_by_task(rows[len(group.networks) :])}"
+            again = group.rows(method, least[method], candidate, zipped, retrained=True)
+            rows += again
+            message += f"; retrained {_errors_by_task(again)}"
         stored = f"{NAMES[method]} in {100 * rows[0].stored_fraction:.1f} %, {rows[0].stored_bytes:,} bytes"
         show_progress(f"{done} of {len(todo)}: {stored}: error {message} ({time.monotonic() - start:.0f} s)")
         found += rows
@@ -250,11 +251,10 @@ def as_percent(fraction: float) -> str:
 
 @dataclass(frozen=True)
 class _Test:
-    """The test data of a model, its metric with its name, and the original network's outputs."""
+    """The test data of a model, its metrics with their names, and the original network's outputs."""
 
-    name: str
     images: Batch
-    metric: Metric
+    metrics: Named
     original: Case
 
 
@@ -273,7 +273,7 @@ class _Group:
             for model, network in self.networks.items()
         }
         self._tests = {model: self._read_test(model) for model in self.networks}
-        self._before = {model: self._measure(model, test.original) for model, test in self._tests.items()}
+        self._before = {model: self._errors(model, test.original) for model, test in self._tests.items()}
 
     def budget_search(self, method: str) -> BudgetSearch:
         """Return the search that makes plans by a method."""
@@ -285,32 +285,33 @@ class _Group:
     def rows(
         self, method: str, least: float, candidate: Candidate, zipped: ZippedNetwork, retrained: bool
     ) -> list[Row]:
-        """Return what a network stores and its errors, for every task."""
+        """Return what a network stores and its errors, for every task, or each of several outputs."""
         report, plan = zipped.report, candidate.plan
         shared = sum(pairing.shared for pairing in plan.pairings.values())
         found = []
         for task, network in self.networks.items():
-            error, before = self._error(task, partial(zipped, task=task)), self._before[task]
-            found.append(
+            errors = self._errors(task, self._tested(task, partial(zipped, task=task)))
+            found += [
                 Row(
                     group=self._params.group,
                     method=method,
                     retrained=retrained,
-                    task=task,
+                    task=name,
                     stored_bytes=report.stored_bytes,
                     original_bytes=report.original_bytes,
                     stored_fraction=report.stored_bytes / report.original_bytes,
                     least_fraction=least,
-                    metric=self._tests[task].name,
+                    metric=metric,
                     error=error,
-                    error_original=before,
-                    rise=error - before,
+                    error_original=self._before[task][name][1],
+                    rise=error - self._before[task][name][1],
                     held_out_loss=candidate.loss[task],
                     original_neurons=sum(network.graph.widths[group.name] for group in network.graph.hidden_groups),
                     kept_neurons=sum(len(neurons) for neurons in plan.keep[task].values()),
                     shared_neurons=shared,
                 )
-            )
+                for name, (metric, error) in errors.items()
+            ]
         return found
 
     def retrain(self, zipped: ZippedNetwork) -> None:
@@ -337,19 +338,19 @@ class _Group:
 
     def _read_test(self, model: str) -> _Test:
         images, labels = read_labelled(self._workspace.root / self._params.models[model].data, "test")
-        name, metric = find_metric(self._params, model, labels)
+        metrics = find_metrics(self._params, model, self.networks[model].graph.outputs, labels)
         original = self._outputs(model, images)
-        if metric.reads == "labels" and labels is not None:
-            check_labels(labels, len(images), original.shape[1], model)
-        return _Test(name, images, metric, Case(original, labels, original, self._traced[model].loss))
+        return _Test(images, metrics, Case(original, labels, original, self._traced[model].loss))
 
-    def _error(self, model: str, network: Model) -> float:
+    def _tested(self, model: str, network: Model) -> Case:
         test = self._tests[model]
         outputs = outputs_of(network, divided(test.images, self._params.evaluate.batch_size))
-        return self._measure(model, replace(test.original, outputs=outputs))
+        return replace(test.original, outputs=outputs)
 
-    def _measure(self, model: str, case: Case) -> float:
-        return error_of(self._tests[model].metric, case, model)
+    def _errors(self, model: str, case: Case) -> dict[str, tuple[str, float]]:
+        """Return the metric's name and the error of a model, or of each output."""
+        cases = cases_of(self._tests[model].metrics, case, model)
+        return {title: (name, error_of(metric, part, title)) for title, (name, metric, part) in cases.items()}
 
 
 _COLUMNS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}

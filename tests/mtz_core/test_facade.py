@@ -532,3 +532,15 @@ def test_parameters_that_no_output_depends_on_are_left_out_with_a_warning(calibr
     with pytest.warns(mtz.ZipWarning, match=r"the network of 'c': parameters are left out.*: aside\.weight") as caught:
         zipped.with_task("c", Auxiliary(), calibration["a"])
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_numbers_are_compared_with_labels_where_there_are_some(zipped: mtz.ZippedNetwork) -> None:
+    x, originals = torch.rand(30, 6), networks()
+    with torch.no_grad():
+        y = zipped(x, "a")
+    pairs = list(zip(x.split(12), (y + 0.25).split(12), strict=True))
+    for data in ((x, y + 0.25), pairs, iter(pairs), DataLoader(TensorDataset(x, y + 0.25), batch_size=7)):
+        found = mtz.evaluate(zipped, {"a": data}, originals=originals, metric="mean_absolute_error")["a"]
+        assert found.error == pytest.approx(0.25, abs=1e-5)
+    alone = mtz.evaluate(zipped, {"a": x}, originals=originals, metric="mean_absolute_error")["a"]
+    assert alone.original_error == 0 < alone.error

@@ -17,7 +17,7 @@ from mtz_core.network.graph import INPUT, Network
 from mtz_core.network.tracing import trace
 from mtz_core.statistics.calibration import as_batches
 from tests.support.networks import zip_traced
-from tests.support.several import FEATURES, encoder, masked, numbers
+from tests.support.several import FEATURES, encoder, masked, numbers, read_again
 
 pytestmark = pytest.mark.filterwarnings("ignore::mtz_core.ZipWarning")
 
@@ -161,11 +161,7 @@ def test_a_network_that_can_do_with_one_input_is_given_that() -> None:
 
 @torch.no_grad()
 def test_stored_and_read_again_it_is_the_same(tmp_path: Path) -> None:
-    zipped(0.6).save(tmp_path / "first")
-    again = mtz.load(tmp_path / "first")
-    again.save(tmp_path / "second")
-    for path in (tmp_path / "first").iterdir():
-        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+    again = read_again(zipped(0.6), tmp_path)
     for task in again.tasks:
         assert torch.equal(again(masked(5), task), zipped(0.6)(masked(5), task))
 

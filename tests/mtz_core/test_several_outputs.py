@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import mtz_core as mtz
+from mtz_core.batches import flattened
 from mtz_core.errors import InvalidCalibration, InvalidConfig, InvalidZippedFile
 from mtz_core.network.graph import OUTPUTS
 from mtz_core.network.tracing import trace
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.format import MANIFEST, _digest
-from tests.support.several import EXTRA, FEATURES, numbers, two_heads
+from tests.support.several import EXTRA, FEATURES, numbers, read_again, two_heads
 
 pytestmark = pytest.mark.filterwarnings("ignore::mtz_core.ZipWarning")
 
@@ -76,12 +77,7 @@ def test_heads_are_outputs_and_share_nothing() -> None:
 
 @torch.no_grad()
 def test_stored_and_read_again_it_is_the_same(tmp_path: Path) -> None:
-    zipped(0.6).save(tmp_path / "first")
-    again = mtz.load(tmp_path / "first")
-    again.save(tmp_path / "second")
-    for path in (tmp_path / "first").iterdir():
-        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
-    assert again.report == zipped(0.6).report
+    again = read_again(zipped(0.6), tmp_path)
     for task in again.tasks:
         assert_same(again(numbers(5), task), zipped(0.6)(numbers(5), task))
 
@@ -117,6 +113,27 @@ def test_a_report_names_the_kind_of_every_output() -> None:
     guessed = mtz.zip_networks(originals(), calibration()).report.tasks["narrow"]
     assert guessed.kinds == "logits: logits, found.0: regression"
     assert "logits: their softmax tells inputs apart; found.0: " in str(guessed)
+
+
+def test_a_report_says_how_every_output_came_through(tmp_path: Path) -> None:
+    """As a file has it, too, with a warning for one that is lost while the others, which count more, are not."""
+    heavy = {"logits": mtz.Output("logits", weight=100.0), "found.0": "regression"}
+    settings = mtz.ZipConfig(budget=mtz.Budget(size=0.4), outputs=dict.fromkeys(("a", "b"), heavy))
+    message = r"'a' has lost \d+ % of what it knew of 'found\.0'.*Let 'found\.0' count more: declare .* greater weight"
+    with pytest.warns(mtz.ZipWarning, match=message):
+        found = mtz.zip_networks({"a": apart(1), "b": apart(2)}, dict.fromkeys("ab", numbers(80, 1)), settings)
+    again = read_again(found, tmp_path).report.tasks["a"]
+    assert again.declared == {"logits": mtz.Output("logits", weight=100.0), "found.0": mtz.Output("regression")}
+    output, lost = again.worst
+    assert output == "found.0" and lost > 0.5 > again.lost
+    assert isinstance(again.output, dict)
+    shares = [(own["weight"] / 101, own["lost"], own["agreement"]) for own in again.output.values()]
+    assert again.lost == pytest.approx(sum(weight * own for weight, own, _ in shares), rel=1e-4)
+    assert again.agreement == pytest.approx(sum(weight * own for weight, _, own in shares))
+    even = mtz.ZipConfig(budget=mtz.Budget(size=0.4), outputs={task: {"logits": "logits"} for task in "ab"})
+    mended = mtz.zip_networks({"a": apart(1), "b": apart(2)}, dict.fromkeys("ab", numbers(80, 1)), even)
+    assert mended.report.tasks["a"].worst[1] < 0.5
+    assert f"agreement (logits {shares[0][2]:.1f} %, found.0 {shares[1][2]:.1f} %), " in str(again)
 
 
 def test_some_outputs_may_be_declared_and_others_guessed() -> None:
@@ -195,12 +212,144 @@ def test_metrics_of_several_outputs() -> None:
     assert own["narrow"].error == 0
 
 
-def test_labels_are_not_compared_with_several_outputs() -> None:
+def test_every_output_may_have_its_metric_and_labels() -> None:
     x = numbers(30, seed=4)
-    labels = mtz.Targets(*(dict.fromkeys(originals(), torch.zeros(30).long()) for _ in range(2)))
-    data = dict.fromkeys(originals(), x)
-    with pytest.raises(InvalidConfig, match=r"labels are compared with one output.*logits, found\.0.*retrain\.labels"):
+    with torch.no_grad():
+        y = originals()["narrow"](*x)
+    labels = {"logits": y["logits"].argmax(dim=1), "found.0": y["found"][0] + 0.5}
+    metrics: Any = {"logits": "error", "found.0": "mean_absolute_error"}
+    batches = [((x[0][i], x[1][i]), {name: own[i] for name, own in labels.items()}) for i in torch.arange(30).split(12)]
+    for data in ((x, labels), batches):
+        found = mtz.evaluate(zipped(0.0), {"narrow": data}, originals=originals(), metric=metrics)
+        assert list(found) == ["narrow.logits", "narrow.found.0"]
+        assert (found["narrow.logits"].error, found["narrow.logits"].agreement) == (0, 100)
+        assert found["narrow.found.0"].error == pytest.approx(0.5)
+    own = mtz.evaluate(zipped(0.0), {"narrow": (x, labels)}, metric={"found.0": lambda y, z: float((z - y).mean())})
+    assert own["narrow.found.0"].error == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "message"),
+    [
+        (
+            {"boxes": "error"},
+            {"logits": torch.zeros(30)},
+            r"for an output 'boxes', but its outputs are logits, found\.0",
+        ),
+        ({"logits": "error"}, torch.zeros(30), r"are one tensor, but.*by their names: logits, found\.0"),
+        ({"logits": "error"}, {"boxes": torch.zeros(30)}, r"labels of 'narrow' are for an output 'boxes'"),
+        ({"logits": "error"}, {"found.0": torch.zeros(30)}, r"metric of 'narrow\.logits' needs labels"),
+        ({"logits": "error"}, {"logits": torch.full((30,), 4)}, r"labels of 'narrow\.logits' go from 4 to 4"),
+        (
+            {"found.0": "correlation"},
+            {"found.0": torch.zeros(30)},
+            r"labels of 'narrow\.found\.0' have shape \[30\].*\[30, 2\]",
+        ),
+        ({"logits": "error"}, {"logits": torch.zeros(29)}, r"'narrow' has 29 labels for 30 examples"),
+        (
+            {"logits": "error"},
+            {"logits": torch.zeros(30), "found.0": torch.zeros(29)},
+            r"unequal lengths \(logits has 30",
+        ),
+    ],
+    ids=["output", "one tensor", "labels of none", "no labels", "class", "shape", "length", "lengths"],
+)
+def test_metrics_and_labels_that_do_not_fit_are_refused(metric: Any, labels: Any, message: str) -> None:
+    with pytest.raises((InvalidConfig, InvalidCalibration), match=message):
+        mtz.evaluate(zipped(0.0), {"narrow": (numbers(30), labels)}, originals=originals(), metric=metric)
+
+
+def test_batches_have_labels_of_the_same_outputs() -> None:
+    x, classes = numbers(10), torch.zeros(10)
+    batches: Any = [(x, {"logits": classes}), (x, {"found.0": classes})]
+    with pytest.raises(InvalidCalibration, match="batches of 'narrow' have labels of different outputs"):
+        mtz.evaluate(zipped(0.0), {"narrow": batches}, metric={"logits": "error"})
+
+
+def labelled(count: int, seed: int) -> tuple[dict[str, Data], dict[str, dict[str, Tensor]]]:
+    """Examples, and classes for their logits that the originals do not know."""
+    x = numbers(count, seed)
+    return dict.fromkeys(originals(), x), {task: {"logits": (x[0][:, 0] > 0).long()} for task in originals()}
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_outputs_with_labels_learn_from_them_and_the_others_are_distilled(weight: float) -> None:
+    (training, classes), (validation, held_out) = labelled(200, 4), labelled(80, 5)
+    network = mtz.zip_networks(originals(), calibration(), config(share=1.0))
+    before = mtz.evaluate(network, {"narrow": validation["narrow"]}, originals=originals(), metric="output_error")
+    light = mtz.RetrainConfig(iterations=80, labels=weight, learning_rate=5e-3)
+    mtz.retrain(network, originals(), training, validation, light, labels=mtz.Targets(classes, held_out))
+    metrics: Any = {"logits": "error", "found.0": "output_error"}
+    test: Any = {"narrow": (validation["narrow"], held_out["narrow"])}
+    found = mtz.evaluate(network, test, originals=originals(), metric=metrics)
+    original = found["narrow.logits"].original_error
+    assert original is not None and found["narrow.logits"].error < 0.7 * original
+    assert found["narrow.found.0"].error < before["narrow"].error
+
+
+@torch.no_grad()
+def test_labels_and_distillation_are_mixed_output_by_output() -> None:
+    """By hand: the logits' mix and the boxes' distillation, by their weights."""
+    data, classes = labelled(40, 4)
+    light = mtz.RetrainConfig(iterations=0, labels=0.25)
+    network = zipped(0.6)
+    step, *_ = mtz.retrain(network, originals(), data, data, light, labels=mtz.Targets(classes, classes))
+    for task, original in originals().items():
+        x = data[task]
+        y, aims = flattened(network(x, task)), flattened(original(*x))
+        loss = network.loss_of(task, aims)
+        (w, logits), (v, boxes) = loss.parts.values()
+        assert (w, v) == pytest.approx((1 / 3, 2 / 3))
+        distil = {n: own.distillation(aims.tensors[n], 4.0) for n, own in (("logits", logits), ("found.0", boxes))}
+        each = {n: float(own(y.tensors[n], aims.tensors[n])) for n, own in distil.items()}
+        entropy = float(nn.functional.cross_entropy(y.tensors["logits"], classes[task]["logits"]))
+        expected = w * (0.75 * each["logits"] + 0.25 * entropy) + v * each["found.0"]
+        assert step.validation_loss[task] == pytest.approx(expected, rel=1e-5)
+
+
+LABELS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "one tensor": (
+        lambda y: y,
+        r"training labels for 'narrow' are one tensor.*logits, found\.0.*left out are distilled",
+    ),
+    "output": (lambda y: {"boxes": y}, r"are for an output 'boxes', but its outputs are logits, found\.0"),
+    "kind": (
+        lambda y: {"found.0": y},
+        r"compared with logits.*puts out regression as 'found\.0'\. Leave its labels out",
+    ),
+    "class": (lambda y: {"logits": y + 4}, r"training labels for 'narrow' \(logits\) go from 4 to 5\. Allowed: 0 to 3"),
+    "number": (lambda y: {"logits": y / 2}, r"training labels for 'narrow' \(logits\) are torch\.float32"),
+    "length": (lambda y: {"logits": y[1:]}, r"training labels for 'narrow' \(logits\) have shape \[39\], not \[40\]"),
+    "only here": (lambda y: {}, r"training labels for 'narrow' are for outputs none, the validation labels for logits"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LABELS.values(), ids=LABELS.keys())
+def test_labels_that_do_not_fit_are_refused(change: Callable[[Tensor], Any], message: str) -> None:
+    data, classes = labelled(40, 4)
+    labels: Any = mtz.Targets({**classes, "narrow": change(classes["narrow"]["logits"])}, classes)
+    with pytest.raises((InvalidConfig, InvalidCalibration), match=message):
         mtz.retrain(zipped(0.6), originals(), data, data, mtz.RetrainConfig(labels=0.5), labels=labels)
+
+
+def test_a_floor_holds_for_every_output_that_is_measured() -> None:
+    """A floor for a task holds for its outputs; one may have another."""
+    x, sizes = numbers(60, seed=9), []
+    metrics: Any = {"logits": "agreement", "found.0": "mean_absolute_error"}
+    validation = {task: mtz.Validation(x, None, metrics) for task in originals()}
+    light = mtz.RetrainConfig(iterations=1)
+    for loose in (0.05, 100.0):
+        floors = {"narrow": 0.05, "narrow.logits": loose, "wide.found.0": 0.05}
+        settings = config(budget=mtz.Budget(floor=floors, moves=("share",)))
+        network = mtz.zip_networks(originals(), calibration(), settings, validation=validation, retraining=light)
+        found = mtz.evaluate(network, dict.fromkeys(originals(), x), originals=originals(), metric=metrics)
+        assert all(found[name].error <= floors.get(name, 0.05) for name in ("narrow.logits", "narrow.found.0"))
+        assert found["wide.found.0"].error <= 0.05
+        sizes.append(network.report.stored_fraction)
+    assert sizes[1] < sizes[0]
+    wrong = config(budget=mtz.Budget(floor={"narrow.boxes": 1.0, "wide": 1.0}))
+    with pytest.raises(InvalidConfig, match=r"nothing is measured under 'narrow\.boxes'\. Measured: narrow\.logits"):
+        mtz.zip_networks(originals(), calibration(), wrong, validation=validation, retraining=light)
 
 
 @pytest.mark.parametrize(

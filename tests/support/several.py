@@ -1,8 +1,12 @@
 """Small networks with several inputs and several outputs, and data for them."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import mtz_core as mtz
 
 TOKENS, LENGTH, FEATURES, EXTRA = 20, 6, 7, 3
 
@@ -90,3 +94,14 @@ def two_heads(seed: int, hidden: int = 16, scale: float = 20.0) -> TwoHeads:
     with torch.no_grad():
         network.classes.weight.mul_(scale)
     return network
+
+
+def read_again(zipped: mtz.ZippedNetwork, folder: Path) -> mtz.ZippedNetwork:
+    """What is read after storing; stored again, it has the same bytes."""
+    zipped.save(folder / "first")
+    again = mtz.load(folder / "first")
+    again.save(folder / "second")
+    for path in (folder / "first").iterdir():
+        assert path.read_bytes() == (folder / "second" / path.name).read_bytes()
+    assert again.report == zipped.report
+    return again

@@ -65,6 +65,32 @@ def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
         ("match.budget", {"size": 0.5}, "match.share: a budget decides what is shared. Leave out match.share, or"),
         ("retrain.balance", {"digits": 1.0}, "retrain.balance: names ['digits'], but models are"),
         ("models.digits.metric", "loss", "models.digits.metric: 'loss' is no metric. Allowed: error, top5_error"),
+        (
+            "models.digits.metric",
+            {"x": "loss"},
+            "models.digits.metric.x: 'loss' is no metric. Allowed: error, top5_error",
+        ),
+        ("models.digits.metric", {}, "models.digits.metric: dictionary should have at least 1 item"),
+        ("models.digits.output", "scores", "models.digits.output: input should be 'logits', 'probabilities'"),
+        ("models.digits.output", {"x": "scores"}, "models.digits.output.x: input should be 'logits', 'probabilities'"),
+        ("models.digits.output", {"x": {"weight": 2}}, "models.digits.output.x.kind: is missing"),
+        (
+            "models.digits.output",
+            {"x": {"kind": "logits", "tolerance": 1}},
+            "models.digits.output.x.tolerance: logits has none. Leave it out, or declare regression.",
+        ),
+        (
+            "models.digits.output",
+            {"kind": "logits", "weight": 0},
+            "models.digits.output.weight: 0.0 is impossible. Allowed: a positive number",
+        ),
+        (
+            "models.digits.output",
+            {"x": {"kind": "logits", "scale": 1}},
+            "models.digits.output.x.scale: unknown key; allowed here: kind, tolerance, weight",
+        ),
+        ("models.digits.output", {}, "models.digits.output: dictionary should have at least 1 item"),
+        ("register.floors", {"shoes.x": 1}, "register.floors.shoes.x: there is no such model; models: digits, fashion"),
         ("match.shair", 1.0, "match.shair: unknown key; allowed here: method, share, budget, damping"),
         ("colect", {}, "colect: unknown key; allowed here: group, models"),
         ("models.digits.weight", "x", "models.digits.weight: unknown key; allowed here: keep_separate, "),
@@ -90,6 +116,35 @@ def test_what_is_wrong_is_named(content: dict[str, Any], path: str, value: objec
     assert str(caught.value).startswith("params.yaml: ")
     assert says in str(caught.value)
     assert "me:secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (None, None),
+        ("regression", Output("regression")),
+        ({"kind": "regression", "tolerance": 2}, Output("regression", 2.0)),
+        (
+            {"logits": "logits", "found.0": {"kind": "heatmap", "weight": 3}},
+            {"logits": Output("logits"), "found.0": Output("heatmap", weight=3.0)},
+        ),
+    ],
+)
+def test_outputs_are_declared_in_every_form(content: dict[str, Any], output: object, expected: object) -> None:
+    content["models"]["fashion"].pop("output", None)
+    params = validate(changed(content, "models.digits.output", output), "params.yaml")
+    assert params.models["digits"].declared_output == expected
+    assert params.zip_config().output_of("digits") == expected
+    assert validate(yaml.safe_load(yaml.safe_dump(params.model_dump())), "again") == params
+
+
+def test_floors_of_outputs_belong_to_their_models(content: dict[str, Any]) -> None:
+    floors = {"digits.logits": 1.0, "digits.found.0": 2.0, "fashion": 3.0}
+    content["match"] = {"budget": {"floor": floors, "retrain": {}}}
+    content["register"]["floors"] = floors
+    budget = validate(content, "params.yaml").zip_config().budget
+    assert budget is not None
+    assert budget.floors(["digits.logits", "digits.found.0", "digits.more", "fashion"]) == floors
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import mtz_core as mtz
 from examples.real.networks import ContentType, SeparableConvolution, content_type, face, landmark_error
 from flows.spec.fleet_file import read_fleet
 from tasks.models.factories import build_network
-from tasks.models.metrics import find_metric
+from tasks.models.metrics import find_metrics
 
 
 def test_padding_is_that_of_tensorflow() -> None:
@@ -65,4 +65,5 @@ def test_the_fleet_can_be_built() -> None:
         assert params.match.budget is not None
         for model in params.models:
             build_network(params, model)
-            assert find_metric(params, model, None)[1].reads == "outputs"
+            (_, metric), *_ = find_metrics(params, model, (), None).values()
+            assert metric.reads == "outputs"

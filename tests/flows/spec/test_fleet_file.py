@@ -150,6 +150,10 @@ def test_the_format_before_version_2_is_read_and_can_be_rewritten(files: tuple[P
         ("version: 2\nmodels: {a: {network: 'x:y', data: d}}\ngroups: auto", "models.a: source: is missing"),
         ("version: 2\nmodels: {a: {source: a, network: x, data: d}}\ngroups: auto", "name a factory as"),
         ("version: 2\nmodels: {a: {source: a, network: 'x:y'}}\ngroups: auto", "models.a.data: is missing"),
+        (
+            f"version: 2\n{MODELS.replace('metric: top5_error', 'output: {y: {kind: logits, s: 1}}')}\ngroups: auto",
+            "models.d.output.y.s: unknown key; allowed here: kind, tolerance, weight",
+        ),
         ("- x", "should hold a mapping"),
         (": [", "is not valid YAML"),
     ],

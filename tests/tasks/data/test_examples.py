@@ -242,6 +242,30 @@ def test_batches_together_are_the_split(tmp_path: Path, values: np.ndarray, size
         assert torch.equal(torch.cat([part for _, part in batches if part is not None]), whole)
 
 
+def test_labels_of_several_outputs_have_a_column_each(tmp_path: Path, values: np.ndarray) -> None:
+    boxes = np.ones((10, 2), np.float32) * np.arange(10)[:, None]
+    columns = {"x": tensors(values), "label.logits": np.arange(10), "label.found.0": tensors(boxes)}
+    write(tmp_path / "test.parquet", columns)
+    inputs, labels = read_labelled(tmp_path, "test")
+    assert list(inputs.tensors) == ["x"]
+    assert torch.equal(labels.tensors["logits"], torch.arange(10))
+    assert torch.equal(labels.tensors["found.0"], torch.from_numpy(boxes))
+    for first, (_, part) in zip((0, 4, 8), read_batches(tmp_path, "test", 4), strict=True):
+        assert torch.equal(part.tensors["logits"], labels.tensors["logits"][first : first + 4])
+        assert torch.equal(part.tensors["found.0"], labels.tensors["found.0"][first : first + 4])
+    sample, classes = read_examples(tmp_path, "test", 5, seed=2, several=True)
+    assert list(classes) == ["logits"]
+    assert torch.equal(inputs.tensors["x"][classes["logits"]], sample.tensors["x"])
+    with pytest.raises(InvalidData, match="no column 'label'"):
+        read_examples(tmp_path, "test")
+    write(tmp_path / "test.parquet", {**columns, "label": np.arange(10)})
+    with pytest.raises(InvalidData, match=r"both columns 'label' and 'label\.logits'.*columns label\.NAME"):
+        read_labelled(tmp_path, "test")
+    write(tmp_path / "test.parquet", {**columns, "label.logits": np.arange(10) - 1})
+    with pytest.raises(InvalidData, match="labels that are no class numbers from 0"):
+        read_labelled(tmp_path, "test")
+
+
 PEAK = """
 import sys
 from pathlib import Path

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from tasks.data import factories
-from tasks.data.examples import InvalidData, read_examples, read_images
+from tasks.data.examples import InvalidData, read_examples, read_images, read_labelled
 from tasks.data.factories import InvalidDataset, materialise, recall_key
 from tasks.data.layout import SPLITS
 
@@ -84,6 +84,48 @@ def test_whole_numbers_are_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert inputs.dtype == torch.int64 and inputs.tolist() == tokens.tolist()
 
 
+def several(split: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Several inputs, one of them a mask, and labels of two outputs."""
+    values, _ = arrays(split)
+    inputs = {"x": values, "ids": torch.arange(2 * COUNT).reshape(COUNT, 2), "mask": values > 3}
+    return inputs, {"logits": np.arange(COUNT), "found.0": torch.from_numpy(values)}
+
+
+class Several(Dataset[Any]):
+    """The same, one by one."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        return tuple({name: own[index] for name, own in part.items()} for part in several("test"))
+
+
+def several_one_by_one(split: str) -> Several:
+    return Several()
+
+
+@pytest.mark.parametrize("function", [several, several_one_by_one])
+def test_several_inputs_and_labels_of_several_outputs(tmp_path: Path, function: Any) -> None:
+    materialise(name(function), {}, tmp_path)
+    inputs, labels = read_labelled(tmp_path, "test")
+    given, known = several("test")
+    for found, expected in ((inputs.tensors, given), (labels.tensors, known)):
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[own], expected[own]) for own in expected)
+    assert [own.dtype for own in inputs.tensors.values()] == [torch.float32, torch.int64, torch.bool]
+    assert [own.dtype for own in labels.tensors.values()] == [torch.int64, torch.float32]
+
+
+@pytest.mark.parametrize("labels", [None, np.linspace(0, 1, 6, dtype=np.float32), np.ones((6, 2), np.float32)])
+def test_labels_are_optional_and_may_be_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: np.ndarray | None
+) -> None:
+    materialise(giving(monkeypatch, (np.ones((6, 2)), labels)), {}, tmp_path)
+    _, found = read_labelled(tmp_path, "test")
+    assert (found is None) if labels is None else np.array_equal(found, labels)
+
+
 def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         materialise(name(drawn), {}, tmp_path / folder)
@@ -117,8 +159,16 @@ ONES = np.ones((3, 2), np.float32)
         ((ONES.astype(bool), np.arange(3)), "inputs are bool, not numbers"),
         ((ONES * [[1], [np.nan], [1]], np.arange(3)), "example 1 has NaN"),
         ((ONES, np.arange(3) - 1), "labels are no class numbers"),
-        ((ONES, np.ones(3)), "labels are no class numbers"),
-        ((ONES, None), "split validation: it has no labels"),
+        ((ONES, np.array(["a", "b", "c"])), "labels are no class numbers"),
+        ((ONES, np.array([0, 1, np.nan])), "example 2 has NaN"),
+        (({"ids": ONES, "mask": ONES[:2]}, None), r"shapes ids \[3, 2\], mask \[2, 2\] and None"),
+        (({"ids": ONES, "label": ONES}, None), "no input can be called 'label', which is another column"),
+        (({"input": ONES, "more": ONES}, None), "no input can be called 'input'"),
+        (
+            (ONES, {"logits": np.arange(3), "boxes": ONES[:1]}),
+            r"\[3, 2\] and label\.logits \[3\], label\.boxes \[1, 2\]",
+        ),
+        ([({"ids": ONES[0]}, 0), ({"mask": ONES[0]}, 1)], "item 1 has another shape"),
         ((ONES[:0], np.arange(0)), "it gave no example"),
         ([(ONES[0], 0), ONES], "item 1 is no pair"),
         ([(ONES[0], 0), (ONES[:, 0], 1)], "item 1 has another shape"),

@@ -1,9 +1,11 @@
 """Tests of networks from exported programs: they compute and zip like their originals, and no file can run code."""
 
+import copy
 import io
 import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import mtz_core
+from mtz_core.network.tracing import trace
 from tasks.models.programs import InvalidProgram, exported, extract_weights
+from tests.support.several import numbers, two_heads
 
 BATCH = ({0: torch.export.Dim("batch")},)
 
@@ -51,7 +55,7 @@ class Odd(nn.Module):
         return h.to(torch.float32).masked_fill(h < 0, float("-inf")).clamp(min=-1)
 
 
-def save(network: nn.Module, example: Tensor, path: Path, shapes: Any = BATCH) -> None:
+def save(network: nn.Module, example: Any, path: Path, shapes: Any = BATCH) -> None:
     torch.export.save(torch.export.export(network, (example,), dynamic_shapes=shapes), path)
 
 
@@ -91,6 +95,64 @@ def test_programs_are_zipped_like_their_networks(networks: dict[str, nn.Module],
     for task in "ab":
         assert torch.equal(zipped(images, task=task), expected(images, task=task))
     assert zipped.report == expected.report
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@torch.no_grad()
+def test_several_inputs_and_outputs_are_those_of_the_network(tmp_path: Path, by_name: bool) -> None:
+    network, x, batch = two_heads(1), dict(zip(("x", "more"), numbers(5), strict=True)), torch.export.Dim("batch")
+    example, shapes = (
+        (((), x), {name: {0: batch} for name in x}) if by_name else ((tuple(x.values()),), ({0: batch},) * 2)
+    )
+    torch.export.save(torch.export.export(network, *example, dynamic_shapes=shapes), tmp_path / "heads.pt2")
+    program = exported(str(tmp_path / "heads.pt2"))
+    expected = network(**x)
+    for found in (program(**x), program(*x.values()), copy.deepcopy(program)(**x)):
+        assert torch.equal(found["logits"], expected["logits"])
+        assert torch.equal(found["found"][0], expected["found"][0]) and found["found"][1] is None
+    graph, own = trace(program, x).graph, trace(network, x).graph
+    assert (graph.form, [*graph.endings], graph.hidden_widths) == (own.form, [*own.endings], own.hidden_widths)
+    with torch.no_grad():
+        copied = copy.deepcopy(program)
+        copied.get_parameter("boxes.weight").zero_()
+        assert not torch.equal(copied(**x)["found"][0], expected["found"][0])
+
+
+class Held(nn.Module):
+    """Returns its output in something, or is given its input in something."""
+
+    def __init__(self, hold: Callable[[Tensor], Any], take: Callable[[Any], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.layer, self.hold, self.take = nn.Linear(2, 2), hold, take
+
+    def forward(self, x: Any) -> Any:
+        return self.hold(self.layer(self.take(x)))
+
+
+@pytest.mark.parametrize(
+    ("network", "example", "said"),
+    [
+        (
+            Held(lambda y: OrderedDict(a=y)),
+            torch.rand(2, 2),
+            "it returns a collections.OrderedDict, not tensors in tuples",
+        ),
+        (Held(lambda y: {1: y}), torch.rand(2, 2), "with texts for keys"),
+        (Held(lambda y: (y, 3)), torch.rand(2, 2), "it does not map tensors to tensors"),
+        (
+            Held(lambda y: y, lambda x: x["a"] + x["b"]),
+            {"a": torch.rand(2, 2), "b": torch.rand(2, 2)},
+            "inside of others",
+        ),
+    ],
+    ids=["dict of another kind", "numbers for keys", "a number", "a dict for an input"],
+)
+def test_inputs_and_outputs_that_are_refused(tmp_path: Path, network: nn.Module, example: Any, said: str) -> None:
+    batch = {0: torch.export.Dim("batch")}
+    shapes = (dict.fromkeys(example, batch) if isinstance(example, dict) else batch,)
+    save(network, example, tmp_path / "a.pt2", shapes)
+    with pytest.raises(InvalidProgram, match=said):
+        exported(str(tmp_path / "a.pt2"))
 
 
 def test_what_tensors_may_be_like(tmp_path: Path) -> None:

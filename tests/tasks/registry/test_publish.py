@@ -18,7 +18,7 @@ from tasks.registry.mlflow_client import TrackingError
 from tasks.registry.release import Release
 from tasks.storage.s3 import Storage
 from tests.support.services import Place, Registry
-from tests.support.several import HeldEncoder, MaskedEncoder, masked
+from tests.support.several import HeldEncoder, MaskedEncoder, masked, numbers, two_heads
 from tests.support.stages import TokenClassifier
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -106,6 +106,21 @@ def test_a_network_of_several_inputs_is_served_them_by_name(
     described = store.read(f"{place}/MLmodel").decode()
     assert "input_ids" in described
     assert "attention_mask" in described
+
+
+def test_a_network_of_several_outputs_gives_them_by_name(
+    registry: Registry, home: Path, store: Storage, release: Release, client: Any, tmp_path: Path
+) -> None:
+    networks = {task: two_heads(seed) for seed, task in enumerate("ab")}
+    whole = mtz_core.zip_networks(networks, dict.fromkeys("ab", numbers(30)), mtz_core.ZipConfig(share=0.5))
+    whole.save(tmp_path / "heads")
+    number = publish.register_release(registry, home, store, dataclasses.replace(release, network=tmp_path / "heads"))
+    source = client.get_model_version_download_uri(release.model, str(number))
+    model = client.get_logged_model(source.removeprefix("models:/")) if source.startswith("models:/") else None
+    place = (model.artifact_location if model else source).removeprefix(store.url() + "/")
+    described = store.read(f"{place}/MLmodel").decode()
+    assert "logits" in described
+    assert "found.0" in described
 
 
 def test_the_registered_model_gives_the_logits_of_the_file(

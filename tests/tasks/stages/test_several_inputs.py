@@ -15,7 +15,7 @@ from mtz_core.batches import NamedTensors
 from tasks.__main__ import main
 from tasks.data.examples import read_images, read_labelled
 from tasks.faults import EXIT_REFUSED
-from tests.support.several import TOKENS, HeldEncoder, MaskedEncoder, TwoHeads, masked, numbers
+from tests.support.several import TOKENS, HeldEncoder, MaskedEncoder, masked
 from tests.support.stages import SIZES, refused
 
 STAGES: list[tuple[str, ...]] = [("collect", "a"), ("collect", "b"), ("hessians", "a"), ("hessians", "b")]
@@ -106,17 +106,3 @@ def test_columns_have_the_names_of_the_inputs(project: Path, capsys: pytest.Capt
     pq.write_table(pa.table({"input_ids": tokens, "mask": tokens}), train)
     message = refused(capsys, "collect", "a")
     assert "models.a: the inputs of MaskedEncoder: missing a required argument: 'attention_mask'" in message
-
-
-def test_a_network_of_several_outputs_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["models"]["a"]["network"] = "tests.support.several:TwoHeads"
-    (project / "params.yaml").write_text(yaml.safe_dump(params))
-    save_file(TwoHeads().state_dict(), project / "networks" / "a.safetensors")
-    x, more = (pa.array(own.tolist()) for own in numbers(20))
-    for split in SIZES:
-        pq.write_table(pa.table({"x": x, "more": more}), project / "data" / "a" / f"{split}.parquet")
-    message = refused(capsys, "collect", "a", status=EXIT_REFUSED)
-    assert (
-        "models.a.network: TwoHeads has several outputs, logits, found.0. In the pipeline a network has one" in message
-    )
