@@ -417,7 +417,7 @@ def _taken(zipped: ZippedNetwork, task: str) -> Signature:
 def _examples(data: Validation | Given, task: str, taken: Signature) -> Batch:
     """Return examples, whatever labels they come with."""
     given: Any = data.examples if isinstance(data, Validation) else data
-    if not is_positional(given, taken) and _is_pair(given, taken):
+    if _is_pair(given, taken):
         given = given[0]
     return concatenated(as_batches(given, task, taken))
 
@@ -437,8 +437,13 @@ def _opened(data: Any, taken: Signature) -> tuple[Any, bool]:
 
 
 def _is_pair(data: Any, taken: Signature) -> bool:
-    """Whether data is all examples with their labels; otherwise it is batches of such."""
-    return isinstance(data, tuple) and len(data) == 2 and (isinstance(data[0], Tensor) or has_several(data[0], taken))
+    """Whether data is all examples with their labels; otherwise it is examples, or batches of either."""
+    return (
+        isinstance(data, tuple)
+        and len(data) == 2
+        and not is_positional(data, taken)
+        and (isinstance(data[0], Tensor) or has_several(data[0], taken))
+    )
 
 
 def _iteration(step: RetrainStep) -> str:

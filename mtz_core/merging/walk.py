@@ -183,6 +183,7 @@ def merge(
     config: ZipConfig,
     costs: Sequence[float] = (),
     keep: Mapping[str, Keep] | None = None,
+    damping: Mapping[str, float] | None = None,
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks layer by layer.
 
@@ -195,6 +196,7 @@ def merge(
         config: How to zip.
         costs: The predicted costs of coordinate descent, for the report.
         keep: For every task, the neurons that are left of groups that lose some; `pairings` then number those.
+        damping: For some tasks, the relative ``λ`` of their fits, in place of the configured one.
 
     Yields:
         A report when a layer is done, for every layer, and at last the zipped network.
@@ -223,7 +225,7 @@ def merge(
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     for nodes in _layers(streams):
-        report, blocks = _merge_layer(structure, reduced, nodes, streams, config, sensitivity)
+        report, blocks = _merge_layer(structure, reduced, nodes, streams, config, sensitivity, damping or {})
         tensors |= blocks
         reports.append(report)
         yield report
@@ -274,6 +276,7 @@ def _merge_layer(
     streams: Mapping[str, ActivationStream],
     config: ZipConfig,
     sensitivity: Mapping[str, Sensitivities],
+    damping: Mapping[str, float],
 ) -> tuple[LayerReport, dict[str, Tensor]]:
     """Fit one layer of the tasks that have these nodes, store its blocks, and run it."""
     (node, *_) = nodes.values()
@@ -281,7 +284,7 @@ def _merge_layer(
     own = {task: reduced[task] for task in nodes}
     originals = {task: narrow.original for task, narrow in reduced.items()}
 
-    def parts_with(damping: float, held_out: bool) -> dict[str, LayerFit]:
+    def parts_with(alike: float, held_out: bool) -> dict[str, LayerFit]:
         return {
             task: LayerFit(
                 nodes[task],
@@ -291,15 +294,15 @@ def _merge_layer(
                 shared=any(len(run.owners) > 1 for run in rows.of(task)),
                 config=config,
                 sensitivity=sensitivity[task][node.name],
-                damping=damping,
+                damping=damping.get(task, alike),
                 held_out=held_out,
                 targets=streams[task].targets_of(node),
             )
             for task, narrow in own.items()
         }
 
-    def held_out_error(damping: float) -> float:
-        trial = parts_with(damping, held_out=True)
+    def held_out_error(alike: float) -> float:
+        trial = parts_with(alike, held_out=True)
         fit(trial, rows, columns, {}, config)
         return sum(part.held_out_error() for part in trial.values())
 

@@ -9,7 +9,7 @@ bisected until the bytes fit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, exp, log
 
 import numpy as np
@@ -45,6 +45,7 @@ class Plan:
         sharing: The expected damage by sharing in every group, over all tasks.
         dropping: The expected damage by dropping in every group, over all tasks.
         damages: The expected damage by both in every group, to every task.
+        damping: The relative ``λ`` that held-out data ask for when some tasks' layers are fitted.
     """
 
     keep: Mapping[str, Keep]
@@ -53,6 +54,7 @@ class Plan:
     sharing: Mapping[str, float]
     dropping: Mapping[str, float]
     damages: Mapping[str, Mapping[str, float]]
+    damping: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def lost(self) -> dict[str, float]:
@@ -251,6 +253,7 @@ class Planner:
                     {name: part.sharing[name] for name, part in parts.items()},
                     {name: part.dropping[name] for name, part in parts.items()},
                     {name: part.damages[name] for name, part in parts.items()},
+                    plan.damping,
                 ),
             )
 

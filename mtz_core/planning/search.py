@@ -3,10 +3,10 @@
 Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds, and between tasks,
 it can be far off, because it misses errors that meet in later layers and errors that cancel. So several plans are made
 for one size: with one move alone, with the damage of sharing counted for more or for less, as long as this improves the
-result, and at last with the damage to each task counted for less, the less it has really lost. Each plan is merged on
-most of the calibration data and measured on the rest. The best is taken, by the root of the summed squares of what the
-tasks lose. So a mixture is chosen only where it does better than either move alone, and no task is sacrificed for
-another.
+result, then with more damping in the fits of each task that gains by it, and at last with the damage to each task
+counted for less, the less it has really lost. Each plan is merged on most of the calibration data and measured on the
+rest. The best is taken, by the root of the summed squares of what the tasks lose. So a mixture is chosen only where it
+does better than either move alone, and no task is sacrificed for another.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ STEP = 4.0
 EVENED, EVEN, GENTLE = 3, 1.5, 0.25
 """How often the damage to tasks is evened out by what was measured, the ratio of losses at which it need not, and the
 power of that ratio by which damage counts for less: losses react strongly."""
+
+DAMPED, MOST_DAMPED, GAIN = 4.0, 64.0, 0.98
+"""The factor by which the damping of fits rises with each try, the greatest, and the ratio of losses that is worth it.
+With few examples, or few neurons left, much is fitted to chance."""
 
 NEGLIGIBLE = 1e-4
 """A share of a task's information that makes no difference."""
@@ -168,10 +172,10 @@ class BudgetSearch:
         moves = set(self.budget.moves)
         done: list[Candidate] = []
 
-        counted = self.weights
+        counted, damping = self.weights, dict[str, float]()
 
         def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Candidate]:
-            plan = self.planner.plan(size, sharing, dropping, counted)
+            plan = replace(self.planner.plan(size, sharing, dropping, counted), damping=damping)
             known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
             done.append(known or Candidate(name, plan, self._judged(plan), (sharing, dropping)))
             if known is None:
@@ -198,7 +202,12 @@ class BudgetSearch:
                         break
                     factor, best = factor * step, done[-1]
         if done:
+            best = self.best_of(done)
+            for damped in self._damped(best):
+                done.append(damped)
+                yield damped
             start = last = self.best_of(done)
+            damping = dict(start.plan.damping)
             for number in range(EVENED):
                 if self._even(last):
                     break
@@ -209,8 +218,12 @@ class BudgetSearch:
             self.planner.plan(size)  # raises an error that names the least size
 
     def ranked(self, size: float) -> list[Candidate]:
-        """The candidates for a size, the one with the least held-out loss first."""
-        return sorted(self.candidates(size), key=self.cost)
+        """The candidates for a size, the one with the least held-out loss first; of the same neurons one alone."""
+        found: list[Candidate] = []
+        for candidate in sorted(self.candidates(size), key=self.cost):
+            if not any(candidate.plan.same(better.plan) for better in found):
+                found.append(candidate)
+        return found
 
     def best(self, size: float) -> Plan:
         """The plan for a size with the least held-out loss."""
@@ -226,11 +239,37 @@ class BudgetSearch:
 
     def merging(self, plan: Plan) -> Iterator[LayerReport | ZippedNetwork]:
         """Return the steps of merging by a plan, on all calibration data; see `mtz_core.merging.walk.merge`."""
-        return merge(self.traced, plan.pairings, self.config, (), plan.keep)
+        return merge(self.traced, plan.pairings, self.config, (), plan.keep, plan.damping)
 
     def _judged(self, plan: Plan) -> dict[str, TaskReport]:
-        zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep))
+        zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep, plan.damping))
         return judge(zipped, self.traced, self.held_out, self._targets)
+
+    def _damped(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Merge the same neurons with more damping, each task's fits for as long as this improves it.
+
+        Nothing is tried where damping is chosen layer by layer, or nothing is fitted.
+
+        Yields:
+            Each candidate that is worth it.
+        """
+        if self.config.damping == "auto" or self.config.method == "paper":
+            return
+        best, factor = candidate, DAMPED
+        name, shares = candidate.name, any(pairing.shared for pairing in candidate.plan.pairings.values())
+        while factor <= MOST_DAMPED and self.cost(best) > NEGLIGIBLE:
+            more = dict.fromkeys(self.traced, factor * self.config.fixed_damping)
+            tried = self._judged(replace(best.plan, damping=more))
+            better = {task for task, report in tried.items() if report.lost < best.loss[task]}
+            plan = replace(best.plan, damping={**best.plan.damping, **{task: more[task] for task in better}})
+            if shares and better < tried.keys():
+                tried = self._judged(plan)  # what is shared is fitted for all tasks together
+            judged = {task: tried[task] if shares or task in better else best.judged[task] for task in tried}
+            damped = Candidate(f"{name}, damped {factor:g} times", plan, judged, best.factors)
+            if self.cost(damped) > GAIN * self.cost(best):
+                return
+            yield damped
+            best, factor = damped, DAMPED * factor
 
     def cost(self, candidate: Candidate) -> float:
         """The root of the summed squares of all tasks' weighted losses: the largest count most."""

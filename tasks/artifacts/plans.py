@@ -62,6 +62,7 @@ class Matched:
         curves: What sharing costs, as `(group, neurons shared, cost)`.
         descent: The predicted cost of all groups before coordinate descent, and after every pairing that it took.
         keep: With a budget, the neurons that each task keeps.
+        damping: With a budget, the relative ``λ`` of the fits of some tasks.
         search: With a budget, how it was spent.
     """
 
@@ -70,6 +71,7 @@ class Matched:
     curves: Iterable[tuple[str, int, float]]
     descent: Sequence[float] = ()
     keep: Mapping[str, Keep] = field(default_factory=dict)
+    damping: Mapping[str, float] = field(default_factory=dict)
     search: Search | None = None
 
 
@@ -91,6 +93,7 @@ def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) ->
             },
             "descent": list(found.descent),
             "keep": {t: {name: own.tolist() for name, own in kept.items()} for t, kept in found.keep.items()},
+            "damping": dict(found.damping),
             "search": None if search is None else asdict(search),
         },
     )
@@ -106,15 +109,15 @@ def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) ->
     )
 
 
-def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float], dict[str, Keep]]:
+def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float], dict[str, Keep], dict[str, float]]:
     """Read what `merge` needs of the result of `match`.
 
     Args:
         workspace: The workspace of the group.
 
     Returns:
-        The pairing of every neuron group, the predicted costs during coordinate descent, and the neurons that each task
-        keeps if neurons are dropped.
+        The pairing of every neuron group, the predicted costs during coordinate descent, the neurons that each task
+        keeps if neurons are dropped, and the damping of the tasks that have one of their own.
 
     Raises:
         InvalidArtifact: The file is missing or damaged.
@@ -129,7 +132,8 @@ def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float]
             task: {name: np.array(neurons, dtype=np.int64) for name, neurons in kept.items()}
             for task, kept in content["keep"].items()
         }
-        return pairings, [float(cost) for cost in content["descent"]], keep
+        damping = {task: float(own) for task, own in content.get("damping", {}).items()}  # older plans have none
+        return pairings, [float(cost) for cost in content["descent"]], keep, damping
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArtifact(f"{workspace.pairing} does not hold a pairing: {error!r}. Run match again.") from error
 

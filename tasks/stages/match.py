@@ -170,6 +170,7 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
         {name: plan.sharing[name] + plan.dropping[name] for name in plan.pairings},
         list(_curves(budget_search)),
         keep=plan.keep,
+        damping=plan.damping,
         search=Search(limit, plan.bytes, stored, plan.damage, tried),
     )
 

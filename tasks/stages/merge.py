@@ -47,8 +47,8 @@ def run(params: Params, workspace: Workspace) -> None:
         for model, network in networks.items()
     }
     started = time.perf_counter()
-    pairings, descent, keep = read_pairings(workspace)
-    for step in walk.merge(traced, pairings, params.zip_config(), descent, keep):
+    pairings, descent, keep, damping = read_pairings(workspace)
+    for step in walk.merge(traced, pairings, params.zip_config(), descent, keep, damping):
         if isinstance(step, ZippedNetwork):
             zipped = step
             break

@@ -117,6 +117,27 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_order() -> None:
     assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
+def test_few_examples_are_fitted_with_more_damping_each_tasks_for_as_long_as_it_helps() -> None:
+    found, config = networks(), ZipConfig(budget=Budget(size=0.4, moves=("drop",)))
+    few = {"a": images(found, 500)["a"], "b": images(found, 30)["b"]}
+    search = budget_search(found, few, config)
+    first, *others = candidates = list(search.candidates(0.4))
+    damped = [one for one in others if "damped" in one.name and "evened" not in one.name]
+    assert first.plan.damping == {} and damped
+    assert all(one.plan.same(first.plan) for one in damped)
+    chosen = damped[-1].plan.damping
+    assert chosen["b"] > max(config.fixed_damping, chosen["a"])
+    costs = [search.cost(one) for one in (first, *damped)]
+    assert costs == sorted(costs, reverse=True)
+    assert all(one.plan.damping == chosen for one in candidates if "evened" in one.name)
+    plain, more = search.zip(first.plan).tensors(), search.zip(damped[-1].plan).tensors()
+    assert not torch.equal(plain["2/weight/b/b"], more["2/weight/b/b"])
+    assert not any(candidate.plan.damping for candidate in budget_search(found, few, AUTO).candidates(0.4))
+
+
+AUTO = ZipConfig(budget=Budget(size=0.4, moves=("drop",)), damping="auto", refit_rounds=1)
+
+
 @pytest.mark.parametrize("related", [False, True])
 @pytest.mark.parametrize("size", [0.25, 0.4, 0.6])
 def test_the_best_plan_is_behind_neither_move_alone_on_held_out_data(related: bool, size: float) -> None:
