@@ -213,8 +213,10 @@ def page(rows: Sequence[Mapping[str, Any]], gone: Sequence[Mapping[str, Any]]) -
     lines = [
         "# Architectures that nobody here wrote",
         "",
-        f"Networks of [timm](https://github.com/huggingface/pytorch-image-models) by name ({versions}), small "
-        f"variants, random weights, {EXAMPLES} images. CPU seconds of one thread.",
+        f"Networks of [timm](https://github.com/huggingface/pytorch-image-models) by name ({versions}), with random "
+        f"weights and {EXAMPLES} images of 64 × 64 pixels, so that each takes seconds. They are small variants. Some "
+        "transformers are shortened to four blocks, and `swin_tiny` is narrower, too: `NETWORKS` in "
+        "`tests/benchmarks/architectures.py`. CPU seconds of one thread.",
         "",
         "Made by `make bench-architectures`.",
         "",

@@ -12,8 +12,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from mtz_core.evaluation import outputs_of
 from mtz_core.merging.judging import judge, targets_of
 from mtz_core.merging.walk import trace_task
 from mtz_core.planning.search import BudgetSearch, Candidate
-from mtz_core.retraining import Retraining
+from mtz_core.retraining import Retraining, Targets, original_outputs
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
 from tasks.data.examples import read_images
@@ -40,7 +41,10 @@ from tests.benchmarks.rivals.single_weights import Compressed, rounded, sparse
 SIZES = (0.9, 0.75, 0.5)
 IMAGES = 300
 RETRAINING = RetrainConfig(iterations=80, batch_size=16, validate_every=10, patience=5)
-"""As in `examples/real/fleet.yaml`."""
+"""As in `examples/real/fleet.yaml`, but for the learning rate."""
+
+RATES = (1e-3, 3e-4)
+"""Learning rates of light retraining. Which is better depends on how good a network is before: both are tried."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +156,29 @@ class Case:
                 found[task]["pixels"] = landmark_error(outputs, self.targets[task])
         return found
 
-    def retrain(self, compressed: Compressed) -> int:
-        """Retrain lightly; returns the iterations after which the network was best."""
-        run = Retraining(compressed.zipped, self.networks, self.training, self.validation, RETRAINING)
-        return max(step.iteration for step in list(run.steps()) if step.best)
+    @cached_property
+    def teachers(self) -> Targets:
+        """The originals' outputs for all inputs of light retraining."""
+        return original_outputs(self.networks, self.training, self.validation)
+
+    def retrain(self, compressed: Compressed) -> dict[str, float]:
+        """Retrain lightly, at the learning rate that validates better.
+
+        Returns:
+            This rate, and the iterations after which the network was best.
+        """
+        zipped, data = compressed.zipped, (self.networks, self.training, self.validation)
+        start = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
+        found = []
+        for rate in RATES:
+            zipped.load_state_dict(start)
+            run = Retraining(zipped, *data, replace(RETRAINING, learning_rate=rate), outputs=self.teachers)
+            best = max((step for step in list(run.steps()) if step.best), key=lambda step: step.iteration)
+            state = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
+            found.append((sum(best.validation_loss.values()), rate, best.iteration, state))
+        _, rate, iteration, state = min(found, key=itemgetter(0))
+        zipped.load_state_dict(state)
+        return {"learning_rate": rate, "best_iteration": iteration}
 
 
 DROP = "drop only"
@@ -208,7 +231,8 @@ def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
         original = sum(own.network.bytes for own in case.traced.values())
         row |= {"bytes": compressed.bytes, "stored": compressed.bytes / original, "before": case.judged(compressed)}
         if retrained:
-            row |= {"best_iteration": case.retrain(compressed), "after": case.judged(compressed)}
+            row |= case.retrain(compressed)
+            row["after"] = case.judged(compressed)
         records.add(row)
         print(f"{name}: {real_page.line(row)}", flush=True)
 
