@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from operator import itemgetter
 from typing import Any
@@ -47,6 +47,10 @@ RATES = (1e-3, 3e-4)
 """Learning rates of light retraining. Which is better depends on how good a network is before: both are tried."""
 
 
+Way = Callable[["Case", float], Compressed]
+"""Makes the networks of a group so small."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A network of a group: how to build it, and what its outputs mean."""
@@ -62,10 +66,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that are zipped together, and the folder of their inputs."""
+    """Networks that are zipped together, the folder of their inputs, and ways for this group alone."""
 
     data: str
     tasks: Mapping[str, Task]
+    ways: Mapping[str, Way] = field(default_factory=dict)
 
 
 GROUPS: Mapping[str, Group] = {
@@ -75,6 +80,7 @@ GROUPS: Mapping[str, Group] = {
             "expression": Task(partial(face, 7), Output("logits")),
             "landmarks": Task(partial(face, 136), Output("regression", tolerance=0.0089)),
         },
+        {real_page.WEIGHED: lambda case, size: case.weighed(size, {"expression": 1.0, "landmarks": 8.0})},
     ),
     "files": Group(
         "files",
@@ -108,16 +114,23 @@ class Case:
         self.targets = targets_of(self.traced, self.test)
 
     @cached_property
-    def search(self) -> BudgetSearch:
-        """Makes plans for all sizes; what is measured of the originals is measured once."""
-        budget = Budget(size=1.0)
-        config = ZipConfig(budget=budget, outputs=self.outputs)
-        traced = {}
+    def measured(self) -> dict[str, Traced]:
+        """The networks with what is measured of them on calibration inputs, once for all plans."""
+        found = {}
         for task, inputs in self.calibration.items():
-            batches = as_batches(inputs, task)
             network = self.traced[task].network
-            traced[task] = Traced.measured(network, batches, config, self.outputs[task])
-        return BudgetSearch(traced, config, budget)
+            found[task] = Traced.measured(network, as_batches(inputs, task), ZipConfig(), self.outputs[task])
+        return found
+
+    def search_with(self, balance: Mapping[str, float] | None = None) -> BudgetSearch:
+        """Makes plans, with what each task loses counted so much."""
+        budget = Budget(size=1.0)
+        return BudgetSearch(self.measured, ZipConfig(budget=budget, outputs=self.outputs, balance=balance), budget)
+
+    @cached_property
+    def search(self) -> BudgetSearch:
+        """Makes plans for all sizes."""
+        return self.search_with()
 
     @cache  # noqa: B019 -- there are two cases, and they live as long as the command
     def candidates(self, size: float) -> list[Candidate]:
@@ -131,6 +144,12 @@ class Case:
     def planned(self, size: float, names: str = "") -> Compressed:
         """Zipped by this project, by the best of these plans."""
         found = self.search.zip(self.best(size, names).plan)
+        return Compressed(found, found.report.stored_bytes)
+
+    def weighed(self, size: float, balance: Mapping[str, float]) -> Compressed:
+        """Zipped by this project, with the loss of one task counted more than that of another."""
+        search = self.search_with(balance)
+        found = search.zip(search.best(size))
         return Compressed(found, found.report.stored_bytes)
 
     def shared(self) -> Compressed:
@@ -184,7 +203,7 @@ class Case:
 DROP = "drop only"
 """What the names of plans without sharing begin with."""
 
-WAYS: Mapping[str, Callable[[Case, float], Compressed]] = {
+WAYS: Mapping[str, Way] = {
     real_page.OURS: lambda case, size: case.planned(size),
     real_page.DROP: lambda case, size: case.planned(size, DROP),
     "pruned by torch-pruning": lambda case, size: case.pruned(size, "curvature"),
@@ -195,16 +214,17 @@ WAYS: Mapping[str, Callable[[Case, float], Compressed]] = {
 
 OWN_SIZES: Mapping[str, Callable[[Case], Compressed]] = {
     "this project, everything shared": lambda case: case.shared(),
-    "each network rounded to 8 bits": lambda case: rounded(case.networks, case.calibration, 8),
-    "each network rounded to 4 bits": lambda case: rounded(case.networks, case.calibration, 4),
+    real_page.ROUNDED.format(8): lambda case: rounded(case.networks, case.calibration, 8),
+    real_page.ROUNDED.format(4): lambda case: rounded(case.networks, case.calibration, 4),
 }
 """Ways with a size of their own."""
 
 
 def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
     """Measure one group by every way that has not been."""
+    ways = {**WAYS, **GROUPS[name].ways}
     todo: list[tuple[str, float | None, Callable[[], Compressed]]] = [
-        *((way, size, partial(make, case, size)) for way, make in WAYS.items() for size in SIZES),
+        *((way, size, partial(make, case, size)) for way, make in ways.items() for size in SIZES),
         *((way, None, partial(make, case)) for way, make in OWN_SIZES.items()),
     ]
     for way, size, make in todo:
