@@ -41,10 +41,7 @@ from tests.benchmarks.rivals.single_weights import Compressed, rounded, sparse
 SIZES = (0.9, 0.75, 0.5)
 IMAGES = 300
 RETRAINING = RetrainConfig(iterations=80, batch_size=16, validate_every=10, patience=5)
-"""As in `examples/real/fleet.yaml`, but for the learning rate."""
-
-RATES = (1e-3, 3e-4)
-"""Learning rates of light retraining. Which is better depends on how good a network is before: both are tried."""
+"""As in `examples/real/fleet.yaml`."""
 
 
 Way = Callable[["Case", float], Compressed]
@@ -66,11 +63,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that are zipped together, the folder of their inputs, and ways for this group alone."""
+    """Networks that are zipped together.
+
+    Attributes:
+        data: The folder of their inputs.
+        tasks: The networks by name.
+        ways: Ways for this group alone.
+        rates: The learning rates of light retraining that are tried. Where networks that are still good only get worse
+            at the usual one, a lower one is tried, too.
+    """
 
     data: str
     tasks: Mapping[str, Task]
     ways: Mapping[str, Way] = field(default_factory=dict)
+    rates: tuple[float, ...] = (RETRAINING.learning_rate,)
 
 
 GROUPS: Mapping[str, Group] = {
@@ -81,6 +87,7 @@ GROUPS: Mapping[str, Group] = {
             "landmarks": Task(partial(face, 136), Output("regression", tolerance=0.0089)),
         },
         {real_page.WEIGHED: lambda case, size: case.weighed(size, {"expression": 1.0, "landmarks": 8.0})},
+        rates=(1e-3, 3e-4),
     ),
     "files": Group(
         "files",
@@ -98,6 +105,7 @@ class Case:
     def __init__(self, group: Group) -> None:
         folder = FOLDER / "data" / group.data
         inputs = {split: read_images(folder, split) for split in ("train", "validation", "test")}
+        self.rates = group.rates
         self.outputs = {task: own.output for task, own in group.tasks.items()}
         self.networks = {task: own.network(task) for task, own in group.tasks.items()}
         self.training = dict.fromkeys(group.tasks, inputs["train"])
@@ -181,7 +189,7 @@ class Case:
         return original_outputs(self.networks, self.training, self.validation)
 
     def retrain(self, compressed: Compressed) -> dict[str, float]:
-        """Retrain lightly, at the learning rate that validates better.
+        """Retrain lightly, at the learning rate that validates best.
 
         Returns:
             This rate, and the iterations after which the network was best.
@@ -189,7 +197,7 @@ class Case:
         zipped, data = compressed.zipped, (self.networks, self.training, self.validation)
         start = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
         found = []
-        for rate in RATES:
+        for rate in self.rates:
             zipped.load_state_dict(start)
             run = Retraining(zipped, *data, replace(RETRAINING, learning_rate=rate), outputs=self.teachers)
             best = max((step for step in list(run.steps()) if step.best), key=lambda step: step.iteration)
