@@ -146,7 +146,9 @@ class Case:
         return list(self.search.candidates(size))
 
     def best(self, size: float, names: str = "") -> Candidate:
-        """The best of the plans whose names begin so."""
+        """The best of the plans whose names begin so. Raises `InvalidConfig` if there are none."""
+        if names == DROP and not self.search.planner.reaches(size, "drop"):
+            raise InvalidConfig(f"dropping alone does not reach {100 * size:g} % of the bytes.")
         return self.search.best_of(one for one in self.candidates(size) if one.name.startswith(names))
 
     def planned(self, size: float, names: str = "") -> Compressed:
@@ -239,23 +241,19 @@ def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
         retrained = retraining and "rounded" not in way
         if records.has(group=name, way=way, size=size, retrained=retrained):
             continue
-        if way == real_page.DROP and size is not None and case.best(size) is case.best(size, DROP):
-            (planned,) = records.where(group=name, way=real_page.OURS, size=size, retrained=retrained)
-            records.add(planned | {"way": way})  # the same plan: the same network
-            continue
+        row: dict[str, Any] = {"group": name, "way": way, "size": size, "retrained": retrained}
         started = time.process_time()
         try:
+            if way == real_page.DROP and size is not None and case.best(size, DROP) is case.best(size):
+                (planned,) = records.where(group=name, way=real_page.OURS, size=size, retrained=retrained)
+                records.add(planned | {"way": way})  # the same plan: the same network
+                continue
             compressed = make()
         except InvalidConfig as error:
+            records.add(row | {"impossible": str(error)})
             print(f"{name}, {way}, {size}: {error}", flush=True)
             continue
-        row: dict[str, Any] = {
-            "group": name,
-            "way": way,
-            "size": size,
-            "retrained": retrained,
-            "seconds": round(time.process_time() - started, 1),
-        }
+        row["seconds"] = round(time.process_time() - started, 1)
         original = sum(own.network.bytes for own in case.traced.values())
         row |= {"bytes": compressed.bytes, "stored": compressed.bytes / original, "before": case.judged(compressed)}
         if retrained:

@@ -62,7 +62,8 @@ def line(row: Row) -> str:
 
 def measured(records: Records, group: str) -> list[Row]:
     """The rows of a group; where a way was measured with and without retraining, the former."""
-    rows = {(row["way"], row["size"]): row for row in sorted(records.where(group=group), key=lambda r: r["retrained"])}
+    found = sorted(records.where(group=group, impossible=None), key=lambda row: row["retrained"])
+    rows = {(row["way"], row["size"]): row for row in found}
     order = [*NAMES, *(way for way, _ in rows if way not in NAMES)]
     return sorted(rows.values(), key=lambda row: order.index(row["way"]))
 
@@ -175,6 +176,8 @@ def page(records: Records) -> list[str]:
         for size in sorted({row["size"] for row in rows if row["size"] is not None}, reverse=True):
             at = [row for row in rows if row["size"] == size]
             lines += [f"### {100 * size:g} % of the bytes", "", *table(at)]
+            no = {row["way"]: row["impossible"] for row in records.where(group=group, size=size) if "impossible" in row}
+            lines += [f"*{NAMES[way]}*: {why}\n" for way, why in no.items()]
             if any(row["way"] == OURS for row in at):
                 lines += verdict(at)
         if own := [row for row in rows if row["size"] is None]:
