@@ -60,7 +60,7 @@ def sized(name: str, pixels: int = 64, **arguments: Any) -> Architecture:
 
 
 THROUGH: tuple[Architecture, ...] = (
-    Architecture("resnet10t"),
+    Architecture("test_resnet"),
     Architecture("mobilenetv2_035"),
     Architecture("mobilenetv3_small_050"),
     Architecture("test_efficientnet"),
@@ -77,6 +77,7 @@ THROUGH: tuple[Architecture, ...] = (
 
 NETWORKS: tuple[Architecture, ...] = (
     *THROUGH,
+    Architecture("resnet10t"),
     Architecture("resnetv2_18"),
     Architecture("regnetx_002"),
     Architecture("repvgg_a0"),
