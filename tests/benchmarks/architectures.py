@@ -60,23 +60,29 @@ def sized(name: str, pixels: int = 64, **arguments: Any) -> Architecture:
 
 
 THROUGH: tuple[Architecture, ...] = (
-    Architecture("resnet10t"),
+    Architecture("test_resnet"),
     Architecture("mobilenetv2_035"),
     Architecture("mobilenetv3_small_050"),
     Architecture("test_efficientnet"),
-    Architecture("regnety_002"),
-    Architecture("ghostnet_050"),
-    Architecture("ese_vovnet19b_slim_dw"),
+    Architecture("test_byobnet"),
     Architecture("test_convnext"),
     Architecture("test_mambaout"),
-    Architecture("mobilevit_xxs"),
-    Architecture("edgenext_xx_small"),
-    sized("vit_tiny_patch16_224", depth=4),
+    Architecture("test_nfnet"),
+    sized("test_vit"),
+    sized("test_coatnet"),
+    Architecture("lcnet_035"),
+    Architecture("ese_vovnet19b_slim_dw"),
 )
-"""Those that go through budget and extraction, too."""
+"""Those that go through budget and extraction, too: small ones, so that each takes a minute at most."""
 
 NETWORKS: tuple[Architecture, ...] = (
     *THROUGH,
+    Architecture("resnet10t"),
+    Architecture("regnety_002"),
+    Architecture("ghostnet_050"),
+    Architecture("mobilevit_xxs"),
+    Architecture("edgenext_xx_small"),
+    sized("vit_tiny_patch16_224", depth=4),
     Architecture("resnetv2_18"),
     Architecture("regnetx_002"),
     Architecture("repvgg_a0"),
@@ -86,9 +92,7 @@ NETWORKS: tuple[Architecture, ...] = (
     Architecture("hgnetv2_b0"),
     Architecture("rexnet_100"),
     Architecture("repghostnet_050"),
-    Architecture("test_nfnet"),
     Architecture("tinynet_e"),
-    Architecture("lcnet_035"),
     Architecture("mobilenetv4_conv_small_035"),
     Architecture("inception_next_atto"),
     Architecture("fasternet_t0"),
@@ -99,14 +103,12 @@ NETWORKS: tuple[Architecture, ...] = (
     sized("efficientformerv2_s0"),
     Architecture("iformer_t"),
     Architecture("pvt_v2_b0"),
-    sized("test_vit"),
     sized("deit_tiny_distilled_patch16_224", depth=4),
     sized("convit_tiny", depth=4, local_up_to_layer=2),
     sized("xcit_nano_12_p16_224", depth=4),
     sized("pit_ti_224"),
     sized("gmlp_ti16_224"),
     sized("eva02_tiny_patch14_224", 56, depth=4),
-    sized("test_coatnet"),
     sized("swin_tiny_patch4_window7_224", window_size=4, embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8)),
 )
 
@@ -213,8 +215,10 @@ def page(rows: Sequence[Mapping[str, Any]], gone: Sequence[Mapping[str, Any]]) -
     lines = [
         "# Architectures that nobody here wrote",
         "",
-        f"Networks of [timm](https://github.com/huggingface/pytorch-image-models) by name ({versions}), small "
-        f"variants, random weights, {EXAMPLES} images. CPU seconds of one thread.",
+        f"Networks of [timm](https://github.com/huggingface/pytorch-image-models) by name ({versions}), with random "
+        f"weights and {EXAMPLES} images of 64 × 64 pixels, so that each takes seconds. They are small variants. Some "
+        "transformers are shortened to four blocks, and `swin_tiny` is narrower, too: `NETWORKS` in "
+        "`tests/benchmarks/architectures.py`. CPU seconds of one thread.",
         "",
         "Made by `make bench-architectures`.",
         "",

@@ -12,8 +12,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from mtz_core.evaluation import outputs_of
 from mtz_core.merging.judging import judge, targets_of
 from mtz_core.merging.walk import trace_task
 from mtz_core.planning.search import BudgetSearch, Candidate
-from mtz_core.retraining import Retraining
+from mtz_core.retraining import Retraining, Targets, original_outputs
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
 from tasks.data.examples import read_images
@@ -41,6 +42,10 @@ SIZES = (0.9, 0.75, 0.5)
 IMAGES = 300
 RETRAINING = RetrainConfig(iterations=80, batch_size=16, validate_every=10, patience=5)
 """As in `examples/real/fleet.yaml`."""
+
+
+Way = Callable[["Case", float], Compressed]
+"""Makes the networks of a group so small."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that are zipped together, and the folder of their inputs."""
+    """Networks that are zipped together.
+
+    Attributes:
+        data: The folder of their inputs.
+        tasks: The networks by name.
+        ways: Ways for this group alone.
+        rates: The learning rates of light retraining that are tried. Where networks that are still good only get worse
+            at the usual one, a lower one is tried, too.
+    """
 
     data: str
     tasks: Mapping[str, Task]
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    rates: tuple[float, ...] = (RETRAINING.learning_rate,)
 
 
 GROUPS: Mapping[str, Group] = {
@@ -71,6 +86,8 @@ GROUPS: Mapping[str, Group] = {
             "expression": Task(partial(face, 7), Output("logits")),
             "landmarks": Task(partial(face, 136), Output("regression", tolerance=0.0089)),
         },
+        {real_page.WEIGHED: lambda case, size: case.weighed(size, {"expression": 1.0, "landmarks": 8.0})},
+        rates=(1e-3, 3e-4),
     ),
     "files": Group(
         "files",
@@ -88,6 +105,7 @@ class Case:
     def __init__(self, group: Group) -> None:
         folder = FOLDER / "data" / group.data
         inputs = {split: read_images(folder, split) for split in ("train", "validation", "test")}
+        self.rates = group.rates
         self.outputs = {task: own.output for task, own in group.tasks.items()}
         self.networks = {task: own.network(task) for task, own in group.tasks.items()}
         self.training = dict.fromkeys(group.tasks, inputs["train"])
@@ -104,16 +122,23 @@ class Case:
         self.targets = targets_of(self.traced, self.test)
 
     @cached_property
-    def search(self) -> BudgetSearch:
-        """Makes plans for all sizes; what is measured of the originals is measured once."""
-        budget = Budget(size=1.0)
-        config = ZipConfig(budget=budget, outputs=self.outputs)
-        traced = {}
+    def measured(self) -> dict[str, Traced]:
+        """The networks with what is measured of them on calibration inputs, once for all plans."""
+        found = {}
         for task, inputs in self.calibration.items():
-            batches = as_batches(inputs, task)
             network = self.traced[task].network
-            traced[task] = Traced.measured(network, batches, config, self.outputs[task])
-        return BudgetSearch(traced, config, budget)
+            found[task] = Traced.measured(network, as_batches(inputs, task), ZipConfig(), self.outputs[task])
+        return found
+
+    def search_with(self, balance: Mapping[str, float] | None = None) -> BudgetSearch:
+        """Makes plans, with what each task loses counted so much."""
+        budget = Budget(size=1.0)
+        return BudgetSearch(self.measured, ZipConfig(budget=budget, outputs=self.outputs, balance=balance), budget)
+
+    @cached_property
+    def search(self) -> BudgetSearch:
+        """Makes plans for all sizes."""
+        return self.search_with()
 
     @cache  # noqa: B019 -- there are two cases, and they live as long as the command
     def candidates(self, size: float) -> list[Candidate]:
@@ -121,12 +146,20 @@ class Case:
         return list(self.search.candidates(size))
 
     def best(self, size: float, names: str = "") -> Candidate:
-        """The best of the plans whose names begin so."""
+        """The best of the plans whose names begin so. Raises `InvalidConfig` if there are none."""
+        if names == DROP and not self.search.planner.reaches(size, "drop"):
+            raise InvalidConfig(f"dropping alone does not reach {100 * size:g} % of the bytes.")
         return self.search.best_of(one for one in self.candidates(size) if one.name.startswith(names))
 
     def planned(self, size: float, names: str = "") -> Compressed:
         """Zipped by this project, by the best of these plans."""
         found = self.search.zip(self.best(size, names).plan)
+        return Compressed(found, found.report.stored_bytes)
+
+    def weighed(self, size: float, balance: Mapping[str, float]) -> Compressed:
+        """Zipped by this project, with the loss of one task counted more than that of another."""
+        search = self.search_with(balance)
+        found = search.zip(search.best(size))
         return Compressed(found, found.report.stored_bytes)
 
     def shared(self) -> Compressed:
@@ -152,16 +185,35 @@ class Case:
                 found[task]["pixels"] = landmark_error(outputs, self.targets[task])
         return found
 
-    def retrain(self, compressed: Compressed) -> int:
-        """Retrain lightly; returns the iterations after which the network was best."""
-        run = Retraining(compressed.zipped, self.networks, self.training, self.validation, RETRAINING)
-        return max(step.iteration for step in list(run.steps()) if step.best)
+    @cached_property
+    def teachers(self) -> Targets:
+        """The originals' outputs for all inputs of light retraining."""
+        return original_outputs(self.networks, self.training, self.validation)
+
+    def retrain(self, compressed: Compressed) -> dict[str, float]:
+        """Retrain lightly, at the learning rate that validates best.
+
+        Returns:
+            This rate, and the iterations after which the network was best.
+        """
+        zipped, data = compressed.zipped, (self.networks, self.training, self.validation)
+        start = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
+        found = []
+        for rate in self.rates:
+            zipped.load_state_dict(start)
+            run = Retraining(zipped, *data, replace(RETRAINING, learning_rate=rate), outputs=self.teachers)
+            best = max((step for step in list(run.steps()) if step.best), key=lambda step: step.iteration)
+            state = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
+            found.append((sum(best.validation_loss.values()), rate, best.iteration, state))
+        _, rate, iteration, state = min(found, key=itemgetter(0))
+        zipped.load_state_dict(state)
+        return {"learning_rate": rate, "best_iteration": iteration}
 
 
 DROP = "drop only"
 """What the names of plans without sharing begin with."""
 
-WAYS: Mapping[str, Callable[[Case, float], Compressed]] = {
+WAYS: Mapping[str, Way] = {
     real_page.OURS: lambda case, size: case.planned(size),
     real_page.DROP: lambda case, size: case.planned(size, DROP),
     "pruned by torch-pruning": lambda case, size: case.pruned(size, "curvature"),
@@ -172,43 +224,41 @@ WAYS: Mapping[str, Callable[[Case, float], Compressed]] = {
 
 OWN_SIZES: Mapping[str, Callable[[Case], Compressed]] = {
     "this project, everything shared": lambda case: case.shared(),
-    "each network rounded to 8 bits": lambda case: rounded(case.networks, case.calibration, 8),
-    "each network rounded to 4 bits": lambda case: rounded(case.networks, case.calibration, 4),
+    real_page.ROUNDED.format(8): lambda case: rounded(case.networks, case.calibration, 8),
+    real_page.ROUNDED.format(4): lambda case: rounded(case.networks, case.calibration, 4),
 }
 """Ways with a size of their own."""
 
 
 def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
     """Measure one group by every way that has not been."""
+    ways = {**WAYS, **GROUPS[name].ways}
     todo: list[tuple[str, float | None, Callable[[], Compressed]]] = [
-        *((way, size, partial(make, case, size)) for way, make in WAYS.items() for size in SIZES),
+        *((way, size, partial(make, case, size)) for way, make in ways.items() for size in SIZES),
         *((way, None, partial(make, case)) for way, make in OWN_SIZES.items()),
     ]
     for way, size, make in todo:
         retrained = retraining and "rounded" not in way
         if records.has(group=name, way=way, size=size, retrained=retrained):
             continue
-        if way == real_page.DROP and size is not None and case.best(size) is case.best(size, DROP):
-            (planned,) = records.where(group=name, way=real_page.OURS, size=size, retrained=retrained)
-            records.add(planned | {"way": way})  # the same plan: the same network
-            continue
+        row: dict[str, Any] = {"group": name, "way": way, "size": size, "retrained": retrained}
         started = time.process_time()
         try:
+            if way == real_page.DROP and size is not None and case.best(size, DROP) is case.best(size):
+                (planned,) = records.where(group=name, way=real_page.OURS, size=size, retrained=retrained)
+                records.add(planned | {"way": way})  # the same plan: the same network
+                continue
             compressed = make()
         except InvalidConfig as error:
+            records.add(row | {"impossible": str(error)})
             print(f"{name}, {way}, {size}: {error}", flush=True)
             continue
-        row: dict[str, Any] = {
-            "group": name,
-            "way": way,
-            "size": size,
-            "retrained": retrained,
-            "seconds": round(time.process_time() - started, 1),
-        }
+        row["seconds"] = round(time.process_time() - started, 1)
         original = sum(own.network.bytes for own in case.traced.values())
         row |= {"bytes": compressed.bytes, "stored": compressed.bytes / original, "before": case.judged(compressed)}
         if retrained:
-            row |= {"best_iteration": case.retrain(compressed), "after": case.judged(compressed)}
+            row |= case.retrain(compressed)
+            row["after"] = case.judged(compressed)
         records.add(row)
         print(f"{name}: {real_page.line(row)}", flush=True)
 
