@@ -23,8 +23,20 @@ SIZES = (109, 2)
 
 
 def counts_examples(program: torch.export.ExportedProgram) -> bool:
-    """Return whether a program for the first batch size may count its examples: it has numbers near a multiple."""
-    numbers: list[float] = []
+    """Return whether a program for the first batch size may count its examples, or take some of them alone.
+
+    It may if it has numbers near a multiple of that size, or constants of such a length, or if it computes something
+    from its input that is not for all examples.
+
+    Args:
+        program: The program.
+
+    Returns:
+        Whether the program for another batch size may be another one.
+    """
+    numbers: list[float] = [size for constant in constants_of(program).values() for size in constant.shape]
+    fed: set[fx.Node] = set()
+    """The nodes that depend on the network's input."""
 
     def note(value: Any) -> Any:
         if isinstance(value, (int, float)) and abs(value) > 2:
@@ -33,9 +45,25 @@ def counts_examples(program: torch.export.ExportedProgram) -> bool:
 
     for node in program.graph.nodes:
         map_aggregate((node.args, node.kwargs), note)
+        if node.name in program.graph_signature.user_inputs or any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+            if not _is_for_all(node.meta.get("val")):
+                return True
         if node.op == "output":
             fx.map_arg(node.args, lambda result: numbers.extend(result.meta["val"].shape[1:]))
     return any((number + 1) % SIZES[0] <= 2 for number in numbers if math.isfinite(number))
+
+
+def _is_for_all(value: Any) -> bool:
+    """Whether values may have an entry for each example of the first batch size."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_for_all(part) for part in value)
+    return not isinstance(value, Tensor) or any(size % SIZES[0] == 0 for size in value.shape)
+
+
+def constants_of(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that a program carries along, beside those of its module."""
+    return {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
 
 
 class ProgramReader:
@@ -67,7 +95,7 @@ class ProgramReader:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the module holds or that its program carries along."""
-        constants = {name: value for name, value in self.programs[0].constants.items() if isinstance(value, Tensor)}
+        constants = constants_of(self.programs[0])
         held = dict(self.module.named_parameters(remove_duplicate=False)) | dict(
             self.module.named_buffers(remove_duplicate=False)
         )
@@ -98,6 +126,13 @@ class ProgramReader:
                 f"{type(self.module).__name__} runs other operators for {SIZES[0]} examples than for {SIZES[1]}. "
                 "Make its forward pass independent of the size of the batch."
             )
+        constants = [constants_of(program) for program in self.programs]
+        for name in constants[0].keys() & constants[1].keys():
+            if not torch.equal(*(own[name] for own in constants)):
+                raise UnsupportedModule(
+                    f"{type(self.module).__name__} makes a tensor from Python numbers that depend on the size of the "
+                    "batch. Make it of the input, as with `x.new_full((len(x),), 1.0)`."
+                )
         nodes: list[Node] = []
         for a, b in pairs:
             if a.op == "placeholder":
@@ -247,7 +282,9 @@ class ProgramReader:
         if a != b and not (a != a and b != b):
             if not isinstance(a, int):
                 raise self._unsupported(node, "it computes with the size of the batch")
-            slope = (b - a) // (SIZES[1] - SIZES[0])
+            slope, rest = divmod(b - a, SIZES[1] - SIZES[0])
+            if rest:
+                raise self._unsupported(node, "it computes with the size of the batch")
             return {"batch": [slope, a - slope * SIZES[0]]}
         return a
 

@@ -112,9 +112,16 @@ def _label(found: Labelling, node: Node, state: Mapping[str, Tensor], trainable:
 
     Raises:
         NotUnderstood: If no rule covers the operator, or how it is used.
+        UnsupportedModule: If there are fewer values for one example than for several.
     """
     if node.kind == GETITEM:
-        return found.values[node.sources[0]][node.arguments["index"]]
+        parts, index = found.values[node.sources[0]], node.arguments["index"]
+        if index >= len(parts):
+            raise UnsupportedModule(
+                f"{node.module or 'the network itself'!r}: the batch is split, and of one example there is no part "
+                f"number {index}. Make the forward pass independent of the size of the batch."
+            )
+        return parts[index]
     if operator(node.kind)._schema.is_mutable:
         raise NotUnderstood("it writes into its operands")
     arguments = _given(found, node, state, trainable)

@@ -14,11 +14,12 @@ from torch.export import ExportedProgram
 from mtz_core.network.writing import write_out_of_place
 
 
-def rewrite(program: ExportedProgram) -> ExportedProgram:
+def rewrite(program: ExportedProgram, keeps_one: bool = False) -> ExportedProgram:
     """Rewrite an exported program; it computes the same.
 
     Args:
         program: The program, which may change.
+        keeps_one: Whether it is to keep the axis of the examples where there is but one, whatever it squeezes.
 
     Returns:
         The program without regions, without `einsum` where that is a product of matrices, and without writing into
@@ -29,6 +30,8 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
     _inline_regions(program.graph_module)
     write_out_of_place(program)
     _spell_out_products(program)
+    if keeps_one:
+        _name_squeezed_axes(program)
     return program
 
 
@@ -76,6 +79,14 @@ def _inline_regions(module: fx.GraphModule) -> None:
         graph.erase_node(node)
         if not body.users:
             graph.erase_node(body)
+
+
+def _name_squeezed_axes(program: ExportedProgram) -> None:
+    """Have operators that squeeze all axes of one entry name those, among which the axis of the examples is not."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.default):
+        shape = node.args[0].meta["val"].shape
+        node.target = torch.ops.aten.squeeze.dims
+        node.args = (node.args[0], [axis for axis, size in enumerate(shape) if size == 1])
 
 
 def path_of(node: fx.Node) -> str:

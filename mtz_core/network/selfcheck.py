@@ -51,10 +51,7 @@ def check(
     Raises:
         UnsupportedModule: If the outputs differ. The message names the neuron group at fault.
     """
-    same = _run(network, analysis, examples, {})
-    differs = _distance(same, mapped(Tensor.cpu, expected))
-    if differs > TOLERANCE:
-        _check_in_double(network, analysis, examples, same, differs, in_double)
+    same = compare(network, analysis, examples, expected, in_double)
     generator = np.random.default_rng(0)
     permutations = {
         group.name: _permutation(analysis.classes[group.name], generator)
@@ -74,6 +71,45 @@ def check(
         f"the neurons of group {name!r} are not interchangeable: permuting them in all layers that write and read "
         f"them changes the output. Something between those layers treats them differently; list it, or its module, "
         f"under `keep_separate`. Between them are {_between(network, analysis, name)}."
+    )
+
+
+@torch.no_grad()
+def compare(
+    network: Network, analysis: Analysis, examples: Batch, expected: Batch, in_double: InDouble | None = None
+) -> Batch:
+    """Compare the graph with the module.
+
+    Args:
+        network: The traced network.
+        analysis: Its analysis.
+        examples: A batch of inputs.
+        expected: The module's outputs for these inputs.
+        in_double: Computes them in double precision.
+
+    Returns:
+        The graph's outputs.
+
+    Raises:
+        UnsupportedModule: If they differ from the module's.
+    """
+    try:
+        same = _run(network, analysis, examples, {})
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:  # another number of examples is one of its sizes
+        raise UnsupportedModule(_other(examples)) from error
+    differs = _distance(same, mapped(Tensor.cpu, expected))
+    if differs > TOLERANCE:
+        _check_in_double(network, analysis, examples, same, differs, in_double)
+    return same
+
+
+def _other(examples: Batch) -> str:
+    """The error that a graph is not its module, in words."""
+    count = "one example" if len(examples) == 1 else f"{len(examples)} examples"
+    return (
+        f"for {count} the traced network does not compute what the module does. Its forward pass depends on how many "
+        "there are, or has effects that torch.export does not see. Write it differently, or leave this network out of "
+        "the group."
     )
 
 
@@ -101,10 +137,7 @@ def _check_in_double(
     again = _run(network, analysis, examples, {})
     told = wide is not None and not any(_to_single(node) for node in network.graph.nodes)
     if told or differs > ROUNDING * rounding or _distance(again, same) > TOLERANCE:
-        raise UnsupportedModule(
-            "the traced network does not compute what the module does. Its forward pass has effects that torch.export "
-            "does not see; leave this network out of the group."
-        )
+        raise UnsupportedModule(_other(examples))
     if rounding > MEASURABLE:
         raise UnsupportedModule(
             f"rounding alone changes the outputs of this network by {100 * rounding:.2g} %, and the module does not "

@@ -47,7 +47,7 @@ from mtz_core.network.groups import analyse, remember
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
 from mtz_core.network.rewriting import rewrite
-from mtz_core.network.selfcheck import TOLERANCE, InDouble, check, distance
+from mtz_core.network.selfcheck import TOLERANCE, InDouble, check, compare, distance
 
 CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
@@ -88,8 +88,11 @@ def trace(
     _check_weights(module)
     with evaluation_mode(module), _buffers_kept(module), _plain_attention(), _without_stack_traces():
         examples, expected, form = _accepted(module, example)
+        alone = _alone(module, examples)
+        independent = _is_independent(module, examples, expected)
+        keeps_one = alone is None or _same_form(alone, expected)
         with nullcontext() if form == 0 else _returning_tensors(module):
-            programs = _exported(module, examples, expected)
+            programs = _exported(module, examples, independent, keeps_one)
     reader = ProgramReader(module, programs, tuple(inputs_of(examples)), (tuple(expected), form))
     nodes, output = reader.nodes()
     nodes = _reachable(nodes, output)
@@ -103,8 +106,12 @@ def trace(
     state = {name: program.state[name] for name in program.state if name in used}
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
     passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
-    in_double = partial(_in_double, module, examples)
-    network = _analysed(program, example, passing, unused, examples, one_or_named(expected), in_double)
+    references = [
+        (given, one_or_named(found), partial(_in_double, module, given))
+        for given, found in ((examples, expected), (examples[:1], alone))
+        if found is not None
+    ]
+    network = _analysed(program, example, passing, unused, references)
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
     return network
@@ -115,9 +122,7 @@ def _analysed(
     example: Batch,
     non_persistent: frozenset[str],
     unused: Mapping[str, int],
-    examples: Batch,
-    expected: Batch,
-    in_double: InDouble,
+    references: Sequence[tuple[Batch, Batch, InDouble]],
 ) -> Network:
     """Find the neuron groups, and check them.
 
@@ -129,9 +134,7 @@ def _analysed(
         example: A batch of its inputs.
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
         unused: The parameters that are no part of the network, and their bytes.
-        examples: The inputs to check with.
-        expected: The module's outputs for them.
-        in_double: Computes these in double precision.
+        references: Inputs to check with, the module's outputs for them, and what computes these in double precision.
 
     Returns:
         The network.
@@ -145,11 +148,13 @@ def _analysed(
         analysis = analyse(nodes, program.output, *entry)
         network = Network(analysis.graph, *entry, non_persistent, unused=unused)
         try:
-            check(network, analysis, examples, expected, in_double)
+            check(network, analysis, *references[0])
             break
         except UnsupportedModule:
             if nodes == opaque:
                 raise
+    for reference in references[1:]:
+        compare(network, analysis, *reference)
     remember(network, analysis)
     return network
 
@@ -285,19 +290,31 @@ def _returning_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _exported(
-    module: nn.Module, examples: Batch, expected: Mapping[str, Tensor]
+    module: nn.Module, examples: Batch, independent: bool, keeps_one: bool
 ) -> tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]:
-    """Export a module for the batch sizes `SIZES`; for the first alone if its program is right for all."""
+    """Export a module for the batch sizes `SIZES`; for the first alone if its program is right for all.
+
+    Args:
+        module: The module.
+        examples: A batch of its inputs.
+        independent: Whether it computes the same for an example, whatever others there are.
+        keeps_one: Whether its outputs keep the axis of the examples where there is but one.
+
+    Returns:
+        Both programs, or the first one twice.
+    """
     several, few = SIZES
+    export = partial(_export, module, keeps_one=keeps_one)
     # Of examples to export with, only the shape matters.
-    first = _export(module, mapped(lambda own: own.new_empty((several, *own.shape[1:])), examples))
-    if _is_independent(module, examples, expected, few) and not counts_examples(first):
+    first = export(mapped(lambda own: own.new_empty((several, *own.shape[1:])), examples))
+    if independent and not counts_examples(first):
         return first, first
-    return first, _export(module, mapped(torch.clone, examples[:few]))
+    return first, export(mapped(torch.clone, examples[:few]))
 
 
-def _is_independent(module: nn.Module, examples: Batch, expected: Mapping[str, Tensor], count: int) -> bool:
+def _is_independent(module: nn.Module, examples: Batch, expected: Mapping[str, Tensor]) -> bool:
     """Whether a module computes the same for the first examples where there are no others."""
+    count = SIZES[1]
     try:
         found, _ = _outputs(module, examples[:count])
     except (InvalidCalibration, UnsupportedModule):
@@ -306,7 +323,20 @@ def _is_independent(module: nn.Module, examples: Batch, expected: Mapping[str, T
     return distance(found, first) <= TOLERANCE
 
 
-def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:
+def _alone(module: nn.Module, examples: Batch) -> dict[str, Tensor] | None:
+    """A module's outputs for the first example without others; None if it needs several."""
+    try:
+        return _outputs(module, examples[:1])[0]
+    except (InvalidCalibration, UnsupportedModule):
+        return None
+
+
+def _same_form(alone: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether outputs for one example have as many axes as those for several."""
+    return alone.keys() == expected.keys() and all(own.ndim == expected[name].ndim for name, own in alone.items())
+
+
+def _export(module: nn.Module, examples: Batch, keeps_one: bool) -> torch.export.ExportedProgram:
     _forget(module)
     try:
         with warnings.catch_warnings():  # some modules set their weights anew in every forward pass
@@ -320,7 +350,7 @@ def _export(module: nn.Module, examples: Batch) -> torch.export.ExportedProgram:
         ) from error
     finally:
         _forget(module)
-    return rewrite(program)
+    return rewrite(program, keeps_one)
 
 
 def _forget(module: nn.Module) -> None:

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtz_core.batches import opened, tensors_of
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
 from mtz_core.network.graph import INPUT, LayerGraph, run
+from mtz_core.network.selfcheck import distance
 from mtz_core.network.tracing import trace
 from tests.support.networks import CASES, Case, Functional, hidden_layers, mlp
 from tests.support.written import Apply, Written, assert_runs_as
@@ -39,6 +41,7 @@ def test_the_number_of_examples_makes_no_difference() -> None:
     assert_same(one, seven)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("forward", "exports"),
     [
@@ -49,8 +52,14 @@ def test_the_number_of_examples_makes_no_difference() -> None:
             2,
         ),  # looks like a number of examples, and is none
         (lambda m, x: m.second(torch.cat([torch.relu(m.first(x)), x[: len(x) - 1]])[: len(x)]), 2),
+        (lambda m, x: (m.second(x), m.first(x)), 1),
+        (lambda m, x: m.second(m.first(x) + 0 * x[:1]), 2),
+        (lambda m, x: m.second(m.first(x) + torch.zeros(109)[:4]), 2),
     ],
-    ids=["no number", "of examples", "of outputs", "of examples less one"],
+    ids=[
+        *("no number", "of examples", "of outputs", "of examples less one", "several outputs", "of one example alone"),
+        "of a constant",
+    ],
 )
 def test_a_module_is_exported_again_only_where_it_may_count_examples(
     forward: Callable[[Any, Tensor], Tensor], exports: int, monkeypatch: pytest.MonkeyPatch
@@ -63,7 +72,9 @@ def test_a_module_is_exported_again_only_where_it_may_count_examples(
 
     monkeypatch.setattr(torch.export, "export", counted)
     module = Written(forward)
-    assert_runs_as(module, trace(module, torch.randn(3, 4)), (4,))
+    network, x = trace(module, torch.randn(3, 4)), torch.randn(5, 4)
+    found, expected = run(network.graph, network.state, x), opened(module(x))[0]
+    assert distance(tensors_of(found), expected) < 1e-6
     assert len(sizes) == len({*sizes}) == exports
 
 
@@ -145,7 +156,31 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a summand that grows with half the batch": (
         lambda: Written(lambda m, x: m.second(m.first(x)) + len(x) // 2),
-        r"does not compute what the module does",
+        r"computes with the size of the batch",
+    ),
+    "other operators for one example": (
+        lambda: Written(lambda m, x: m.second(m.first(x).relu() if len(x) > 1 else m.first(x).tanh())),
+        r"for one example the traced network does not compute what the module does",
+    ),
+    "other operators for many examples": (
+        lambda: Written(lambda m, x: m.second(m.first(x).relu() if len(x) > 8 else m.first(x).tanh())),
+        r"for 5 examples the traced network does not compute what the module does",
+    ),
+    "pieces of a fixed number of examples": (
+        lambda: Written(lambda m, x: torch.cat([m.second(m.first(part).relu()) for part in x.split(64)])),
+        r"runs other operators for 109 examples than for 2",
+    ),
+    "slices of a fixed number of examples": (
+        lambda: Written(lambda m, x: torch.cat([m.second(m.first(x[i : i + 50])) for i in range(0, len(x), 50)])),
+        r"runs other operators for 109 examples than for 2",
+    ),
+    "a batch in two parts": (
+        lambda: Written(lambda m, x: torch.cat([m.second(m.first(part).relu()) for part in x.chunk(2)])),
+        r"the batch is split, and of one example there is no part number 1.*independent of the size of the batch",
+    ),
+    "a tensor with a number for each example": (
+        lambda: Written(lambda m, x: m.second(m.first(x)) * torch.tensor([2.0] * len(x))[:, None]),
+        r"tensor from Python numbers that depend on the size of the batch. Make it of the input, as with `x\.new_full",
     ),
     "random values": (
         lambda: Written(lambda m, x: m.second(m.first(x) + torch.randn(4))),
@@ -320,6 +355,14 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a bare layer": (lambda: nn.Linear(4, 3), ["linear"]),
     "a squeeze": (
         lambda: Written(lambda m, x: m.second(m.first(x[:, :, None].transpose(1, 2)).squeeze())),
+        ["first", "second"],
+    ),
+    "a squeeze that spares a single example": (
+        lambda: Written(lambda m, x: m.second(h if (h := m.first(x[:, None]).squeeze()).ndim > 1 else h[None])),
+        ["first", "second"],
+    ),
+    "a tensor of a number for each example": (
+        lambda: Written(lambda m, x: m.second(m.first(x)) * x.new_full((len(x),), 2.0)[:, None]),
         ["first", "second"],
     ),
 }
