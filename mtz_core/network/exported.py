@@ -58,7 +58,7 @@ def _is_for_all(value: Any) -> bool:
     """Whether values may have an entry for each example of the first batch size."""
     if isinstance(value, (list, tuple)):
         return all(_is_for_all(part) for part in value)
-    return not isinstance(value, Tensor) or any(size % SIZES[0] == 0 for size in value.shape)
+    return not isinstance(value, Tensor) or any(isinstance(size, int) and size % SIZES[0] == 0 for size in value.shape)
 
 
 def constants_of(program: torch.export.ExportedProgram) -> dict[str, Tensor]:

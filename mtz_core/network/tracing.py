@@ -242,12 +242,14 @@ def _outputs(module: nn.Module, examples: Batch) -> tuple[dict[str, Tensor], For
         tensors, form = opened(output)
     except UnsupportedModule as error:
         raise UnsupportedModule(f"{type(module).__name__}: {error}") from error
-    for name, tensor in tensors.items() if form != 0 else ():
-        if not tensor.is_floating_point() or not tensor.ndim or len(tensor) != len(examples):
+    for name, tensor in tensors.items():
+        for_each = bool(tensor.ndim) and len(tensor) == len(examples)
+        squeezed = form == 0 and len(examples) == 1
+        if not (for_each or squeezed) or (form != 0 and not tensor.is_floating_point()):
             raise UnsupportedModule(
-                f"{type(module).__name__}: its output {name!r} has shape {list(tensor.shape)} and dtype {tensor.dtype} "
-                f"for {len(examples)} examples, not numbers for each. If it is a loss, leave labels out of the inputs; "
-                "otherwise wrap the network in a module that leaves it out."
+                f"{type(module).__name__}: its output{f' {name!r}' if name else ''} has shape {list(tensor.shape)} and "
+                f"dtype {tensor.dtype} for {len(examples)} examples, not numbers for each. If it is a loss, leave "
+                "labels out of the inputs; otherwise wrap the network in a module that leaves it out."
             )
     if not tensors:
         raise UnsupportedModule(f"{type(module).__name__} returns no tensor but {type(output).__name__}.")

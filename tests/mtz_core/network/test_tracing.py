@@ -128,6 +128,13 @@ def parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=value.is_floating_point() or value.is_complex())
 
 
+def written_by_a_mask(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    h[h < 0] *= 0.1
+    out: Tensor = m.second(h)
+    return out
+
+
 REMEDIES = r"Register what it does to neurons \(mtz_core\.register_operation\).*keep_separate"
 SEPARATE = r"\. List .*under `keep_separate` to leave it task-specific"
 
@@ -284,6 +291,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "counting calls": (
         lambda: Written(lambda m, x: (m.seen.add_(1), m.second(m.first(x)))[1], seen=torch.zeros(())),
         r"add_.*changes a tensor in place",
+    ),
+    "writing into as many values as the data say": (
+        lambda: Written(written_by_a_mask),
+        r"ge> cannot be zipped: it is no operator of ATen",
+    ),
+    "a loss alone": (
+        lambda: Written(lambda m, x: m.second(m.first(x)).mean()),
+        r"its output has shape \[\].*for 5 examples, not numbers for each.*leave labels out",
+    ),
+    "a mean over examples": (
+        lambda: Written(lambda m, x: m.second(m.first(x)).mean(0)),
+        r"its output has shape \[4\].*for 5 examples, not numbers for each",
     ),
     "writing into an output argument": (
         lambda: Written(lambda m, x: m.second(torch.add(h := m.first(x), 1, out=h))),
