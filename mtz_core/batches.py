@@ -217,19 +217,26 @@ def opened(output: Any) -> tuple[dict[str, Tensor], Form]:
     """
     tensors: dict[str, Tensor] = {}
 
+    def below(path: str, key: str | int) -> str:
+        return f"{path}.{key}" if path else str(key)
+
     def form(value: Any, path: str) -> Form:
         if value is None:
             return None
-        if isinstance(value, Tensor) and path not in tensors:
+        if isinstance(value, Tensor):
+            if path in tensors:
+                raise UnsupportedModule(
+                    f"two of its outputs would be called {path!r}. Wrap the network in a module that names them apart."
+                )
             tensors[path] = value
             return len(tensors) - 1
         if is_dataclass(value) and not isinstance(value, (Mapping, type)):
             value = {own.name: getattr(value, own.name) for own in fields(value)}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return ["dict", *([key, form(own, f"{path}.{key}".lstrip("."))] for key, own in value.items())]
+            return ["dict", *([key, form(own, below(path, key))] for key, own in value.items())]
         if isinstance(value, (tuple, list)):
             kind = "tuple" if isinstance(value, tuple) else "list"
-            return [kind, *(form(own, f"{path}.{number}".lstrip(".")) for number, own in enumerate(value))]
+            return [kind, *(form(own, below(path, number)) for number, own in enumerate(value))]
         raise UnsupportedModule(
             f"its output{f' {path!r}' if path else ''} is a {type(value).__name__}, not tensors in tuples, lists or "
             "dicts. Switch it off, or wrap the network in a module that leaves it out."

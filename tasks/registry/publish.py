@@ -1,5 +1,6 @@
 """Registration of releases and studies with MLflow."""
 
+import re
 import shutil
 import sys
 import tempfile
@@ -133,13 +134,22 @@ def record_study(settings: TrackingSettings, home: Path, store: Storage, study: 
             return False
         mlflow.set_tracking_uri(tracking_uri(settings, home))
         with mlflow.start_run(experiment_id=experiment, run_name=study.name, tags=tags, log_system_metrics=False):
-            mlflow.log_params(dict(study.parameters))
+            mlflow.log_params(_allowed(study.parameters))
             for step, values in study.metrics:
-                mlflow.log_metrics(dict(values), step=step)
+                mlflow.log_metrics(_allowed(values), step=step)
             mlflow.log_table(_by_column(study.table), artifact_file="table.json")
             for file in study.files.values():
                 mlflow.log_artifact(str(file))
     return True
+
+
+_NOT_ALLOWED = re.compile(r"[^/\w.\- :]|(?<=/)/")
+"""What MLflow does not allow in the names of parameters and metrics; those of outputs and layers may have anything."""
+
+
+def _allowed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by names that MLflow allows: other characters are written as their codes."""
+    return {_NOT_ALLOWED.sub(lambda found: f"_{ord(found[0]):x}_", name): value for name, value in values.items()}
 
 
 def _by_column(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
@@ -174,14 +184,14 @@ def _log(mlflow: Any, release: Release) -> None:
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.data.meta_dataset import MetaDataset
 
-    mlflow.log_params(dict(release.parameters))
-    mlflow.log_metrics(dict(release.metrics))
+    mlflow.log_params(_allowed(release.parameters))
+    mlflow.log_metrics(_allowed(release.metrics))
     for row in release.learning_curve:
         values = {f"retrain/{name}": value for name, value in row.items() if name != "step"}
-        mlflow.log_metrics(values, step=int(row["step"]))
+        mlflow.log_metrics(_allowed(values), step=int(row["step"]))
     for layer in release.layers:
         numbers = {name: value for name, value in layer.items() if isinstance(value, int | float)}
-        mlflow.log_metrics({f"layers/{layer['layer']}/{name}": value for name, value in numbers.items()})
+        mlflow.log_metrics(_allowed({f"layers/{layer['layer']}/{name}": value for name, value in numbers.items()}))
     mlflow.log_table(_by_column(release.layers), artifact_file="layers.json")
     for task, path in release.data_paths.items():
         with warnings.catch_warnings(action="ignore"):  # warns that a path can be several kinds of local source

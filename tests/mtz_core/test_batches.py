@@ -159,6 +159,7 @@ OUTPUTS: dict[str, tuple[Any, list[str]]] = {
     "list with nothing": ([A, None], ["0"]),
     "dict": ({"y": A, "z": B}, ["y", "z"]),
     "nested": ({"y": (A, [B, None]), "z": {"w": A}}, ["y.0", "y.1.0", "z.w"]),
+    "dots": ({".y": A, "..": [B]}, [".y", "...0"]),
     "nothing": (None, []),
 }
 
@@ -181,12 +182,17 @@ def test_records_become_dicts(output: Any) -> None:
 
 @pytest.mark.parametrize(
     "output",
-    [{"y": A, "cache": object()}, {0: A}, "text", {"a.b": A, "a": {"b": A}}],
-    ids=["object", "key", "text", "paths"],
+    [{"y": A, "cache": object()}, {0: A}, "text"],
+    ids=["object", "key", "text"],
 )
 def test_other_outputs_are_refused(output: Any) -> None:
     with pytest.raises(UnsupportedModule, match=r"its output.*not tensors in tuples, lists or dicts"):
         opened(output)
+
+
+def test_outputs_of_one_name_are_refused() -> None:
+    with pytest.raises(UnsupportedModule, match=r"two of its outputs would be called 'a\.b'"):
+        opened({"a.b": A, "a": {"b": A}})
 
 
 def test_the_only_tensor_of_an_output_stands_for_it() -> None:

@@ -78,6 +78,30 @@ def test_a_version_says_where_it_comes_from(
     assert artifacts == ["dvc.lock", "layers.json", "plots/layers.csv"]
 
 
+def test_outputs_and_layers_may_have_any_name(
+    registry: Registry, home: Path, store: Storage, release: Release, client: Any
+) -> None:
+    named = dataclasses.replace(
+        release,
+        parameters={"models.a.metric.p(x)": "error", "models.a.metric.ä b": "error"},
+        metrics={"a.p(x)/examples": 1.0, "a.p{x}/examples": 2.0, "a.b//c/examples": 3.0, "a.ä b/examples": 4.0},
+        layers=[{"layer": "conv+norm", "kind": "Linear", "shared": 12, "cost": 0.25}],
+    )
+    number = publish.register_release(registry, home, store, named)
+    run = client.get_run(client.get_model_version(release.model, str(number)).run_id)
+    assert run.data.params == {"models.a.metric.p_28_x_29_": "error", "models.a.metric.ä b": "error"}
+    assert (
+        run.data.metrics.items()
+        >= {
+            "a.p_28_x_29_/examples": 1.0,
+            "a.p_7b_x_7d_/examples": 2.0,
+            "a.b/_2f_c/examples": 3.0,
+            "a.ä b/examples": 4.0,
+            "layers/conv_2b_norm/shared": 12.0,
+        }.items()
+    )
+
+
 def test_a_network_of_texts_is_served_tokens(
     registry: Registry, home: Path, store: Storage, release: Release, client: Any, tmp_path: Path
 ) -> None:
