@@ -209,8 +209,8 @@ def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tenso
         remedy = "Check that the calibration data are meant for this network."
         if isinstance(module, fx.GraphModule):
             remedy += (
-                " A program must be exported for any number of examples, with dynamic_shapes=({0: Dim('batch')},), and "
-                "is given several inputs as it was when it was exported: a tuple by position, a dict by name."
+                f" {_ANY_NUMBER}, and is given several inputs as it was when it was exported: a tuple by position, a "
+                "dict by name."
             )
         raise InvalidCalibration(
             f"{type(module).__name__} does not accept an input of {_in_words(example)}: {error} {remedy}"
@@ -345,10 +345,14 @@ def _export(module: nn.Module, examples: Batch, keeps_one: bool) -> torch.export
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
             program = torch.export.export(module, *arguments_of(examples), strict=False)
     except Exception as error:
-        raise UnsupportedModule(
-            f"{type(module).__name__} cannot be exported by torch.export: {_first_line(error)} "
-            "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "
+        remedy = (
+            f"{_ANY_NUMBER}."
+            if isinstance(module, fx.GraphModule)
+            else "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "
             "network out of the group."
+        )
+        raise UnsupportedModule(
+            f"{type(module).__name__} cannot be exported by torch.export: {_first_line(error)} {remedy}"
         ) from error
     finally:
         _forget(module)
@@ -370,6 +374,8 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
+
+_ANY_NUMBER = "A program must be exported for any number of examples, with dynamic_shapes=({0: Dim('batch')},)"
 
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 """Names that parts of a module built from a graph cannot have."""

@@ -81,8 +81,8 @@ def _name(node: fx.Node) -> str:
     return "" if schema is None else str(schema.name).removeprefix("aten::")
 
 
-def _aliases(node: fx.Node, without: fx.Node) -> list[fx.Node]:
-    """All nodes whose values share memory with a node's, in order, except those that derive from another one."""
+def _aliases(node: fx.Node, without: fx.Node | None = None) -> list[fx.Node]:
+    """All nodes whose values share memory with a node's, in order; without those that derive from another one."""
     root = node
     while (before := _viewed(root)) is not None:
         root = before
@@ -202,7 +202,7 @@ def _replace(node: Any, inputs: set[str]) -> None:
             assert put is not None
             whole = put(new, step, _parent(step), whole)
             whole.meta["val"] = _parent(step).meta["val"]
-        current = {written: value, root: whole}
+        current = {root: whole}
 
         def renew(view: Any) -> fx.Node:
             if view not in current:
@@ -211,6 +211,9 @@ def _replace(node: Any, inputs: set[str]) -> None:
                 current[view] = graph.node_copy(view, lambda argument: renewed.get(argument, argument))
             return current[view]
 
+        if any(_writes(other) and node < other for other in _aliases(root)):
+            value = renew(written)  # a view again, that what is written next is seen in
+        current[written] = value
         for other in family:
             if any(node < user for user in other.users):
                 renew(other)

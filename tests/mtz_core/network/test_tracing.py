@@ -531,6 +531,13 @@ def test_an_exported_program_of_one_batch_size_is_refused() -> None:
         trace(program(Written(lambda m, x: m.second(m.first(x)))), torch.randn(3, 4))
 
 
+def test_an_exported_program_of_some_batch_sizes_is_refused() -> None:
+    sizes: Any = {"dynamic_shapes": ({0: torch.export.Dim("batch", max=64)},)}
+    module = program(Written(lambda m, x: m.second(m.first(x))), **sizes)
+    with pytest.raises(UnsupportedModule, match=r"64 A program must be exported for any number of examples, with"):
+        trace(module, torch.randn(3, 4))
+
+
 def test_parameters_that_no_output_depends_on_are_left_out() -> None:
     module = Written(lambda m, x: m.second(m.first(x)), aside=nn.Linear(4, 3), scale=nn.Parameter(torch.ones(2)))
     network, whole = (

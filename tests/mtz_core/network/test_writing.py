@@ -65,6 +65,25 @@ def read_an_old_alias(m: Written, x: Tensor) -> Tensor:
     return out
 
 
+def write_a_part_and_then_all(m: Written, x: Tensor) -> Tensor:
+    hidden = m.first(x)
+    part = hidden[:, 1:3]
+    part += 1.5
+    hidden *= 0.5
+    out: Tensor = m.second(hidden) + part.sum(1, keepdim=True)
+    return out
+
+
+def write_a_piece_and_its_parts(m: Written, x: Tensor) -> Tensor:
+    hidden = m.first(x)
+    piece = hidden.chunk(2, 1)[1]
+    piece.relu_()
+    hidden[:, 2] += 1
+    piece.mul_(2)
+    out: Tensor = m.second(hidden) + piece.sum(1, keepdim=True)
+    return out
+
+
 def write_through_a_transpose(m: Written, x: Tensor) -> Tensor:
     view = m.first(x).t()
     view.mul_(2)
@@ -213,6 +232,8 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "zero": in_place(lambda h: h[:, 1:].zero_()),
     "masked": in_place(lambda h: h[:, 1:].masked_fill_(h[:, 1:] < 0, 0.5)),
     "an old view": lambda: Written(read_an_old_view),
+    "a part and then all": lambda: Written(write_a_part_and_then_all),
+    "a piece and its parts": lambda: Written(write_a_piece_and_its_parts),
     "an old alias": lambda: Written(read_an_old_alias),
     "new zeros": lambda: Written(write_into_new_zeros),
     "an alias of dropout": lambda: Written(write_into_an_alias_of_dropout),
