@@ -208,7 +208,8 @@ def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tenso
                 "is given several inputs as it was when it was exported: a tuple by position, a dict by name."
             )
         raise InvalidCalibration(
-            f"{type(module).__name__} does not accept an input of {_in_words(example)}: {error} {remedy}"
+            f"{type(module).__name__} does not accept an input of {_in_words(example)}: {str(error).rstrip('.')}. "
+            f"{remedy}"
         ) from error
 
 
