@@ -204,9 +204,9 @@ def test_an_output_may_have_the_name_of_a_field() -> None:
         ({"tolerance": "logits", "other": None}, {"tolerance": logits}),
         ({"kind": "regression", "tolerance": None, "weight": 2.0}, numbers),
     ):
-        assert ZipConfig(outputs={"a": given}).outputs == {"a": expected}  # type: ignore[dict-item]
+        assert ZipConfig(outputs={"a": given}).outputs == {"a": expected}
     with pytest.raises(InvalidConfig, match=r"is no declaration\. Allowed: \{kind: …"):
-        ZipConfig(outputs={"a": {"kind": "regression", "tolerence": 0.5}})  # type: ignore[dict-item]
+        ZipConfig(outputs={"a": {"kind": "regression", "tolerence": 0.5}})
 
 
 @each
