@@ -338,7 +338,8 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     least = 1 + _SURE**2 / count
     centre = (share + _SURE**2 / (2 * count)) / least
     reach = _SURE * sqrt(max(share * (1 - share), 0.0) / count + _SURE**2 / (4 * count**2)) / least
-    return max(centre - reach, 0.0), min(centre + reach, 1.0)
+    low, high = max(centre - reach, 0.0), min(centre + reach, 1.0)
+    return 0.0 if share <= 0 else low, 1.0 if share >= 1 else high  # exactly, where rounding leaves 2e-17
 
 
 def check_labels(labels: Shaped[Tensor, "..."], examples: int, classes: int, task: str) -> None:

@@ -147,6 +147,11 @@ def zip_networks(
     budget = config.budget
     floor = budget is not None and budget.floor is not None
     steps = _Steps(on_progress)
+    for name, given in (("networks", networks), ("calibration", calibration)):
+        if not isinstance(given, Mapping):
+            raise InvalidConfig(
+                f"{name} is a {type(given).__name__}. Give a dict by task, as {{'digits': …, 'fashion': …}}."
+            )
     for task in networks:
         check_task_name(task)
     if set(networks) != set(calibration):

@@ -94,13 +94,33 @@ class Output:
 
 _OUTPUT_FIELDS = frozenset({"kind", "tolerance", "weight"})
 
+
+def names_outputs(given: Mapping[Any, Any]) -> bool:
+    """Whether a mapping declares several outputs by name; otherwise it declares one, as ``{kind: …, …}``.
+
+    An output may be called ``kind``, ``tolerance`` or ``weight``. If such a name stands alone, the mapping says by a
+    value that is a declaration itself, as ``{"kind": {"kind": "logits"}}``, that it is meant.
+
+    Args:
+        given: What is declared of a network's outputs.
+
+    Returns:
+        Whether its keys are names of outputs.
+    """
+    if not given.keys() & _OUTPUT_FIELDS:
+        return True
+    if any(isinstance(own, (Output, Mapping)) for own in given.values()):
+        return True
+    return not given.keys() <= _OUTPUT_FIELDS and all(own is None or own in KINDS for own in given.values())
+
+
 Outputs = Output | Mapping[str, Output]
 """What a network puts out: one output, or several by name."""
 
 
 def _declared(given: Any) -> Outputs | None:
     """Take what is declared of a network's outputs: of one, or of each by its name."""
-    if isinstance(given, Mapping) and given and not given.keys() & _OUTPUT_FIELDS:
+    if isinstance(given, Mapping) and given and names_outputs(given):
         found = {str(name): Output.declared(own) for name, own in given.items()}
         return {name: own for name, own in found.items() if own is not None}
     return Output.declared(given)

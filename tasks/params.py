@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
-from mtz_core.settings import METRIC_NAMES, Budget, Kind, Output, RetrainConfig, ZipConfig
+from mtz_core.settings import METRIC_NAMES, Budget, Kind, Output, RetrainConfig, ZipConfig, names_outputs
 
 
 class InvalidParams(MtzError):
@@ -140,7 +140,7 @@ class OutputParams(_Block):
 def _form(given: object) -> str:
     """Say in which form an output is declared: its kind, a block, or blocks by name."""
     if isinstance(given, Mapping):
-        return "[block]" if given.keys() & OutputParams.model_fields.keys() else "[names]"
+        return "[names]" if names_outputs(given) else "[block]"
     return "[block]" if isinstance(given, OutputParams) else "[kind]"
 
 
@@ -530,7 +530,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise InvalidParams(f"{path}: {error.strerror}. Name the file to read, or restore it.") from error
+        raise InvalidParams(
+            f"{path}: {error.strerror}. Name the file to read, or run mtz in the folder of the project."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidParams(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):

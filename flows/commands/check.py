@@ -89,7 +89,8 @@ def check_all(
 
     declared, plans = check_project(request)
     project, home, shared = request.project, request.home, declared.common()
-    on_progress(f"fleet '{declared.name}': {len(plans)} groups ({', '.join(plan.name for plan in plans)})")
+    groups = f"{len(plans)} group{'' if len(plans) == 1 else 's'}"
+    on_progress(f"fleet '{declared.name}': {groups} ({', '.join(plan.name for plan in plans)})")
     if declared.file.auto is not None:
         on_progress(f"to be grouped: {', '.join(declared.file.free_models())}")
     for plan in plans:

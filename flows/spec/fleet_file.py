@@ -227,7 +227,17 @@ class Fleet:
         """Return a group of these models; of those in the parameters where `models` is None. Raises `InvalidParams`."""
         chosen = {model: self.file.models[model] for model in models or ()}
         content = self._content(name, chosen, changes or {})
-        params = validate(content, f"{self.origin}, group '{name}'")
+        try:
+            params = validate(content, f"{self.origin}, group '{name}'")
+        except InvalidParams as error:
+            changed, own = (changes or {}).get("models"), self.base.get("models")
+            strangers = [str(n) for n in changed if n not in (own or ())] if isinstance(changed, Mapping) else []
+            if chosen or not strangers:
+                raise
+            raise InvalidParams(
+                f"{error}. The fleet file changes {', '.join(strangers)}, but {self.origin} has no such "
+                "models. Correct that group, or remove the fleet file if it was written for other parameters."
+            ) from error
         if len(params.models) < 2:
             raise InvalidParams(f"{self.origin}, group '{name}': models: a group needs two at least.")
         return GroupPlan(name, content, params, chosen)

@@ -213,7 +213,8 @@ def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tenso
                 "dict by name."
             )
         raise InvalidCalibration(
-            f"{type(module).__name__} does not accept an input of {_in_words(example)}: {error} {remedy}"
+            f"{type(module).__name__} does not accept an input of {_in_words(example)}: {str(error).rstrip('.')}. "
+            f"{remedy}"
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import Signature
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -47,6 +47,11 @@ def as_batches(data: Tensor | Iterable[Any], task: str, taken: Signature = ANY_N
     if isinstance(data, NamedTensors) or has_several(data, taken) or (isinstance(data, Tensor) and data.ndim):
         batches: list[Any] = list(divided(as_batch(data, task, taken), BATCH))
     elif isinstance(data, Iterable) and not isinstance(data, Tensor):
+        if _is_labelled(data):
+            raise InvalidCalibration(
+                f"the calibration data of {task!r} are a pair of tensors of {data[0].ndim} and {data[1].ndim} axes, "
+                "and a tuple holds batches of inputs. Give the inputs alone: labels are not read."
+            )
         batches = [as_batch(_inputs(batch, taken), task, taken) for batch in data]
     else:
         raise InvalidCalibration(f"the calibration data of {task!r} are neither a tensor of examples nor batches.")
@@ -95,6 +100,13 @@ def as_batch(given: Any, task: str, taken: Signature = ANY_NAMES) -> Any:
 def has_several(given: object, taken: Signature) -> bool:
     """Whether a value is one batch of inputs by name, or of several inputs in the network's order."""
     return isinstance(given, Mapping) or is_positional(given, taken)
+
+
+def _is_labelled(data: object) -> TypeGuard[tuple[Tensor, Tensor]]:
+    """Whether data can only be meant as inputs and their labels: two batches of inputs have equally many axes."""
+    if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(own, Tensor) and own.ndim for own in data):
+        return False
+    return data[0].ndim != data[1].ndim and len(data[0]) == len(data[1])
 
 
 def _check_examples(tensor: Tensor, first: Tensor, whose: str, masks: bool) -> None:

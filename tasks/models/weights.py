@@ -175,8 +175,9 @@ def _check_shapes(given: Mapping[str, Tensor], state: Mapping[str, Tensor], wher
         expected = tuple(state[name].shape) if name in state else None
         found = tuple(given[name].shape) if name in given else None
         if expected != found:
+            absent = " (None: not there)" if None in (expected, found) else ""
             raise InvalidWeights(
-                f"{where}: {name!r} should have shape {expected}, but has {found} (None: not there)"
+                f"{where}: {name!r} should have shape {expected}, but has {found}{absent}"
                 f"{''.join(f'; {note}' for note in notes)}. Name the factory and arguments that the weights were "
                 "trained with."
             )

@@ -111,6 +111,7 @@ def test_the_interval_of_a_rate_is_wilsons() -> None:
     expected = stats.binomtest(7, 50).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((100 * expected.low, 100 * expected.high), rel=1e-5)
     assert measured("error", outputs, labels * 0).high > 1, "no error in fifty examples proves little"
+    assert measured("error", outputs, labels * 0).low == 0 and measured("error", outputs, labels * 0 + 1).high == 100
 
 
 def test_a_function_of_ones_own() -> None:

@@ -167,6 +167,21 @@ def test_batches_of_anything_else_are_refused(calibration: dict[str, Tensor]) ->
 # Progress
 
 
+def test_what_is_no_dict_by_task_is_named(calibration: dict[str, Tensor]) -> None:
+    wrong: list[Any] = [(list(networks().values()), calibration), (networks(), next(iter(calibration.values())))]
+    for given in wrong:
+        with pytest.raises(
+            mtz.InvalidConfig, match=r"^(networks is a list|calibration is a Tensor)\. Give a dict by task"
+        ):
+            mtz.zip_networks(*given)
+
+
+def test_labels_beside_all_inputs_are_told_from_batches(calibration: dict[str, Tensor]) -> None:
+    given: dict[str, Any] = {task: (x, torch.zeros(len(x), dtype=torch.long)) for task, x in calibration.items()}
+    with pytest.raises(mtz.InvalidCalibration, match=r"a pair of tensors of 2 and 1 axes.*Give the inputs alone"):
+        mtz.zip_networks(networks(), given)
+
+
 def test_every_step_is_reported_in_order(calibration: dict[str, Tensor], caplog: pytest.LogCaptureFixture) -> None:
     steps: list[mtz.Progress] = []
     with caplog.at_level(logging.INFO, logger="mtz_core"):

@@ -9,7 +9,7 @@ from torch.autograd.functional import hessian
 
 from mtz_core.batches import NamedTensors
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.settings import Kind, Output
+from mtz_core.settings import Kind, Output, ZipConfig
 from mtz_core.task_loss import TEMPERATURE, JointLoss, TaskLoss, make_loss
 from tests.support.distillation import distillation_loss
 
@@ -193,6 +193,20 @@ def test_impossible_declarations_are_refused() -> None:
         with pytest.raises(InvalidConfig, match=r"output\.weight: .* a positive number"):
             Output("logits", weight=weight)  # type: ignore[arg-type]
     assert Output.declared("logits") == Output("logits") and Output.declared(None) is None
+
+
+def test_an_output_may_have_the_name_of_a_field() -> None:
+    logits, numbers = Output("logits"), Output("regression", weight=2.0)
+    for given, expected in (
+        ({"kind": "logits", "where": {"kind": "regression", "weight": 2.0}}, {"kind": logits, "where": numbers}),
+        ({"weight": numbers, "kind": logits}, {"weight": numbers, "kind": logits}),
+        ({"kind": {"kind": "logits"}}, {"kind": logits}),
+        ({"tolerance": "logits", "other": None}, {"tolerance": logits}),
+        ({"kind": "regression", "tolerance": None, "weight": 2.0}, numbers),
+    ):
+        assert ZipConfig(outputs={"a": given}).outputs == {"a": expected}
+    with pytest.raises(InvalidConfig, match=r"is no declaration\. Allowed: \{kind: …"):
+        ZipConfig(outputs={"a": {"kind": "regression", "tolerence": 0.5}})
 
 
 @each

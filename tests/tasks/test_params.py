@@ -128,6 +128,7 @@ def test_what_is_wrong_is_named(content: dict[str, Any], path: str, value: objec
             {"logits": "logits", "found.0": {"kind": "heatmap", "weight": 3}},
             {"logits": Output("logits"), "found.0": Output("heatmap", weight=3.0)},
         ),
+        ({"kind": "logits", "where": "regression"}, {"kind": Output("logits"), "where": Output("regression")}),
     ],
 )
 def test_outputs_are_declared_in_every_form(content: dict[str, Any], output: object, expected: object) -> None:

@@ -131,7 +131,7 @@ def everything(project: Path, groups: Sequence[str], *settings: str) -> list[str
 
 def test_everything_is_told_as_it_is_found_right(project: Path, registries: list[str]) -> None:
     told = everything(project, ["good"])
-    assert told[:2] == ["fleet 'nightly': 1 groups (good)", "networks of good: a, b"]
+    assert told[:2] == ["fleet 'nightly': 1 group (good)", "networks of good: a, b"]
     assert told[2].startswith("storage: s3://mtz at http://127.0.0.1:") and told[2].endswith(" is writable")
     assert told[3].startswith("registry: sqlite:") and told[3].endswith(" answers") and len(told) == 4
     assert registries == ["embedded"]

@@ -185,6 +185,15 @@ def test_groups_that_cannot_be(files: tuple[Path, Path], groups: str, message: s
     assert message in str(error.value)
 
 
+def test_a_fleet_file_for_other_parameters_is_told(files: tuple[Path, Path]) -> None:
+    change = {"params": {"models": {"letters": {"network": "their:net"}}}}
+    files[1].write_text(yaml.safe_dump({"version": 2, "groups": {"theirs": change}}))
+    with pytest.raises(
+        MtzError, match=r"group 'theirs': .*The fleet file changes letters, but .* or remove the fleet file"
+    ):
+        read_fleet(*files).explicit_groups()
+
+
 def test_unknown_groups_are_told(files: tuple[Path, Path]) -> None:
     files[1].write_text(yaml.safe_dump({"version": 2, "groups": {"first": {}}}))
     plans = read_fleet(*files).explicit_groups()
