@@ -73,7 +73,7 @@ THROUGH: tuple[Architecture, ...] = (
     Architecture("lcnet_035"),
     Architecture("ese_vovnet19b_slim_dw"),
 )
-"""Those that go through budget and extraction, too: small ones, so that each takes a minute at most."""
+"""Those that go through budget and extraction, too: small ones, so that each takes about a minute at most."""
 
 NETWORKS: tuple[Architecture, ...] = (
     *THROUGH,
