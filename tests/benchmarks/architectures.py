@@ -216,7 +216,8 @@ def page(rows: Sequence[Mapping[str, Any]], gone: Sequence[Mapping[str, Any]]) -
         "# Architectures that nobody here wrote",
         "",
         f"Networks of [timm](https://github.com/huggingface/pytorch-image-models) by name ({versions}), with random "
-        f"weights and {EXAMPLES} images of 64 × 64 pixels, so that each takes seconds. They are small variants. Some "
+        f"weights and {EXAMPLES} images of 64 × 64 pixels (one of 56 × 56), so that each takes about a minute at most. "
+        "They are small variants. Some "
         "transformers are shortened to four blocks, and `swin_tiny` is narrower, too: `NETWORKS` in "
         "`tests/benchmarks/architectures.py`. CPU seconds of one thread.",
         "",
