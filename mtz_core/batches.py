@@ -149,7 +149,8 @@ def bound(given: Mapping[str, Any] | Sequence[Any] | NamedTensors, taken: Signat
         found = taken.bind(**given) if isinstance(given, Mapping) else taken.bind(*given)
     except TypeError as error:
         known = ", ".join(name for name in taken.parameters)
-        raise InvalidCalibration(f"{where}: {error}. The network takes: {known}.") from error
+        named = f" Given are: {', '.join(given)}." if isinstance(given, Mapping) else ""
+        raise InvalidCalibration(f"{where}: {error}. The network takes: {known}.{named}") from error
     tensors: dict[str, Any] = {}
     for name, value in found.arguments.items():
         kind = taken.parameters[name].kind

@@ -134,6 +134,8 @@ def test_every_group_ends_as_it_must_and_none_stops_another(project: Path, first
     assert "NaN or infinite" in Path(found["nan"]["log"]).read_text()
     assert f"Log of nan: {found['nan']['log']}" in out
     assert "Try the failed groups again: `mtz fleet retry`." in out
+    executed = len(re.findall(r"^\[[^/\]]+\] \S+: executed", out, re.MULTILINE))
+    assert f"Stages: {executed} executed" in out, "also those of groups that failed"
     assert err.count("error: ") == 1 and "Traceback" not in out + err
     assert found["good"]["version"] == 1 and len(found["good"]["content_digest"]) == 64
 

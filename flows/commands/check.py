@@ -97,7 +97,7 @@ def check_all(
         if problem := _missing_file(project, plan):
             raise NotReady(problem)
         if not plan.models:
-            check_networks(project, plan.params)
+            _check_group(project, plan)
             on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
     with s3.connect(shared.storage, home) as store:
         on_progress(f"storage: {store.url()} at {store.endpoint or 'AWS'} is writable")
@@ -115,8 +115,15 @@ def _check_declared(
     for plan in (*(plan for plan in plans if plan.models), *(fleet.model(name) for name in free)):
         with tempfile.TemporaryDirectory() as folder:
             place(sources_of(plan, access), access.contents, Path(folder))
-            check_networks(Path(folder), plan.params)
+            _check_group(Path(folder), plan)
         on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+
+
+def _check_group(folder: Path, plan: GroupPlan) -> None:
+    try:
+        check_networks(folder, plan.params)
+    except MtzError as error:
+        raise NotReady(f"{plan.name}: {error}") from error
 
 
 def _missing_file(project: Path, plan: GroupPlan) -> str | None:

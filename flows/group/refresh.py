@@ -15,7 +15,7 @@ from flows.group import workspace
 from flows.group.dvc import Pipeline, Stage
 from flows.group.stage import reproduce_stage
 from flows.results import progress
-from flows.results.stage_result import StageResult, StageStatus
+from flows.results.stage_result import StageFailed, StageResult, StageStatus
 from flows.spec.job import Job
 from flows.spec.snapshot import CODE, Snapshot
 from tasks.files import whole_file
@@ -53,7 +53,14 @@ class PipelineRun:
     name: str
 
     def bring_up_to_date(self) -> list[StageResult]:
-        """Restore stages that were run elsewhere; run the other changed stages and those that read their results."""
+        """Restore stages that were run elsewhere; run the other changed stages and those that read their results.
+
+        Returns:
+            The result of every stage.
+
+        Raises:
+            StageFailed: A stage failed, or refused; it has the results of those before it.
+        """
         missing = frozenset[str]()
         if not (self.pipeline.folder / _LOCK).exists():
             missing = self._fetch_locks()
@@ -72,7 +79,11 @@ class PipelineRun:
             if stage.name in restored:
                 results[stage.name] = self._done(stage, "restored")
             elif touched or stage.name in changes:
-                results[stage.name] = self.run_stage(stage.name)
+                try:
+                    results[stage.name] = self.run_stage(stage.name)
+                except StageFailed as failure:
+                    failure.finished = tuple(results.values())
+                    raise
             else:
                 results[stage.name] = self._done(stage, "unchanged")
         return list(results.values())

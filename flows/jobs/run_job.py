@@ -35,12 +35,12 @@ def run_job(job: Job, home: Path | None = None) -> dict[str, Any]:
     report = GroupReport(job["group"], fingerprint=job["fingerprint"], kind=job["kind"])
     try:
         return dict(flow(job, home))
-    except StageRefused as error:
-        report.status, report.reason = "refused", str(error)
     except MtzError as error:
-        report.status, report.reason = "failed", str(error)
+        refused = isinstance(error, StageRefused)
+        report.status, report.reason = "refused" if refused else "failed", str(error)
         if isinstance(error, StageFailed):
-            report.log = _keep_log(job, home, error)
+            report.stages = list(error.finished)
+            report.log = "" if refused else _keep_log(job, home, error)
     report.seconds = round(time.monotonic() - start, 3)
     return report.as_values()
 

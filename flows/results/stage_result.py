@@ -8,25 +8,6 @@ from mtz_core.errors import MtzError
 StageStatus = Literal["executed", "restored", "unchanged"]
 
 
-class StageFailed(MtzError):
-    """A stage ended with an error.
-
-    Attributes:
-        stage: The stage's name.
-        can_be_retried: Whether the same command may succeed later, since a service did not answer or the process was
-            killed.
-    """
-
-    def __init__(self, stage: str, reason: str, can_be_retried: bool = False) -> None:
-        super().__init__(f"{stage}: {reason}")
-        self.stage = stage
-        self.can_be_retried = can_be_retried
-
-
-class StageRefused(StageFailed):
-    """A stage found that the group cannot be zipped as configured; with the same inputs it always will."""
-
-
 @dataclass(frozen=True)
 class StageResult:
     """The result of a stage.
@@ -44,3 +25,25 @@ class StageResult:
     seconds: float = 0.0
     command_seconds: float = 0.0
     last_line: str = ""
+
+
+class StageFailed(MtzError):
+    """A stage ended with an error.
+
+    Attributes:
+        stage: The stage's name.
+        can_be_retried: Whether the same command may succeed later, since a service did not answer or the process was
+            killed.
+        finished: The results of the stages before it.
+    """
+
+    finished: tuple[StageResult, ...] = ()
+
+    def __init__(self, stage: str, reason: str, can_be_retried: bool = False) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage
+        self.can_be_retried = can_be_retried
+
+
+class StageRefused(StageFailed):
+    """A stage found that the group cannot be zipped as configured; with the same inputs it always will."""

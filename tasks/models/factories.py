@@ -52,7 +52,8 @@ def import_named(name: str, where: str) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(_FORMER.get(module, module)), attribute)
     except (ImportError, AttributeError) as error:
-        raise InvalidFactory(f"{where}: {name} cannot be imported: {error}.") from error
+        remedy = "Its file belongs in the project's folder, or its package in the environment; or correct the name."
+        raise InvalidFactory(f"{where}: {name} cannot be imported: {error}. {remedy}") from error
     return function
 
 

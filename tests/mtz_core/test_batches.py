@@ -123,7 +123,10 @@ def test_a_module_takes_what_its_forward_pass_declares() -> None:
 
 TWO = signature(lambda ids, mask: None)
 BAD: dict[str, tuple[Any, str]] = {
-    "missing": ({"ids": A}, r"here: missing a required argument: 'mask'\. The network takes: ids, mask"),
+    "missing": (
+        {"ids": A},
+        r"here: missing a required argument: 'mask'\. The network takes: ids, mask\. Given are: ids\.",
+    ),
     "unknown": ({"ids": A, "mask": A, "labels": B}, r"unexpected keyword argument 'labels'.*ids, mask"),
     "too many": ((A, A, A), r"too many positional"),
     "unequal": ({"ids": A, "mask": B[:4]}, r"unequal lengths \(ids has 5, mask has 4\)"),

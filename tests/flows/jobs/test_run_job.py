@@ -14,7 +14,7 @@ from flows.group.stage import log_file
 from flows.jobs.run_job import run_job
 from flows.processes import warm
 from flows.results.group_report import GroupReport, as_report
-from flows.results.stage_result import StageFailed, StageRefused
+from flows.results.stage_result import StageFailed, StageRefused, StageResult
 from flows.spec.job import Job
 from mtz_core.errors import MtzError
 from tasks.params import StorageParams
@@ -78,6 +78,15 @@ def test_known_errors_are_reported(error: MtzError, status: str, runs: Runs, tmp
     report = reported(run_job(job("model"), tmp_path))
     assert (report.group, report.status, report.reason, report.kind) == ("g", status, str(error), "model")
     assert (report.fingerprint, report.log) == ("1" * 64, "")
+
+
+@pytest.mark.parametrize("failure", [StageRefused("match", "too small"), StageFailed("match", "no pairs")])
+def test_what_was_done_before_a_failure_is_reported(failure: StageFailed, runs: Runs, tmp_path: Path) -> None:
+    failure.finished = (StageResult("collect@a", "restored"), StageResult("hessians@a", "executed", 2.0, 1.5))
+    runs(failure)
+    report = reported(run_job(job(), tmp_path))
+    assert report.stages == list(failure.finished)
+    assert report.zipping_seconds == 1.5
 
 
 def test_our_own_mistakes_are_not_hidden(runs: Runs, tmp_path: Path) -> None:

@@ -31,7 +31,11 @@ def test_present_and_former_names_mean_the_same(name: str, function: object) -> 
     ("network", "arguments", "message"),
     [
         ("tasks.networks:alexnet", {}, r"models\.m\.network: tasks\.networks:alexnet cannot be imported"),
-        ("nowhere.at_all:build", {}, "nowhere.at_all:build cannot be imported"),
+        (
+            "nowhere.at_all:build",
+            {},
+            r"nowhere\.at_all:build cannot be imported: No module named 'nowhere'\. Its file belongs in the project",
+        ),
         ("tasks.networks:lenet5", {"depth": 3}, r"failed with arguments \{'depth': 3\}"),
         ("builtins:dict", {}, "returned dict, not a torch.nn.Module"),
     ],
