@@ -74,12 +74,14 @@ class Candidate:
         plan: The plan.
         judged: How well every task came through, on examples that are held out.
         factors: By which the damage of sharing and of dropping was multiplied.
+        counted: By which the damage to each task was multiplied.
     """
 
     name: str
     plan: Plan
     judged: Mapping[str, TaskReport]
-    factors: tuple[float, float] = (1.0, 1.0)
+    factors: tuple[float, float]
+    counted: Mapping[str, float]
 
     @property
     def loss(self) -> dict[str, float]:
@@ -172,12 +174,13 @@ class BudgetSearch:
         moves = set(self.budget.moves)
         done: list[Candidate] = []
 
-        counted, damping = self.weights, dict[str, float]()
+        counted: Mapping[str, float] = self.weights
+        damping: Mapping[str, float] = {}
 
         def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Candidate]:
             plan = replace(self.planner.plan(size, sharing, dropping, counted), damping=damping)
             known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
-            done.append(known or Candidate(name, plan, self._judged(plan), (sharing, dropping)))
+            done.append(known or Candidate(name, plan, self._judged(plan), (sharing, dropping), counted))
             if known is None:
                 yield done[-1]
 
@@ -188,6 +191,10 @@ class BudgetSearch:
 
         if "drop" in moves and self.planner.reaches(size, "drop"):
             yield from attempt("drop only", NEVER)
+            if len({*self.weights.values()}) > 1:  # what is predicted for one task may be too low, and its weight, too
+                counted = dict.fromkeys(self.weights, 1.0)
+                yield from attempt("drop only, tasks counted alike", NEVER)
+                counted = self.weights
         if "share" in moves and self.planner.reaches(size, "share"):
             yield from attempt("share only", 1.0, NEVER)
         if moves == {"share", "drop"}:
@@ -207,7 +214,7 @@ class BudgetSearch:
                 done.append(damped)
                 yield damped
             start = last = self.best_of(done)
-            damping = dict(start.plan.damping)
+            counted, damping = start.counted, start.plan.damping
             for number in range(EVENED):
                 if self._even(last):
                     break
@@ -265,7 +272,7 @@ class BudgetSearch:
             if shares and better < tried.keys():
                 tried = self._judged(plan)  # what is shared is fitted for all tasks together
             judged = {task: tried[task] if shares or task in better else best.judged[task] for task in tried}
-            damped = Candidate(f"{name}, damped {factor:g} times", plan, judged, best.factors)
+            damped = replace(best, name=f"{name}, damped {factor:g} times", plan=plan, judged=judged)
             if self.cost(damped) > GAIN * self.cost(best):
                 return
             yield damped
