@@ -135,6 +135,16 @@ def test_few_examples_are_fitted_with_more_damping_each_tasks_for_as_long_as_it_
     assert not any(candidate.plan.damping for candidate in budget_search(found, few, AUTO).candidates(0.4))
 
 
+@pytest.mark.parametrize("weight", [8.0, 1 / 8])
+def test_under_a_balance_nothing_is_behind_what_counts_all_tasks_alike(weight: float) -> None:
+    found, alike = networks(), ZipConfig(budget=Budget(size=0.4), refit_rounds=1)
+    first, *_ = budget_search(found, images(found), alike).candidates(0.4)
+    weighed = budget_search(found, images(found), replace(alike, balance={"a": weight, "b": 1.0}))
+    candidates = list(weighed.candidates(0.4))
+    assert any(one.plan.same(first.plan) for one in candidates)
+    assert weighed.cost(weighed.best_of(candidates)) <= weighed.cost(first)
+
+
 AUTO = ZipConfig(budget=Budget(size=0.4, moves=("drop",)), damping="auto", refit_rounds=1)
 
 
