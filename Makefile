@@ -55,7 +55,7 @@ ui: setup ## serve the MLflow and Prefect pages on this machine
 test: setup ## run the tests
 	@$(WITH_ENV) python -m pytest --numprocesses=3 $(BY_FILE)
 
-test-core: setup ## run the quick tests of the core alone, in less than a minute
+test-core: setup ## run the quick tests of the core alone, in about a minute
 	@$(WITH_ENV) python -m pytest --numprocesses=2 $(BY_FILE) -m "not (bench or slow)" tests/mtz_core
 
 bench: setup ## compare with every other way on the full data (MTZ_FULL_DATA or ../shared/data), in minutes

@@ -191,7 +191,7 @@ class BudgetSearch:
 
         if "drop" in moves and self.planner.reaches(size, "drop"):
             yield from attempt("drop only", NEVER)
-            if len({*self.weights.values()}) > 1:  # what is predicted for one task may be too low, and its weight, too
+            if len({*self.weights.values()}) > 1:  # predictions may be far too low for what counts less
                 counted = dict.fromkeys(self.weights, 1.0)
                 yield from attempt("drop only, tasks counted alike", NEVER)
                 counted = self.weights
@@ -209,8 +209,7 @@ class BudgetSearch:
                         break
                     factor, best = factor * step, done[-1]
         if done:
-            best = self.best_of(done)
-            for damped in self._damped(best):
+            for damped in self._damped(self.best_of(done)):
                 done.append(damped)
                 yield damped
             start = last = self.best_of(done)
@@ -268,6 +267,8 @@ class BudgetSearch:
             more = dict.fromkeys(self.traced, factor * self.config.fixed_damping)
             tried = self._judged(replace(best.plan, damping=more))
             better = {task for task, report in tried.items() if report.lost < best.loss[task]}
+            if not better:
+                return
             plan = replace(best.plan, damping={**best.plan.damping, **{task: more[task] for task in better}})
             if shares and better < tried.keys():
                 tried = self._judged(plan)  # what is shared is fitted for all tasks together
