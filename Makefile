@@ -10,9 +10,6 @@ UV  := $(BIN)/uv --quiet --no-progress
 # Commands of pipeline stages say `python` and `dvc`: they must find this environment's.
 WITH_ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-# Tests of one file stay in one process, files in their order: its networks and servers are made once.
-BY_FILE := --dist=loadfile --no-loadscope-reorder
-
 # Without bytecode, imports and servers start two to four times slower.
 unexport PYTHONDONTWRITEBYTECODE
 # Neither another environment nor foreign modules may leak into this one.
@@ -20,7 +17,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run run-real ui test test-core bench bench-full bench-fleet bench-residual bench-vgg16 bench-real bench-damage bench-keywords bench-architectures faults lint types imports check format docs docs-serve lock data clean
+.PHONY: help setup run run-real ui test test-long test-core bench bench-full bench-fleet bench-residual bench-vgg16 bench-real bench-damage bench-keywords bench-architectures faults lint types imports check format docs docs-serve lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,10 +50,13 @@ ui: setup ## serve the MLflow and Prefect pages on this machine
 	@$(WITH_ENV) mtz ui
 
 test: setup ## run the tests
-	@$(WITH_ENV) python -m pytest --numprocesses=3 $(BY_FILE)
+	@$(WITH_ENV) python -m pytest --numprocesses=3
+
+test-long: setup ## run the long tests: dozens of other people's networks, killed processes, clusters; about five minutes
+	@$(WITH_ENV) python -m pytest --numprocesses=3 -m "long and not bench"
 
 test-core: setup ## run the quick tests of the core alone, in about a minute
-	@$(WITH_ENV) python -m pytest --numprocesses=2 $(BY_FILE) -m "not (bench or slow)" tests/mtz_core
+	@$(WITH_ENV) python -m pytest --numprocesses=2 -m "not (bench or slow or long)" tests/mtz_core
 
 bench: setup ## compare with every other way on the full data (MTZ_FULL_DATA or ../shared/data), in minutes
 	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks quick

@@ -1,8 +1,7 @@
-"""For all tests: shape annotations of mtz_core are checked, the longest tests come first, one S3 server serves all.
+"""For all tests: shape annotations of mtz_core are checked, the longest tests come first, a Prefect server serves all.
 
-With the longest first, no worker is left with a long test when all others are done, and Prefect's servers, which work
-even when nothing runs, end with these. ``MTZ_SHAPES=unchecked`` switches
-the checks off.
+With the longest first, no worker is left with a long test when all others are done, and Prefect's server, which works
+even when nothing runs, ends with these. ``MTZ_SHAPES=unchecked`` switches the checks off.
 """
 
 import logging
@@ -20,6 +19,8 @@ import torch  # noqa: F401 - sets up its loggers
 from tests.support import shapes
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
     from tasks.storage.s3 import Storage, StorageSettings
     from tests.support.services import Place
 
@@ -35,6 +36,20 @@ if os.environ.get("MTZ_SHAPES") != "unchecked":
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> "LoadFileScheduling":
+    """Tests of one file stay in one process, in their order; so do all tests with services, which share a server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "services" if "pytest.mark.e2e" in (config.rootpath / file).read_text("utf-8") else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

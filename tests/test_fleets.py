@@ -162,6 +162,7 @@ def test_the_plan_says_which_models_belong_together(
     assert (project / ".mtz/plans/all.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.long
 def test_a_deployed_fleet_runs_its_groups_on_workers_elsewhere(
     project: Path, server: dict[str, str], first_run: tuple[int, str, str], tmp_path: Path
 ) -> None:

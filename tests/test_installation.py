@@ -119,6 +119,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     assert {"mtz_core/py.typed", "tasks/studies/pareto_template.json", "flows/group/dvc_index.py"} <= held
 
 
+@pytest.mark.long
 def test_the_core_works_with_what_it_requires_alone(core_alone: Path) -> None:
     zipped = run(core_alone, "-c", ZIP, str(core_alone))
     assert zipped.returncode == 0, zipped.stderr

@@ -7,7 +7,7 @@ import pytest
 from tests.support.zoo.laws import LAWS
 from tests.support.zoo.table import FOREIGN, ZooCase
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 IMAGES = [case for case in FOREIGN if case.examples(1).is_floating_point()]
 

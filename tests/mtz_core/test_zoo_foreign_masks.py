@@ -14,7 +14,7 @@ import mtz_core as mtz
 from tests.support.networks import zip_traced
 from tests.support.several import LENGTH, TOKENS, masked
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::mtz_core.ZipWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.filterwarnings("ignore::mtz_core.ZipWarning")]
 
 DECODED = 4
 

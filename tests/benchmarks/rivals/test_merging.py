@@ -21,6 +21,8 @@ from tests.benchmarks.rivals.statistics import reestimate
 from tests.benchmarks.rivals.toys import BUILDS, WIDTHS, images, networks, permuted
 from tests.benchmarks.rivals.zipit import Zip, ZipItConfig, find_zips, zip_features, zipit
 
+pytestmark = pytest.mark.long
+
 Merger = Callable[[Mapping[str, nn.Module], Mapping[str, Tensor]], ZippedNetwork]
 MERGERS: Mapping[str, Merger] = {
     "averaging": averaged,

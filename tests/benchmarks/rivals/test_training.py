@@ -25,6 +25,8 @@ from tests.benchmarks.rivals.sizes import largest_below, scaling, stored_bytes
 from tests.benchmarks.rivals.toys import BUILDS, WIDTHS, images, networks
 from tests.benchmarks.training import Recipe
 
+pytestmark = pytest.mark.long
+
 TASKS = ("a", "b")
 
 

@@ -55,6 +55,7 @@ def prefect_url() -> str:
     return prefect_server.running()[0]
 
 
+@pytest.mark.long
 def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:
     process = start(project, "run", "--group", "slow", "--debug", MTZ_WARM="")
     log = project / ".mtz" / "logs" / "slow" / "collect@digits.log"

@@ -124,6 +124,7 @@ def test_wrong_parameters_and_names_are_told(trail: Path) -> None:
         schedule.status("none", print)
 
 
+@pytest.mark.long
 def test_the_clock_starts_runs_unless_paused(trail: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told() -> str:
         capsys.readouterr()

@@ -23,6 +23,7 @@ def server() -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 def test_dask_runs_a_killed_workers_job_on_another(server: None, tmp_path: Path) -> None:
     jobs = [job("long", tmp_path, after=["dies"]), job("bad", tmp_path, breaks=True)]
     jobs += [job("dies", tmp_path, dies=True), job("quick", tmp_path)]

@@ -62,6 +62,7 @@ def test_pool_runs_jobs_on_its_workers_and_reads_their_reports(served: Path, tmp
         reports(PoolExecutor("none", "auto", STORE), jobs)
 
 
+@pytest.mark.long
 def test_an_interrupt_cancels_the_pools_runs(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = StorageParams(endpoint=(served / "endpoint").read_text()).model_dump()
     executor = PoolExecutor("unserved", "auto", STORE, deployment="tiny-job/unserved")

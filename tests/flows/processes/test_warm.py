@@ -345,6 +345,7 @@ PROBE = """
 """
 
 
+@pytest.mark.long
 def test_stages(tmp_path: Path) -> None:
     """With all libraries: the same bytes as without them, nothing of one stage in the next, limits."""
     project = tmp_path / "project"

@@ -248,6 +248,7 @@ def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
         assert lost(zipped, found, task) <= floor
 
 
+@pytest.mark.long
 def test_every_step_says_what_it_lost_and_a_lower_floor_never_stores_less() -> None:
     found = networks()
     sizes = []

@@ -282,6 +282,7 @@ print(rows, peak_kilobytes() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["sample", "batches"])
 def test_a_split_may_be_larger_than_memory(tmp_path: Path, how: str) -> None:
     """Neither a sample of it nor its batches need it as a whole: 80 MB, of which a quarter may be held."""

@@ -44,6 +44,7 @@ def test_processes_that_prepare_at_once_make_one_registry(tmp_path: Path) -> Non
     assert sorted(file.name for file in (tmp_path / ".mtz").iterdir()) == ["mlflow.db", "mlflow.lock"]
 
 
+@pytest.mark.long
 def test_a_registry_of_an_older_mlflow_is_migrated(registry: Registry, home: Path, tmp_path: Path) -> None:
     from alembic import command
     from mlflow.store.db.utils import _get_alembic_config
@@ -55,6 +56,7 @@ def test_a_registry_of_an_older_mlflow_is_migrated(registry: Registry, home: Pat
     assert revision(old) == revision(home / "mlflow.db") != revision(tmp_path / "mlflow.db.old")
 
 
+@pytest.mark.long
 def test_a_registry_of_a_newer_mlflow_is_left_alone(registry: Registry, home: Path, tmp_path: Path) -> None:
     newer = tmp_path / "mlflow.db"
     shutil.copy(home / "mlflow.db", newer)

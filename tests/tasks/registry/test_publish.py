@@ -248,6 +248,7 @@ with s3.connect(place, home) as store:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_killed_registration_leaves_one_version_in_the_end(
     moment: str, registry: Registry, home: Path, store: Storage, place: Place, release: Release, client: Any

@@ -57,6 +57,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_the_test_split_may_be_larger_than_memory(project: Path) -> None:
     """80 MB more of test data take less than a quarter of that in memory."""
 

@@ -246,6 +246,7 @@ register.run(load_params(Path("params.yaml")), Workspace(Path()))
 """
 
 
+@pytest.mark.long
 def test_a_killed_upload_is_completed(params: Params, workspace: Workspace, store: Storage, number: Any) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED], cwd=workspace.root, env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -131,6 +131,7 @@ def test_a_run_that_ends_between_validations_goes_on_to_the_same_bytes(
     assert not CHECKPOINT.exists()
 
 
+@pytest.mark.long
 def test_a_killed_process_goes_on_to_the_same_bytes(
     project: Path, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:

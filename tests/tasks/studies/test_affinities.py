@@ -103,6 +103,7 @@ def test_only_pairs_of_changed_models_are_compared_again(
     assert found.of("zoe", "berta") == again.of("anna", "berta")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", [0, 20_000])
 def test_what_does_not_fit_into_memory_is_read_again(
     models: Mapping[str, ModelStatistics],
