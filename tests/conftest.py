@@ -19,6 +19,7 @@ import torch  # noqa: F401 - sets up its loggers
 from tests.support import shapes
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
     from xdist.scheduler import LoadFileScheduling
 
     from tasks.storage.s3 import Storage, StorageSettings
@@ -39,17 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> "LoadFileScheduling":
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling":
     """Tests of one file stay in one process, in their order; so do all tests with services, which share a server."""
     from xdist.scheduler import LoadFileScheduling
 
-    class Scheduling(LoadFileScheduling):
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
             return "services" if "pytest.mark.e2e" in (config.rootpath / file).read_text("utf-8") else file
 
     config.option.loadscopereorder = False
-    return Scheduling(config)
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

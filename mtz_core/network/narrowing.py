@@ -2,8 +2,9 @@
 
 A dropped neuron's rows, columns and parameters leave every tensor, and operators that take sizes as arguments (a view,
 a depthwise convolution) get the new ones. Which groups allow that is found by trying: the narrower network must compute
-what the whole one does when nothing reads the dropped neurons. A normalisation across neurons fails that test, so its
-neurons can be shared but not dropped.
+what the whole one does when nothing reads the dropped neurons and layer normalisations leave them out. Such a
+normalisation has other statistics then; the layers behind it are fitted to what it gives. Another normalisation across
+neurons fails the test, so its neurons can be shared but not dropped.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mtz_core.batches import Batch, tensors_of
 from mtz_core.errors import MtzError
-from mtz_core.network.graph import FIXED, Axis, Network, Node, blank_values, run, run_node
+from mtz_core.network.graph import (
+    FIXED,
+    Axis,
+    Network,
+    Node,
+    blank_values,
+    free_unused,
+    input_values,
+    operator,
+    resolve,
+    run,
+    run_node,
+)
 from mtz_core.network.groups import Analysis, analysis_of
 from mtz_core.network.operations import Value
 from mtz_core.network.selfcheck import TOLERANCE
@@ -202,9 +215,23 @@ class Dropper:
                 unread = False
         if unread:
             return False
-        whole = tensors_of(run(self.network.graph, state, examples))
+        whole = tensors_of(self._run_kept(state, examples, _gone(self._analysis, keep)))
         fewer = tensors_of(run(narrow.graph, narrow.state, examples))
         return all(_near(fewer[name], output) for name, output in whole.items())
+
+    def _run_kept(self, state: Mapping[str, Tensor], x: Batch, gone: Bool[Tensor, " labels"]) -> Any:
+        """The outputs of the whole network, where normalisations across neurons leave the dropped ones out."""
+        graph = self.network.graph
+        values = input_values(x)
+        for node in graph.nodes:
+            if _is_across_neurons(node):
+                stays = ~_dropped(self._analysis.labels.values[node.name].everywhere, gone)
+                arguments = {name: resolve(own, values, state, len(x)) for name, own in node.arguments.items()}
+                values[node.name] = _normalised(node.kind, arguments, stays)
+            else:
+                values[node.name] = run_node(node, values, state, len(x))
+            free_unused(graph, values, node)
+        return values[graph.output]
 
     def _cut(self, name: str, keep: Keep) -> Tensor:
         """A stored tensor without the dropped neurons' part; the tensor itself if nothing of it belongs to them."""
@@ -387,6 +414,26 @@ _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 _SLICES = frozenset({"slice.Tensor", "slice_scatter"})
 _CUTS = SPLITS | _SLICES | {"narrow"}
 """Operators that cut an axis at given places, or put something between these."""
+
+
+def _is_across_neurons(node: Node) -> bool:
+    """Whether a node normalises all neurons by common statistics, which are others without some of the neurons."""
+    return node.kind in ("layer_norm", "rms_norm") or (node.kind == "group_norm" and node.arguments["num_groups"] == 1)
+
+
+def _normalised(kind: str, arguments: Mapping[str, Any], stays: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What a normalisation across neurons makes of those that stay; the others become 0."""
+    x, found = arguments["input"], torch.zeros_like(arguments["input"])
+    if kind == "group_norm":
+        kept = stays.transpose(0, 1).flatten(1).any(dim=1)
+        constants = {name: arguments[name][kept] for name in ("weight", "bias") if arguments.get(name) is not None}
+        found[:, kept] = operator(kind)(**{**arguments, **constants, "input": x[:, kept]})
+        return found
+    axes = len(arguments["normalized_shape"])
+    kept = stays.flatten(-axes).flatten(0, -2).any(dim=0)
+    fewer = {name: own.flatten(-axes)[..., kept] for name, own in arguments.items() if isinstance(own, Tensor)}
+    found.flatten(-axes)[..., kept] = operator(kind)(**{**arguments, **fewer, "normalized_shape": [int(kept.sum())]})
+    return found
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

@@ -9,9 +9,14 @@ from tests.support.zoo.table import OWN, ZooCase
 
 pytestmark = pytest.mark.slow
 
+LARGE = ("vgg-16, normalised", "resnet-28, decathlon", "vit, torch encoder", "vit, attention module", "decoder")
+"""Families that take long, and of which a smaller one is tried, too."""
+
+CASES = [pytest.param(case, id=case.name, marks=[pytest.mark.long] * (case.name in LARGE)) for case in OWN]
+
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES)
 def test_law(case: ZooCase, law: Callable[[ZooCase], None]) -> None:
     law(case)
 

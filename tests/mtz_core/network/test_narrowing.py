@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,12 +37,19 @@ BOUND: Mapping[str, Sequence[str]] = {
     "densenet": (),
     "u-net": (),
     "temporal": (),
-    "convnext": ("stages.0", "stages.5"),
+    "convnext": (),
     "groupnorm": ("0", "1.branch.2", "2", "3.branch.2"),
-    "vit": ("patches", "encoder.0.attention.qkv", "encoder.1.attention.qkv"),
-    "bert": ("positions", "encoder.0.attention.query", "encoder.1.attention.query"),
+    "vit": ("encoder.0.attention.qkv", "encoder.1.attention.qkv"),
+    "bert": ("encoder.0.attention.query", "encoder.1.attention.query"),
 }
-"""The groups that cannot lose neurons: normalised across neurons, or of two heads, or of two convolution groups."""
+"""The groups that cannot lose neurons: of several normalisation groups, of two heads, of two convolution groups."""
+
+NORMALISED: Mapping[str, Sequence[str]] = {
+    "convnext": ("stages.0", "stages.5"),
+    "vit": ("patches",),
+    "bert": ("positions",),
+}
+"""Groups that are normalised together: without some of them, the others have other values."""
 
 FREE = [name for name in BOUND if name != "groupnorm"]
 on_free_networks = pytest.mark.parametrize("name", FREE)
@@ -54,10 +62,10 @@ def dropper(name: str) -> Dropper:
 
 
 def random_keep(name: str, seed: int) -> dict[str, np.ndarray]:
-    """For some of the groups that can lose neurons, some that stay, at least `LEAST`; for one of them in any case."""
+    """For one group or more that can lose neurons without a change of others, some that stay, at least `LEAST`."""
     generator = np.random.default_rng(seed)
     network = dropper(name).network
-    groups = [g.name for g in network.graph.hidden_groups if g.name not in BOUND[name]]
+    groups = [g.name for g in network.graph.hidden_groups if g.name not in (*BOUND[name], *NORMALISED.get(name, ()))]
     chosen = [group for group in groups if generator.random() < 0.7] or groups[:1]
     keep = {}
     for group in chosen:
@@ -251,18 +259,47 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize(
+    "norm",
+    [
+        nn.GroupNorm(1, 8),
+        nn.LayerNorm((8, 5, 5)),
+        nn.LayerNorm((8, 5, 5), elementwise_affine=False),
+        nn.RMSNorm((8, 5, 5)),
+    ],
+    ids=["one group", "layer", "layer, plain", "root mean square"],
+)
+def test_a_normalisation_across_neurons_is_of_those_that_are_left(norm: nn.Module) -> None:
+    x, kept = torch.randn(4, 2, 7, 7), torch.tensor([0, 2, 3, 6])
+    for own in norm.parameters():
+        nn.init.uniform_(own, 0.5, 1.5)
+    module = Normalised(norm).eval()
+    narrow = Dropper(trace(module, x)).narrow({"first": kept.numpy()}).network
+    left = module.first(x)[:, kept]
+    scale, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
+    centred = left if isinstance(norm, nn.RMSNorm) else left - left.mean((1, 2, 3), keepdim=True)
+    normalised = centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+    if scale is not None:
+        normalised = normalised * scale.reshape(8, *scale.shape[1:] or (1, 1))[kept]
+    if shift is not None:
+        normalised = normalised + shift.reshape(8, *shift.shape[1:] or (1, 1))[kept]
+    hidden = F.conv2d(normalised.relu(), module.hidden.weight[:, kept], module.hidden.bias)
+    assert_close(run(narrow.graph, narrow.state, x), module.last(hidden.relu().mean((2, 3))))
+
+
+@pytest.mark.parametrize(
     ("norm", "free"),
     [
         (nn.BatchNorm2d(8), True),
         (nn.InstanceNorm2d(8, affine=True), True),
         (nn.GroupNorm(8, 8), False),
         (nn.GroupNorm(2, 8), False),
-        (nn.GroupNorm(1, 8), False),
-        (nn.LayerNorm((8, 5, 5)), False),
+        (nn.GroupNorm(1, 8), True),
+        (nn.LayerNorm((8, 5, 5)), True),
+        (nn.RMSNorm((8, 5, 5)), True),
     ],
-    ids=["batch", "instance", "group of one channel", "two groups", "one group", "layer"],
+    ids=["batch", "instance", "groups of one channel", "two groups", "one group", "layer", "root mean square"],
 )
-def test_neurons_behind_a_normalisation_across_neurons_stay(norm: nn.Module, free: bool) -> None:
+def test_neurons_stay_where_groups_of_them_are_normalised_together(norm: nn.Module, free: bool) -> None:
     x = torch.randn(4, 2, 7, 7)
     found = Dropper(trace(Normalised(norm).eval(), x)).droppable(x)
     assert found == (("first", "hidden") if free else ("hidden",))

@@ -239,7 +239,7 @@ def lost(zipped: ZippedNetwork, found: Mapping[str, nn.Module], task: str) -> fl
     return 100 * (wrong[0] - wrong[1]) / len(data.labels)
 
 
-@pytest.mark.parametrize("floor", [0.0, 2.0, 10.0])
+@pytest.mark.parametrize("floor", [2.0, *(pytest.param(floor, marks=pytest.mark.long) for floor in (0.0, 10.0))])
 def test_what_is_found_keeps_the_floor_of_every_task(floor: float) -> None:
     found = networks()
     config = ZipConfig(budget=Budget(floor=floor), refit_rounds=1)

@@ -147,6 +147,7 @@ def test_a_network_of_several_outputs_gives_them_by_name(
     assert "found.0" in described
 
 
+@pytest.mark.long
 def test_the_registered_model_gives_the_logits_of_the_file(
     registry: Registry, home: Path, store: Storage, release: Release
 ) -> None:

@@ -293,6 +293,7 @@ def residual(width, classes):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("match", [{}, {"budget": {"size": 0.6}}], ids=["share", "budget"])
 def test_three_residual_networks_of_different_widths(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], match: dict[str, Any]
