@@ -5,6 +5,8 @@ loss of their kind, relative to the information in them (`mtz_core.task_loss`). 
 several outputs each has its weight; those without labels are distilled. Every stored value learns, shared ones from all
 tasks at once. A running average of the weights is validated on held-out data,
 and the best one is kept. The merged network itself is the first candidate, so retraining never makes it worse there.
+After a validation without improvement training goes on from the best network at a lower learning rate: a network that
+is nearly as good as its originals needs smaller steps than one that has lost much.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ WARM_UP = 5
 AVERAGED = 10
 """The weights of iteration ``t`` enter their average with ``AVERAGED / (t + AVERAGED − 1)``: about the last tenth of
 all iterations counts, however many there are (Shamir, Zhang 2013, polynomial-decay averaging)."""
+
+SMALLER = 1 / 4
+"""The learning rate after a validation without improvement, as a share of the one before."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +275,13 @@ class Retraining:
         """Train until the next validation is due; return the iteration and the mean loss of every task."""
         config, data = self._config, self._data["training"]
         done = self._curve[-1].iteration
+        setbacks = [step.iteration for step in self._curve if not step.best]
+        # After a setback, training goes on from the best network, more slowly.
+        start, rate = max(setbacks, default=0), config.learning_rate * SMALLER ** len(setbacks)
+        if done == start:
+            self._zipped.load_state_dict(self._best)
+            self._average = _snapshot(self._zipped)
+            self._optimiser.state.clear()
         due = min(done + config.validate_every, config.iterations)
         draws = {
             task: islice(_draws(len(data[task].examples), config.batch_size, config.seed + i), done, due)
@@ -284,11 +296,11 @@ class Retraining:
                 (self._balance[task] * loss).backward()
                 sums[task] += loss.item()
             for group in self._optimiser.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, iteration / WARM_UP)
+                group["lr"] = rate * min(1.0, (iteration - start) / WARM_UP)
             self._optimiser.step()
             for name, tensor in self._zipped.state_dict().items():
                 if tensor.is_floating_point():
-                    self._average[name].lerp_(tensor, AVERAGED / (iteration + AVERAGED - 1))
+                    self._average[name].lerp_(tensor, AVERAGED / (iteration - start + AVERAGED - 1))
         return due, {task: total / (due - done) for task, total in sums.items()}
 
     def _run(self, x: Batch, task: str) -> Batch:

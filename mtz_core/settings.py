@@ -369,7 +369,8 @@ class RetrainConfig:
     Attributes:
         iterations: Steps at most; each takes one batch of every task. Range: 0 or more.
         batch_size: Examples of a batch. Range: 1 or more.
-        learning_rate: Adam's, after a short warm-up. Range: above 0.
+        learning_rate: Adam's, after a short warm-up; a quarter of it after each validation without improvement. Range:
+            above 0.
         labels: Weight of cross-entropy with labels; distillation from the originals has the rest. Range: 0 (labels are
             not read) to 1 (nothing else counts).
         temperature: Softens the outputs in distillation. Range: above 0.

@@ -260,7 +260,7 @@ class RetrainParams(_Block):
     batch_size: int = 128
     """Examples per task and step. Allowed: 1 or more."""
     learning_rate: float = 1e-3
-    """Constant after a rise over five steps. Allowed: above 0."""
+    """Rises over five steps, and is a quarter after each validation without improvement. Allowed: above 0."""
     labels: float = 0.0
     """Weight of cross-entropy with labels beside distillation. At 0 no labels are read. Allowed: 0 to 1."""
     temperature: float = 4.0

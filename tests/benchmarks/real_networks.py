@@ -12,9 +12,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -69,14 +68,11 @@ class Group:
         data: The folder of their inputs.
         tasks: The networks by name.
         ways: Ways for this group alone.
-        rates: The learning rates of light retraining that are tried. Where networks that are still good only get worse
-            at the usual one, a lower one is tried, too.
     """
 
     data: str
     tasks: Mapping[str, Task]
     ways: Mapping[str, Way] = field(default_factory=dict)
-    rates: tuple[float, ...] = (RETRAINING.learning_rate,)
 
 
 GROUPS: Mapping[str, Group] = {
@@ -87,7 +83,6 @@ GROUPS: Mapping[str, Group] = {
             "landmarks": Task(partial(face, 136), Output("regression", tolerance=0.0089)),
         },
         {real_page.WEIGHED: lambda case, size: case.weighed(size, {"expression": 1.0, "landmarks": 8.0})},
-        rates=(1e-3, 3e-4),
     ),
     "files": Group(
         "files",
@@ -105,7 +100,6 @@ class Case:
     def __init__(self, group: Group) -> None:
         folder = FOLDER / "data" / group.data
         inputs = {split: read_images(folder, split) for split in ("train", "validation", "test")}
-        self.rates = group.rates
         self.outputs = {task: own.output for task, own in group.tasks.items()}
         self.networks = {task: own.network(task) for task, own in group.tasks.items()}
         self.training = dict.fromkeys(group.tasks, inputs["train"])
@@ -190,24 +184,11 @@ class Case:
         """The originals' outputs for all inputs of light retraining."""
         return original_outputs(self.networks, self.training, self.validation)
 
-    def retrain(self, compressed: Compressed) -> dict[str, float]:
-        """Retrain lightly, at the learning rate that validates best.
-
-        Returns:
-            This rate, and the iterations after which the network was best.
-        """
-        zipped, data = compressed.zipped, (self.networks, self.training, self.validation)
-        start = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
-        found = []
-        for rate in self.rates:
-            zipped.load_state_dict(start)
-            run = Retraining(zipped, *data, replace(RETRAINING, learning_rate=rate), outputs=self.teachers)
-            best = max((step for step in list(run.steps()) if step.best), key=lambda step: step.iteration)
-            state = {name: tensor.clone() for name, tensor in zipped.state_dict().items()}
-            found.append((sum(best.validation_loss.values()), rate, best.iteration, state))
-        _, rate, iteration, state = min(found, key=itemgetter(0))
-        zipped.load_state_dict(state)
-        return {"learning_rate": rate, "best_iteration": iteration}
+    def retrain(self, compressed: Compressed) -> int:
+        """Retrain lightly; return the iterations after which the network was best."""
+        data = (self.networks, self.training, self.validation)
+        run = Retraining(compressed.zipped, *data, RETRAINING, outputs=self.teachers)
+        return max(step.iteration for step in run.steps() if step.best)
 
 
 DROP = "drop only"
@@ -257,7 +238,7 @@ def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
         original = sum(own.network.bytes for own in case.traced.values())
         row |= {"bytes": compressed.bytes, "stored": compressed.bytes / original, "before": case.judged(compressed)}
         if retrained:
-            row |= case.retrain(compressed)
+            row["best_iteration"] = case.retrain(compressed)
             row["after"] = case.judged(compressed)
         records.add(row)
         print(f"{name}: {real_page.line(row)}", flush=True)

@@ -186,8 +186,8 @@ def page(records: Records) -> list[str]:
         "relative to the originals' float32: of single weights the mask that says which are left counts, too, and of "
         "rounded ones the scales. Every way is given the same 300 inputs, and then the same light retraining: at most "
         "80 iterations of distillation on 560 crops of faces or 900 files, without labels, at a learning rate of "
-        "0.001, of faces at 0.001 or 0.0003, whichever validates better. The best validation is kept, that before all "
-        "training among them.",
+        "0.001 that is quartered after each validation without improvement. The best validation is kept, that before "
+        "all training among them.",
         "",
         "Cells: agreement with the original on test inputs that nothing has seen (of landmarks their mean distance, in "
         "pixels of a face of 112), and the share of its own information that the task has lost. At one size, the "

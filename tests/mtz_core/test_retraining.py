@@ -15,6 +15,7 @@ from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.errors import InvalidCalibration, InvalidConfig
 from mtz_core.retraining import (
     AVERAGED,
+    SMALLER,
     Retraining,
     RetrainState,
     RetrainStep,
@@ -123,7 +124,7 @@ def test_the_loss_falls_and_the_best_network_is_kept() -> None:
     assert not zipped.training
 
 
-@pytest.mark.parametrize("rate", [1.0, 100.0])
+@pytest.mark.parametrize("rate", [100.0, 1e6])
 def test_an_absurd_learning_rate_leaves_the_merged_network(rate: float) -> None:
     zipped, networks, training, validation = setting()
     before = zipped.tensors()
@@ -131,6 +132,18 @@ def test_an_absurd_learning_rate_leaves_the_merged_network(rate: float) -> None:
     steps = list(retrain_steps(zipped, networks, training, validation, replace(CONFIG, learning_rate=rate)))
     assert [step.best for step in steps] == [True] + [False] * (len(steps) - 1)
     assert all(torch.equal(block, before[name]) for name, block in zipped.tensors().items())
+
+
+def test_after_a_setback_training_goes_on_from_the_best_network_at_a_lower_rate() -> None:
+    zipped, networks, training, validation = setting()
+    config = replace(CONFIG, learning_rate=1.0, batch_size=200, iterations=50)  # a batch has all examples
+    run = Retraining(copy_of(zipped), networks, training, validation, config)
+    curve = list(run.steps())
+    assert [step.best for step in curve] == [True, False, False, True, True, True]
+    lower = replace(config, learning_rate=SMALLER**2, iterations=30)
+    from_the_best = list(retrain_steps(zipped, networks, training, validation, lower))
+    for found, expected in zip(curve[3:], from_the_best[1:], strict=True):
+        assert found.validation_loss == pytest.approx(expected.validation_loss, rel=1e-3)
 
 
 def test_training_stops_when_nothing_improves() -> None:
