@@ -41,7 +41,7 @@ EVENED, EVEN, GENTLE = 3, 1.5, 0.25
 """How often the damage to tasks is evened out by what was measured, the ratio of losses at which it need not, and the
 power of that ratio by which damage counts for less: losses react strongly."""
 
-DAMPED, MOST_DAMPED, GAIN = 4.0, 64.0, 0.98
+DAMPED, MOST_DAMPED, GAIN = 4.0, 256.0, 0.98
 """The factor by which the damping of fits rises with each try, the greatest, and the ratio of losses that is worth it.
 With few examples, or few neurons left, much is fitted to chance."""
 

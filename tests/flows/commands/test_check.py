@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.torch import save_file
@@ -154,6 +156,17 @@ def test_the_first_thing_that_is_wrong_ends_the_check(project: Path, registries:
     with pytest.raises(MtzError, match=r"networks/a\.safetensors does not fit"):
         everything(project, ["good"])
     assert registries == []
+
+
+def test_labels_that_are_counted_from_one_are_told(project: Path, registries: list[str]) -> None:
+    table = pq.read_table(project / "data" / "b" / "test.parquet")
+    labels = pa.array([1 + label % 10 for label in range(len(table))], table.schema.field("label").type)
+    place = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(place, "label", labels), project / "data" / "b" / "test.parquet")
+    with pytest.raises(MtzError, match=r"models\.b\.data: labels of test .* up to 10, .* 10 classes\. Allowed: 0 to 9"):
+        everything(project, ["good"])
+    assert registries == []
+    assert everything(project, ["good"], "models.b.metric=agreement")
 
 
 def test_networks_that_are_still_to_be_trained_are_traced_untrained(project: Path, registries: list[str]) -> None:

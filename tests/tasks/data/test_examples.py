@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tasks.data import examples
-from tasks.data.examples import InvalidData, read_batches, read_examples, read_images, read_labelled
+from tasks.data.examples import InvalidData, largest_labels, read_batches, read_examples, read_images, read_labelled
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +226,17 @@ def test_folders_that_are_not_whole(tmp_path: Path, values: np.ndarray) -> None:
     write(tmp_path / "train.parquet", {"input": tensors(values)})
     with pytest.raises(InvalidData, match=r"train\.parquet and train are both there"):
         read_images(tmp_path, "train")
+
+
+def test_the_largest_labels_are_found_without_inputs(tmp_path: Path) -> None:
+    unreadable = pa.array([{"bytes": b"no image"}] * 4, pa.struct({"bytes": pa.binary()}))
+    pq.write_table(pa.table({"image": unreadable, "label": [3, 0, 7, 1]}), tmp_path / "test.parquet")
+    assert largest_labels(tmp_path, "test") == {"": 7}
+    columns = {"image": unreadable, "label.kind": [1, 0, 1, 1], "label.place": [0.5, 1.5, 2.0, 0.0]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert largest_labels(tmp_path, "train") == {"kind": 1}
+    pq.write_table(pa.table({"image": unreadable}), tmp_path / "validation.parquet")
+    assert largest_labels(tmp_path, "validation") == {}
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 10, 99])
