@@ -36,7 +36,7 @@ if os.environ.get("MTZ_SHAPES") != "unchecked":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("e2e", "slow")])
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mtz_core", "tasks", "flows")
 CORE = {"jaxtyping", "numpy", "safetensors", "scipy", "torch"}

@@ -25,6 +25,8 @@ from mtz_core.network.operations import OPERATIONS
 from tasks.params import read_yaml, validate
 from tests.support.several import MaskedEncoder, masked
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path.cwd()
 PAGES = (*sorted(Path().glob("*.md")), Path("data/README.md"), *sorted(Path("docs").rglob("*.md")))
 TUTORIAL = Path("docs/your-own-models.md")

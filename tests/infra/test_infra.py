@@ -28,6 +28,8 @@ from botocore.exceptions import ClientError
 from tasks.storage import contents
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 KUBERNETES = INFRA / "kubernetes"

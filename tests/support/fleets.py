@@ -72,11 +72,11 @@ class Beside(nn.Module):
 
 
 class Normalised(nn.Module):
-    """A residual stream behind a layer normalisation, whose neurons can be shared but not dropped."""
+    """A residual stream that is normalised; in groups, its neurons can be shared but not dropped."""
 
-    def __init__(self, stream: int, inner: int) -> None:
+    def __init__(self, norm: nn.Module, stream: int, inner: int) -> None:
         super().__init__()
-        self.stem, self.norm = nn.Linear(7, stream), nn.LayerNorm(stream)
+        self.stem, self.norm = nn.Linear(7, stream), norm
         self.up, self.down, self.head = nn.Linear(stream, inner), nn.Linear(inner, stream), nn.Linear(stream, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +127,16 @@ FLEETS = {
             lambda: {"a": Beside(20, 3, 4), "b": Beside(24, 4, 5)},
             ((1, 4, 5), (1, 4, 6)),
         ),
-        Fleet("layer norm", lambda: {"a": Normalised(6, 8), "b": Normalised(6, 9)}, ((7,), (7,))),
+        Fleet(
+            "layer norm",
+            lambda: {t: Normalised(nn.LayerNorm(6), 6, inner) for t, inner in (("a", 8), ("b", 9))},
+            ((7,), (7,)),
+        ),
+        Fleet(
+            "norm of groups",
+            lambda: {t: Normalised(nn.GroupNorm(2, 6), 6, inner) for t, inner in (("a", 8), ("b", 9))},
+            ((7,), (7,)),
+        ),
     )
 }
 

@@ -25,6 +25,8 @@ from tests.support.processes import is_alive, own_children
 from tests.support.stages import make_lenets
 from tests.support.waiting import PATIENCE_SECONDS, until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 LIFELINE = ROOT / "flows" / "processes" / "lifeline.py"
 

@@ -172,7 +172,7 @@ def test_the_plan_of_doing_nothing_stores_the_originals(name: str) -> None:
 
 
 @pytest.mark.parametrize("moves", [BOTH, ("share",), ("drop",)], ids="+".join)
-@pytest.mark.parametrize("name", ["other widths and classes", "lenet-5", "layer norm"])
+@pytest.mark.parametrize("name", ["other widths and classes", "lenet-5", "norm of groups"])
 def test_impossible_budgets_are_refused_with_the_least_possible_size(name: str, moves: tuple[Move, ...]) -> None:
     own = planner(name, moves)
     with pytest.raises(InvalidConfig, match=r"budget\.size: 0\.001 is impossible") as caught:
@@ -211,7 +211,7 @@ def least_damage(own: Planner, size: float) -> float:
     return float(damage[stored <= size * own.original_bytes].min())
 
 
-@pytest.mark.parametrize("name", ["two mlps", "other widths and classes", "layer norm"])
+@pytest.mark.parametrize("name", ["two mlps", "other widths and classes", "layer norm", "norm of groups"])
 def test_a_plan_does_hardly_more_damage_than_the_best_of_all(name: str) -> None:
     own = planner(name)
     assert len(own.options) == 2

@@ -21,6 +21,8 @@ from tests.support.services import Place, Registry
 from tests.support.several import HeldEncoder, MaskedEncoder, masked, numbers, two_heads
 from tests.support.stages import TokenClassifier
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -34,6 +34,8 @@ from tasks.stages.budget_checks import check_budget
 from tests.support.networks import joined
 from tests.support.stages import change, outputs, perceptron, refused, write_images
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["collect a", "collect b", "hessians a", "hessians b", "match", "merge", "retrain", "evaluate"]
 SIZES = {"train": 120, "validation": 60, "test": 60}
 CLASSES = 6

@@ -26,6 +26,8 @@ from tasks.stages import register
 from tasks.storage.s3 import Storage
 from tests.support.services import Place, Registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

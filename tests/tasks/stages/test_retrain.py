@@ -23,6 +23,8 @@ from tasks.data.examples import read_images
 from tasks.models.example_networks import lenet_300_100
 from tests.support.stages import write_images
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = Path("checkpoints/retrain.safetensors")
 SIZES = {"train": 60, "validation": 30}
 

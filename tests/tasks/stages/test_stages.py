@@ -22,6 +22,8 @@ from tasks.faults import EXIT_REFUSED, EXIT_TRY_AGAIN
 from tasks.models.example_networks import lenet_300_100
 from tests.support.stages import Aside, change, make_lenets, outputs, refused, write_images
 
+pytestmark = pytest.mark.slow
+
 STAGES: list[tuple[str, ...]] = [("collect", "a"), ("collect", "b"), ("hessians", "a"), ("hessians", "b")]
 STAGES += [("match",), ("merge",), ("retrain",), ("evaluate",)]
 ROOT = Path(__file__).parents[3]

@@ -21,6 +21,8 @@ from tasks.files import InvalidArtifact, sha256
 from tasks.studies import affinities
 from tasks.studies.affinities import ModelStatistics, compare, read_affinities, write_affinities
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("anna", "berta", "clara", "dora")
 
 

@@ -33,6 +33,8 @@ from tasks.studies.pareto import Asked, InvalidPareto, Row, limits, measure_rows
 from tests.support.services import Place, Registry
 from tests.support.stages import write_images
 
+pytestmark = pytest.mark.slow
+
 SPLITS = {"train": 60, "validation": 20, "test": 30}
 CLASSES = 4
 
