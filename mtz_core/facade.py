@@ -147,11 +147,7 @@ def zip_networks(
     budget = config.budget
     floor = budget is not None and budget.floor is not None
     steps = _Steps(on_progress)
-    for name, given in (("networks", networks), ("calibration", calibration)):
-        if not isinstance(given, Mapping):
-            raise InvalidConfig(
-                f"{name} is a {type(given).__name__}. Give a dict by task, as {{'digits': …, 'fashion': …}}."
-            )
+    _check_by_task(networks=networks, calibration=calibration, validation=validation or {})
     for task in networks:
         check_task_name(task)
     if set(networks) != set(calibration):
@@ -248,6 +244,7 @@ def retrain(
         InvalidCalibration: Examples, outputs or labels are missing or impossible, or a loss is not finite.
         InvalidConfig: A task is unknown, or settings contradict what is given.
     """
+    _check_by_task(originals=originals, training=training, validation=validation)
     splits = [
         {task: concatenated(as_batches(data, task, _taken(zipped, task))) for task, data in given.items()}
         for given in (training, validation)
@@ -281,6 +278,9 @@ def evaluate(
             number.
         InvalidCalibration: There are no examples, or labels that do not fit.
     """
+    _check_by_task(test=test, originals=originals or {})
+    if isinstance(metric, Mapping) and not metric:
+        raise InvalidConfig("metric names no output. Give one metric, or {output: metric}.")
     needs_labels, may_read_labels, needs_originals = _needs(metric)
     for task in test:
         if task not in zipped.tasks:
@@ -312,6 +312,15 @@ def evaluate(
                     agreement = part.loss.agreement(part.outputs, part.targets)
                     found[name] = replace(found[name], original_error=original.value, agreement=agreement)
     return found
+
+
+def _check_by_task(**arguments: object) -> None:
+    """Raises `InvalidConfig` unless these are dicts."""
+    for name, given in arguments.items():
+        if not isinstance(given, Mapping):
+            raise InvalidConfig(
+                f"{name} is a {type(given).__name__}. Give a dict by task, as {{'digits': …, 'fashion': …}}."
+            )
 
 
 def _needs(metrics: Metrics) -> tuple[bool, bool, bool]:

@@ -6,6 +6,7 @@ core's own settings; a value that the core finds impossible is refused here, wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,20 @@ def task_of(measured: str) -> str:
     return measured.partition(".")[0]
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+def _written(pattern: str, allowed: str) -> AfterValidator:
+    """Check that a text is written in a certain way; `allowed` says in words which."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is impossible. Allowed: {allowed}.")
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[
+    str, _written(r"[A-Za-z0-9][A-Za-z0-9_-]*", "letters, digits, '_' and '-', with a letter or a digit first")
+]
 """Names of groups and tasks: letters, digits, '_' and '-'."""
 
 
@@ -376,7 +390,10 @@ class EvaluateParams(_Block):
 class RegisterParams(_Block):
     """The registered model."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Annotated[
+        str,
+        _written(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "letters, digits, '_', '.' and '-', with a letter or a digit first"),
+    ]
     """Its name in the registry. Allowed: letters, digits, `_`, `.` and `-`."""
     agreement: float = Field(default=50, ge=0, le=100)
     """Percent of agreement with its original on the test split that every task, and each of several outputs, must have.
@@ -390,9 +407,11 @@ class RegisterParams(_Block):
 class StorageParams(_Block):
     """The S3 storage. Credentials come from the environment."""
 
-    endpoint: Annotated[str, Field(pattern=r"^(embedded|aws|https?://[^\s]+)$"), AfterValidator(_without_password)] = (
-        "embedded"
-    )
+    endpoint: Annotated[
+        str,
+        AfterValidator(_without_password),
+        _written(r"embedded|aws|https?://\S+", "embedded, aws, and addresses with http:// or https://"),
+    ] = "embedded"
     """`embedded` starts a server on this machine. Allowed: embedded, aws, or the URL of a server."""
     bucket: str = Field(default="mtz", min_length=3, max_length=63)
     """The bucket. Allowed: 3 to 63 characters."""
@@ -420,7 +439,7 @@ class FlowParams(_Block):
     """Groups at a time. `auto` takes as many as cores and memory allow. Allowed: 1 or more, or auto."""
     memory: float | None = Field(default=None, ge=1)
     """GiB that each process of a worker may take. Without it there is no limit."""
-    dask: Annotated[str, Field(pattern=r"^(local|(tcp|tls)://[^\s]+)$")] = "local"
+    dask: Annotated[str, _written(r"local|(tcp|tls)://\S+", "local, and addresses with tcp:// or tls://")] = "local"
     """The Dask scheduler. `local` starts a cluster on this machine. Allowed: local, tcp://… or tls://…."""
     pool: str = Field(default="mtz", min_length=1)
     """The Prefect work pool. Allowed: any text but an empty one."""

@@ -174,6 +174,13 @@ def test_what_is_no_dict_by_task_is_named(calibration: dict[str, Tensor]) -> Non
             mtz.InvalidConfig, match=r"^(networks is a list|calibration is a Tensor)\. Give a dict by task"
         ):
             mtz.zip_networks(*given)
+    zipped = mtz.zip_networks(networks(), calibration)
+    with pytest.raises(mtz.InvalidConfig, match=r"^validation is a RetrainConfig\. Give a dict by task"):
+        mtz.retrain(zipped, networks(), calibration, mtz.RetrainConfig())  # type: ignore[arg-type]
+    with pytest.raises(mtz.InvalidConfig, match=r"^test is a Tensor\. Give a dict by task"):
+        mtz.evaluate(zipped, calibration["a"])  # type: ignore[arg-type]
+    with pytest.raises(mtz.InvalidConfig, match=r"^metric names no output\. Give one metric"):
+        mtz.evaluate(zipped, calibration, metric={})
 
 
 def test_labels_beside_all_inputs_are_told_from_batches(calibration: dict[str, Tensor]) -> None:

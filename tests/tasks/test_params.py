@@ -103,11 +103,11 @@ def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
         ("runtime.threads", 0, "runtime.threads: input should be greater than or equal to 1, not 0"),
         ("runtime.threads", "two", "runtime.threads: input should be a valid integer"),
         ("collect.images", 0, "collect.images: input should be greater than or equal to 1"),
-        ("storage.endpoint", "somewhere", "storage.endpoint"),
+        ("storage.endpoint", "somewhere", "storage.endpoint: 'somewhere' is impossible. Allowed: embedded, aws, and"),
         ("tracking.uri", "https://me:secret@mlflow.example.org", "tracking.uri: holds a password"),
         ("storage.endpoint", "https://me:secret@s3.example.org", "storage.endpoint: holds a password"),
-        ("group", "a b", "group: string should match pattern"),
-        ("register.name", "", "register.name"),
+        ("group", "a b", "group: 'a b' is impossible. Allowed: letters, digits, '_' and '-', with a letter"),
+        ("register.name", "", "register.name: '' is impossible. Allowed: letters"),
     ],
 )
 def test_what_is_wrong_is_named(content: dict[str, Any], path: str, value: object, says: str) -> None:
