@@ -42,8 +42,10 @@ def print_summary(console: Console, result: FleetResult, home: Path) -> None:
         console.print(_times(worked))
     console.print(_groups(reports))
     console.print(
-        f"Wall time {result.seconds:.0f} s without the start of services, peak memory {result.peak_bytes / 2**30:.1f} GiB. {_what_was_done(reports)}"
+        f"Wall time {result.seconds:.0f} s without the start of services, peak memory "
+        f"{result.peak_bytes / 2**30:.1f} GiB."
     )
+    console.print(_what_was_done(reports))
     for report in reports:
         if report.log:
             console.print(Text(f"Log of {report.group}: {report.log}"), soft_wrap=True)
