@@ -12,6 +12,9 @@ from mtz_core.errors import MtzError
 
 _GREY = ("1", "L", "LA")
 _GREY_OF_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_GREY_AS_COLOUR = "LA;16B"
+"""How a file stores grey of 16 bits with alpha, which Pillow opens as colour."""
+
 _WIDENED = ("PNG", "PPM")
 """Formats of which Pillow gives 16 bits as 32."""
 
@@ -63,4 +66,5 @@ def _values(image: Image.Image) -> tuple[np.ndarray, int | None]:
     if image.mode in _GREY_OF_16_BITS:
         (bits, *_) = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))
         return np.asarray(image), 2 ** int(bits) - 1
-    return np.asarray(image.convert("L" if image.mode in _GREY else "RGB")), 255
+    grey = image.mode in _GREY or any(tile[3] == _GREY_AS_COLOUR for tile in image.tile)  # type: ignore[attr-defined]
+    return np.asarray(image.convert("L" if grey else "RGB")), 255

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,20 @@ def with_alpha(picture: Image.Image, mode: str) -> Image.Image:
     return changed
 
 
+def grey_of_16_bits_with_alpha(values: np.ndarray) -> bytes:
+    """A PNG, which Pillow does not write of such pictures."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = values.shape
+    pixels = np.stack([(values * 65535).round(), np.full(values.shape, 30000)], axis=-1).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
 EIGHT, SIXTEEN = of(GREY, np.uint8, 255), of(GREY, np.uint16, 65535)
 COLOUR = Image.merge("RGB", [EIGHT, EIGHT.rotate(180), EIGHT])
 
@@ -44,6 +59,7 @@ COLOUR = Image.merge("RGB", [EIGHT, EIGHT.rotate(180), EIGHT])
         (encoded(SIXTEEN, "PPM"), 0.5 / 65535),
         (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), 1e-7),
         (encoded(with_alpha(EIGHT, "LA")), 0.5 / 255),
+        (grey_of_16_bits_with_alpha(GREY), 1 / 255),
     ],
 )
 def test_a_grey_picture_is_the_same_in_every_file(file: bytes, close: float) -> None:
