@@ -369,12 +369,14 @@ class _Window:
         """What the kernel sees at these positions."""
         place, inside = self.index(positions)
         x = self.x.flatten(2)
+        if not bool(inside.all()):  # taps outside read a zero behind the input
+            place = place.where(inside, x.shape[2])
+            x = F.pad(x, (0, 1))
         if place.numel() <= FEW * x.shape[2]:
-            taken = x[:, :, place].transpose(1, 2)
-        else:  # whole channels are copied at once
-            whole = x.transpose(1, 2).index_select(1, place.flatten())
-            taken = whole.unflatten(1, tuple(place.shape)).transpose(2, 3)
-        return taken if bool(inside.all()) else taken.masked_fill(~inside[:, None], 0)
+            return x[:, :, place].transpose(1, 2)
+        # whole channels are copied at once
+        whole = x.transpose(1, 2).index_select(1, place.flatten())
+        return whole.unflatten(1, tuple(place.shape)).transpose(2, 3)
 
 
 def _spread(x: Tensor, stride: list[int]) -> Tensor:

@@ -17,9 +17,8 @@ ROUNDED = "each network rounded to {} bits"
 PAGE = DOCS / "real-networks.md"
 TITLES = {"faces": "Expression and landmarks of a face", "files": "Two releases of a content-type classifier"}
 REMARKS = {
-    "files": "The only neurons that can be removed are those of the convolution. The layer normalisation behind it "
-    "averages over them, so this project shares them and drops none ([method](../method.md)). torch-pruning removes "
-    "them all the same; those that are left are normalised by themselves."
+    "files": "The only neurons that can be removed are those of the convolution. Those that are left are normalised by "
+    "themselves ([method](../method.md))."
 }
 NAMES = {
     OURS: "zipped",
