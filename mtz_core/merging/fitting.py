@@ -122,7 +122,7 @@ class LayerFit:
             before it, or because it mixes positions some of which are gone. The attributes below exist only if there is
             one.
         matrix: The layer's matrix in float64, bias as the last column.
-        positions: The positions at which rows are taken.
+        positions: The positions at which rows are taken, batch by batch.
         count: The number of rows.
         damping: The absolute damping ``λ``.
     """
@@ -173,24 +173,24 @@ class LayerFit:
         if not shared and (self.paper or self.intact or reduced.kept_positions(node)):
             return
         self.matrix = network.matrix(node).to(torch.float64, copy=True)
-        self.positions = sample_positions(node, self.shape, zipped[0], config)
+        self.positions = [sample_positions(node, self.shape, x_hat, config) for x_hat in zipped]
         moments = Moments(self.matrix.shape[1], self.conv_groups)
         if targets is None:
             before = reduced.original.graph.node(node.name)
             target, left = reduced.original.matrix(before), reduced.kept_rows(node)
             if left is not None and self.conv_groups == 1:
                 target, left = target[left], None
-            for x, x_hat in zip(original, zipped, strict=True):
-                rows = self._rows(x, before)
-                fed = rows if self.paper or x is x_hat else self._rows(x_hat, node)
+            for x, x_hat, positions in zip(original, zipped, self.positions, strict=True):
+                rows = self._rows(x, before, positions)
+                fed = rows if self.paper or x is x_hat else self._rows(x_hat, node, positions)
                 moments.add(self._fitted(fed))
                 if not self.paper:
                     self._keep(fed)
                     outputs = from_rows(rows, target, before.layer.conv_groups(before.arguments))
                     self.targets.append(outputs if left is None else outputs[:, left])
         else:
-            for x_hat in zipped:
-                fed = self._rows(x_hat, node)
+            for x_hat, positions in zip(zipped, self.positions, strict=True):
+                fed = self._rows(x_hat, node, positions)
                 moments.add(self._fitted(fed))
                 self._keep(fed)
             self.targets = [outputs if left is None else outputs[:, left] for outputs in targets]
@@ -199,18 +199,21 @@ class LayerFit:
         self.damping = moments.damping(relative)
         self.hessian = moments.hessian(relative)
 
-    def _rows(self, x: Tensor, node: Node) -> Float[Tensor, "n columns"]:
-        rows = layer_rows(node, self.shape, x, self.positions)
+    def _rows(self, x: Tensor, node: Node, positions: Int64[Tensor, " p"]) -> Float[Tensor, "n columns"]:
+        rows = layer_rows(node, self.shape, x, positions)
         return rows.to(self.network.state[self.node.weight].dtype)
 
     def _keep(self, rows: Float[Tensor, "n columns"]) -> None:
         """Keep the rows of a batch, if those of all batches are few."""
-        if sum(map(len, self.zipped)) * len(self.positions) * rows.shape[1] <= CHUNK:
+        total = sum(len(x_hat) * len(positions) for x_hat, positions in zip(self.zipped, self.positions, strict=True))
+        if total * rows.shape[1] <= CHUNK:
             self._kept.append(rows)
 
     def _fed(self) -> Iterator[Float[Tensor, "_n columns"]]:
         """The rows that the zipped network feeds the layer, batch by batch."""
-        return iter(self._kept) if self._kept else (self._rows(x_hat, self.node) for x_hat in self.zipped)
+        if self._kept:
+            return iter(self._kept)
+        return (self._rows(x, self.node, own) for x, own in zip(self.zipped, self.positions, strict=True))
 
     def _stacked(
         self, matrix: Float[Tensor, "out in"]

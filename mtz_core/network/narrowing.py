@@ -423,7 +423,8 @@ def _is_across_neurons(node: Node) -> bool:
 
 def _normalised(kind: str, arguments: Mapping[str, Any], stays: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
     """What a normalisation across neurons makes of those that stay; the others become 0."""
-    x, found = arguments["input"], torch.zeros_like(arguments["input"])
+    x = arguments["input"]
+    found = torch.zeros_like(x, memory_format=torch.contiguous_format)  # so that flattened axes are a view
     if kind == "group_norm":
         kept = stays.transpose(0, 1).flatten(1).any(dim=1)
         constants = {name: arguments[name][kept] for name in ("weight", "bias") if arguments.get(name) is not None}

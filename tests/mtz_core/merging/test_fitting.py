@@ -464,3 +464,33 @@ def test_a_normalisation_of_positions_is_none_of_neurons(positions: int) -> None
     other = copy.deepcopy(network)
     nn.init.normal_(other.get_parameter("0.weight"))
     zip_networks({"a": network, "b": other}, {"a": x, "b": x}, ZipConfig())
+
+
+class PerPosition(nn.Module):
+    """Two layers that act on every position alone; examples may lie on the second axis in between."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.hidden, self.last, self.turned = nn.Linear(4, 6), nn.Linear(6, 3), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.turned:
+            out: Tensor = self.last(self.hidden(x).relu())
+            return out
+        out = self.last(self.hidden(x.transpose(0, 1)).relu()).transpose(0, 1)
+        return out
+
+
+@pytest.mark.parametrize("config", [ZipConfig(method="paper"), ZipConfig()], ids=["paper", "refit"])
+def test_examples_may_lie_on_any_axis_in_batches_of_any_sizes(config: ZipConfig) -> None:
+    torch.manual_seed(0)
+    states = {task: PerPosition(False).state_dict() for task in ("a", "b")}
+    x, found = torch.randn(40, 5, 4), []
+    for turned in (False, True):
+        networks = {task: PerPosition(turned).eval() for task in states}
+        for task, network in networks.items():
+            network.load_state_dict(states[task])
+        data = {task: x.split([16, 13, 11]) for task in networks}
+        found.append(zip_networks(networks, calibration=data, validation=data, config=config))
+    for task in states:
+        torch.testing.assert_close(found[0](x, task), found[1](x, task), rtol=1e-3, atol=1e-4)

@@ -307,6 +307,23 @@ def test_neurons_stay_where_groups_of_them_are_normalised_together(norm: nn.Modu
     assert found == (("first", "hidden") if free else ("hidden",))
 
 
+class ChannelsLast(nn.Module):
+    """A layer normalisation with its neurons on the last axis, where an operator has turned them to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm((5, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return out
+
+
+def test_neurons_of_a_normalisation_may_lie_on_any_of_its_axes() -> None:
+    x = torch.randn(4, 2, 7, 7)
+    assert Dropper(trace(Normalised(ChannelsLast()).eval(), x)).droppable(x) == ("first", "hidden")
+
+
 # Cuts
 
 
