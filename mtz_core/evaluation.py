@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite, prod, sqrt
 from typing import Any, Literal
 
 import torch
@@ -241,13 +241,7 @@ def measured(case: Case, metrics: Metrics, task: str) -> dict[str, tuple[Metric,
         known, part = metric_of(metric), case.output(name) if name else case
         _check(known, part, title)
         if isinstance(part.labels, Tensor):
-            if known.reads == "labels":
-                check_labels(part.labels, len(part.outputs), part.outputs.shape[1], title)
-            if known.by_value and part.labels.numel() != part.outputs.numel():
-                raise InvalidCalibration(
-                    f"the labels of {title!r} have shape {list(part.labels.shape)}, but its outputs "
-                    f"{list(part.outputs.shape)}. Give a number for each, or take another metric, such as agreement."
-                )
+            check_labels(known, part.labels, part.outputs.shape, title)
         found[title] = known, part
     return found
 
@@ -265,7 +259,12 @@ def _check(metric: Metric, case: Case, task: str) -> None:
             f"the metric of {task!r} measures one output, but its network has several: {names}. Take agreement or "
             "output_error, a function, which is given a dict, or a metric for each: {output: metric}."
         )
-    if metric.reads == "labels" and isinstance(case.outputs, Tensor) and case.outputs.ndim < 2:
+    if metric.reads == "labels" and isinstance(case.outputs, Tensor):
+        _check_has_classes(case.outputs.shape, task)
+
+
+def _check_has_classes(outputs: Sequence[int], task: str) -> None:
+    if len(outputs) < 2:
         raise InvalidConfig(
             f"the metric of {task!r} compares classes, but its output is one number. Take mean_absolute_error."
         )
@@ -342,7 +341,35 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     return 0.0 if share <= 0 else low, 1.0 if share >= 1 else high  # exactly, where rounding leaves 2e-17
 
 
-def check_labels(labels: Shaped[Tensor, "..."], examples: int, classes: int, task: str) -> None:
+def check_labels(metric: Metric, labels: Shaped[Tensor, "..."], outputs: Sequence[int], task: str) -> None:
+    """Check that labels are what a metric compares with the outputs.
+
+    Args:
+        metric: The metric.
+        labels: The labels of all examples, or of some.
+        outputs: The shape of the outputs for these examples.
+        task: The name of what is measured, for errors.
+
+    Raises:
+        InvalidConfig: The metric compares classes, and the outputs are other than one score for each class.
+        InvalidCalibration: Labels are no classes of the network, or no number for each value of the outputs.
+    """
+    if metric.reads == "labels":
+        _check_has_classes(outputs, task)
+        if len(outputs) > 2:
+            raise InvalidConfig(
+                f"the metric of {task!r} compares one class for each example, but its outputs have shape "
+                f"{list(outputs)}. Take agreement, or a function of your own."
+            )
+        _check_are_classes(labels, outputs[0], outputs[1], task)
+    if metric.by_value and labels.numel() != prod(outputs):
+        raise InvalidCalibration(
+            f"the labels of {task!r} have shape {list(labels.shape)}, but its outputs {list(outputs)}. Give a number "
+            "for each, or take another metric, such as agreement."
+        )
+
+
+def _check_are_classes(labels: Shaped[Tensor, "..."], examples: int, classes: int, task: str) -> None:
     """Raises `InvalidCalibration` unless every example has a label that is one of the classes."""
     if labels.ndim != 1:
         raise InvalidCalibration(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from mtz_core.batches import Batch
+import torch
+from torch import Tensor
+
+from mtz_core.batches import Batch, shapes_in_words, tensors_of
 from mtz_core.errors import MtzError
-from mtz_core.network.graph import Network
+from mtz_core.network.graph import Network, run
 from mtz_core.statistics.sensitivity import loss_of
 from mtz_core.task_loss import Loss
+from tasks.data.examples import InvalidData
 from tasks.params import Params
 
 
@@ -31,3 +35,30 @@ def loss_of_outputs(params: Params, model: str, network: Network, batches: Seque
         return loss_of(network, batches, params.models[model].declared_output)
     except MtzError as error:
         raise type(error)(f"models.{model}.output: {error}") from error
+
+
+@torch.no_grad()
+def outputs_for(model: str, split: str, network: Network, inputs: Batch) -> Mapping[str, Tensor]:
+    """Run a network on some examples of a split.
+
+    Args:
+        model: The model's name, for errors.
+        split: The split's name, for errors.
+        network: The model's network, traced.
+        inputs: The examples.
+
+    Returns:
+        Each output by its name; by ``""`` if there is one.
+
+    Raises:
+        InvalidData: The network does not accept such examples.
+    """
+    try:
+        return tensors_of(run(network.graph, network.state, inputs))
+    except Exception as error:  # torch raises many kinds for shapes and types that do not fit
+        dtypes = ", ".join(str(own.dtype) for own in tensors_of(inputs).values())
+        raise InvalidData(
+            f"models.{model}.data: {split} examples have shape {shapes_in_words(inputs)} and are {dtypes}, and the "
+            "network, which fits training examples, does not accept them. Bring all splits to one: "
+            + str(error).partition("\n")[0]
+        ) from error

@@ -11,7 +11,7 @@ from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import check_labels
 from mtz_core.merging.compatibility import shared_counts
 from mtz_core.merging.pairing import Pairing
-from mtz_core.network.graph import Network, given_name, inputs_of, run
+from mtz_core.network.graph import Network, given_name, inputs_of
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.search import Validation
 from mtz_core.planning.sizes import Sizes, owner_sets
@@ -21,6 +21,7 @@ from mtz_core.zipped.structure import hidden_groups
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_labelled
 from tasks.models.metrics import find_metrics, names_of
+from tasks.models.outputs import outputs_for
 from tasks.params import Params
 
 
@@ -95,9 +96,9 @@ def _validation(params: Params, workspace: Workspace, model: str, network: Netwo
             f"models.{model}.data: validation images have shape {said[0]}, training images {said[1]}. Bring them to "
             "one."
         )
-    put_out = tensors_of(run(network.graph, network.state, images[:1]))
-    for output, metric in metrics.items():
-        if metric.reads == "labels":
+    known = {} if labels is None else tensors_of(labels)
+    for output, own in outputs_for(model, "validation", network, images[:2]).items():
+        if output in known:
             title = f"{model}.{output}" if output else model
-            check_labels(tensors_of(labels)[output], len(images), put_out[output].shape[1], title)
+            check_labels(metrics[output], known[output], (len(images), *own.shape[1:]), title)
     return Validation(images, labels, metrics)

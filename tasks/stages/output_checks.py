@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
 
 from mtz_core.batches import tensors_of
-from mtz_core.network.graph import Network, run
+from mtz_core.evaluation import check_labels
+from mtz_core.network.graph import Network
 from mtz_core.settings import floors_by_name
 from mtz_core.statistics.calibration import as_batches
 from tasks.artifacts.paths import Workspace
-from tasks.data.examples import InvalidData, largest_labels, read_batches
+from tasks.data.examples import InvalidData, largest_labels, read_batches, read_examples
 from tasks.models.metrics import find_metrics, names_of
-from tasks.models.outputs import loss_of_outputs
+from tasks.models.outputs import loss_of_outputs, outputs_for
 from tasks.params import InvalidParams, Params, task_of
 
 _TRIED = 100
@@ -29,9 +33,12 @@ def check_outputs(params: Params, workspace: Workspace, model: str, network: Net
         trained: Whether the network has its weights, so that its outputs are what they are meant to be.
 
     Raises:
-        InvalidCalibration: The settings declare an output that the network has not, or a kind that does not fit.
+        InvalidCalibration: The settings declare an output that the network has not, or a kind that does not fit. Or
+            labels are not what the metric compares.
+        InvalidConfig: A metric compares classes, and the outputs have none.
         InvalidParams: The settings name a metric or a floor of an output that is not there.
-        InvalidData: A metric needs labels, and there are none, or labels are for other outputs or classes.
+        InvalidData: A metric or light retraining needs labels, and there are none, or labels are for other outputs or
+            classes. Or the network does not accept the test examples.
     """
     outputs, folder = network.graph.outputs, workspace.root / params.models[model].data
     declared = params.models[model].declared_output
@@ -41,13 +48,29 @@ def check_outputs(params: Params, workspace: Workspace, model: str, network: Net
     elif isinstance(declared, Mapping) and (unknown := declared.keys() - network.graph.endings.keys()):
         names = ", ".join(network.graph.endings)
         raise InvalidParams(f"models.{model}.output.{min(unknown)}: there is no such output. Outputs: {names}.")
-    images, labels = next(read_batches(folder, "test", 1))
-    metrics, largest = find_metrics(params, model, outputs, labels), largest_labels(folder, "test")
-    for output, own in tensors_of(run(network.graph, network.state, images)).items():
-        if output in largest and metrics[output][1].reads == "labels" and largest[output] >= own.shape[1]:
-            raise InvalidData(
-                f"models.{model}.data: labels of test examples go up to {largest[output]}, but the network has "
-                f"{own.shape[1]} classes{f' in {output}' if output else ''}. Allowed: 0 to {own.shape[1] - 1}."
-            )
+    inputs, labels = next(read_batches(folder, "test", 2))
+    metrics = find_metrics(params, model, outputs, labels)
+    known = {} if labels is None else tensors_of(labels)
+    put_out = outputs_for(model, "test", network, inputs)
+    read = [output for output in put_out if output in known and metrics[output][1].reads == "labels"]
+    _check_classes(model, folder, "test", {output: put_out[output] for output in read})
+    for output in known.keys() & put_out.keys():
+        title = f"{model}.{output}" if output else model
+        check_labels(metrics[output][1], known[output], put_out[output].shape, title)
+    if params.retrain.labels:
+        for split in ("train", "validation"):
+            read_examples(folder, split, count=1, several=bool(outputs))
+            _check_classes(model, folder, split, put_out)
     floors = {name: points for name, points in params.register.floors.items() if task_of(name) == model}
     floors_by_name(floors, names_of(params, model, outputs), "register.floors")
+
+
+def _check_classes(model: str, folder: Path, split: str, put_out: Mapping[str, Tensor]) -> None:
+    """Raises `InvalidData` if a split has class numbers that the network has not."""
+    largest = largest_labels(folder, split) if put_out else {}
+    for output, own in put_out.items():
+        if own.ndim > 1 and largest.get(output, 0) >= own.shape[1]:
+            raise InvalidData(
+                f"models.{model}.data: labels of {split} examples go up to {largest[output]}, but the network has "
+                f"{own.shape[1]} classes{f' in {output}' if output else ''}. Allowed: 0 to {own.shape[1] - 1}."
+            )
