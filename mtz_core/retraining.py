@@ -225,17 +225,21 @@ class Retraining:
         return self._curve[-1].iteration >= self._config.iterations or waited >= self._config.patience
 
     def steps(self) -> Iterator[RetrainStep]:
-        """Go on from here; when exhausted, the network is the best one that was seen.
+        """Go on from here; when exhausted, or after an error, the network is the best one that was seen.
 
         Until then the network holds the weights that are being trained.
 
         Yields:
             Each further validation.
         """
-        if not self._curve:
-            yield self._validate(0, {})
-        while not self.finished:
-            yield self._validate(*self._train())
+        try:
+            if not self._curve:
+                yield self._validate(0, {})
+            while not self.finished:
+                yield self._validate(*self._train())
+        except Exception:
+            self._zipped.load_state_dict(self._best)
+            raise
         self._zipped.load_state_dict(self._best)
 
     def state(self) -> RetrainState:
@@ -310,6 +314,12 @@ class Retraining:
         graph, state = self._zipped.structure.networks[task].graph, self._zipped.state_of(task)
         values = input_values(self._zipped.batch_for(x, task))
         for node in graph.nodes:
+            if node.kind == "batch_norm" and values[node.sources[0]].numel() == values[node.sources[0]].shape[1]:
+                raise InvalidConfig(
+                    f"a batch of {task!r} has one value for each channel of {node.module!r}, which is too little for "
+                    "the statistics of a normalisation. Give batches of two examples or more, or set "
+                    "retrain.statistics to kept."
+                )
             values[node.name] = run_node(node, values, state, len(x), training="running_mean" in node.arguments)
             free_unused(graph, values, node)
         output: Batch = values[graph.output]

@@ -263,10 +263,25 @@ def test_missing_tasks_are_refused(part: str) -> None:
         next(retrain_steps(zipped, networks, training, validation, CONFIG))
 
 
-def test_a_loss_that_is_not_finite_is_refused_with_a_remedy() -> None:
+def test_a_loss_that_is_not_finite_is_refused_with_a_remedy_and_leaves_the_best_network() -> None:
     zipped, networks, training, validation = setting()
+    before = {name: block.clone() for name, block in zipped.tensors().items()}
     with pytest.raises(InvalidCalibration, match=r"not finite after \d+ iterations.*learning_rate"):
         list(retrain_steps(zipped, networks, training, validation, replace(CONFIG, learning_rate=1e30)))
+    assert all(torch.equal(block, before[name]) for name, block in zipped.tensors().items())
+
+
+def test_batches_of_one_value_for_each_channel_have_no_statistics() -> None:
+    def make(*_: object) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Linear(9, 4))
+
+    zipped, networks, training, validation = setting(Case("normalised", make, (12,), (9,)))
+    alone = replace(CONFIG, batch_size=1, iterations=2)
+    with pytest.raises(InvalidConfig, match=r"one value for each channel of '1'.* two examples .*statistics to kept"):
+        list(retrain_steps(zipped, networks, training, validation, alone))
+    remedies: tuple[dict[str, Any], ...] = ({"batch_size": 2}, {"statistics": "kept"})
+    for remedy in remedies:
+        assert len(list(retrain_steps(zipped, networks, training, validation, replace(alone, **remedy)))) == 2
 
 
 def test_examples_that_are_not_finite_are_refused() -> None:
