@@ -59,7 +59,8 @@ def project(root: Path, shape: str = "classes", labels: Any = None, **changes: A
         "data": "data/a",
         **changes.pop("model", {}),
     }
-    params = {"group": "g", "models": {"a": model}, "register": {"name": "g"}, **changes}
+    models = dict.fromkeys("ab" if "match" in changes else "a", model)
+    params = {"group": "g", "models": models, "register": {"name": "g"}, **changes}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
 
@@ -116,6 +117,32 @@ def test_labels_that_light_retraining_would_refuse_are_refused(tmp_path: Path, s
     project(tmp_path, labels={"train": NUMBERS, "validation": NUMBERS, split: NUMBERS + 1}, retrain={"labels": 0.5})
     with pytest.raises(MtzError, match=rf"labels of {split} examples go up to 5.* Allowed: 0 to 4"):
         check(tmp_path)
+
+
+FLOOR: dict[str, Any] = {
+    "match": {"budget": {"floor": 1.0, "retrain": {"iterations": 4}}},
+    "retrain": {"iterations": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "told"),
+    [
+        ("classes", NUMBERS + 1, "whole numbers from 0 to 4"),
+        ("classes", NUMBERS + 0.5, r"have shape \[12\], but its outputs \[12, 5\]"),
+        ("number", NUMBERS % 2, r"its output is one number\. Take mean_absolute_error"),
+    ],
+    ids=["from one", "fractions", "one number"],
+)
+def test_labels_that_a_floor_cannot_be_measured_with_are_refused(
+    tmp_path: Path, shape: str, labels: np.ndarray, told: str
+) -> None:
+    with pytest.raises(MtzError, match=told):
+        check(project(tmp_path, shape, {"validation": labels}, **FLOOR))
+
+
+def test_a_floor_of_a_network_that_squeezes_batches_of_one_is_possible(tmp_path: Path) -> None:
+    check(project(tmp_path, "squeezed", NUMBERS, **FLOOR))
 
 
 def test_light_retraining_with_labels_needs_some(tmp_path: Path) -> None:
