@@ -298,7 +298,7 @@ def window(axes: int) -> Rule:
 
 
 def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Iterable[Value | None]) -> Tensor:
-    """Tie the constants of a normalisation to the neurons along some axes.
+    """Tie the constants of a normalisation to the neurons along some axes; if none lie there, they act on all alike.
 
     Args:
         ties: The labels that are tied so far.
@@ -312,13 +312,16 @@ def _normalise(ties: Ties, labels: Tensor, keep: Sequence[int], constants: Itera
     Raises:
         NotUnderstood: If a constant depends on the data.
     """
-    labels = ties.uniform(labels, keep)
+    given = [constant for constant in constants if constant is not None]
+    if not all(constant.constant for constant in given):
+        raise NotUnderstood("it normalises by what depends on the data")
+    labels = ties.resolve(labels)
     shape = [labels.shape[axis] for axis in keep]
-    for constant in constants:
-        if constant is not None and constant.constant:
-            ties.tie(labels.reshape(shape), constant.labels.reshape(constant.meta.shape))
-        elif constant is not None:
-            raise NotUnderstood("it normalises by what depends on the data")
+    if math.prod(shape) == 1 and any(constant.meta.numel() > 1 for constant in given):
+        return labels
+    labels = ties.uniform(labels, keep)
+    for constant in given:
+        ties.tie(labels.reshape(shape), constant.labels.reshape(constant.meta.shape))
     return ties.resolve(labels)
 
 

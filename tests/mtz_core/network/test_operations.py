@@ -144,6 +144,11 @@ def padded(x: Tensor) -> Tensor:
     return x
 
 
+def turned() -> nn.Module:
+    """Exchanges channels and rows."""
+    return Apply(lambda x: x.transpose(1, 2))
+
+
 IMAGES: dict[str, tuple[Function, int]] = {
     "nearest": (lambda x: F.interpolate(x, scale_factor=2.0), 6),
     "bilinear": (lambda x: F.interpolate(x, size=(9, 5), mode="bilinear"), 6),
@@ -169,6 +174,11 @@ IMAGES: dict[str, tuple[Function, int]] = {
     "instance norm": (nn.InstanceNorm2d(6, affine=True), 6),
     "instance norm without parameters": (nn.InstanceNorm2d(6), 6),
     "group norm": (nn.GroupNorm(2, 6), 6),
+    "layer norm in space": (nn.LayerNorm((4, 4)), 6),
+    "layer norm of columns": (nn.LayerNorm(4), 6),
+    "batch norm of rows": (nn.Sequential(turned(), nn.BatchNorm2d(4), turned()), 6),
+    "instance norm of rows": (nn.Sequential(turned(), nn.InstanceNorm2d(4, affine=True), turned()), 6),
+    "group norm of rows": (nn.Sequential(turned(), nn.GroupNorm(2, 4), turned()), 6),
     "channels last": (lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2), 6),
     "shuffled": (lambda x: F.channel_shuffle(x, 3), 6),
     "pixels": (lambda x: F.pixel_unshuffle(F.pixel_shuffle(torch.cat([x, x], 1), 2), 2)[:, :6], 6),
