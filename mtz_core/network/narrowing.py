@@ -178,7 +178,8 @@ class Dropper:
     def _trial(self) -> dict[str, Int64[np.ndarray, " _kept"]]:
         """Choose a third to a half of each group's neurons to drop: other ones, and another number, in every group.
 
-        Groups that must lose the same neurons, or equally many, do not pass such a trial.
+        Groups that must lose the same neurons, or equally many, do not pass such a trial. Nor do groups with a neuron
+        that is treated like no other and cannot go: such neurons are dropped first.
 
         Returns:
             The neurons that stay, for every group that can spare some.
@@ -191,7 +192,10 @@ class Dropper:
             most = max(least, min(width // 2, width - LEAST))
             dropped = least + number % (most - least + 1)
             if width - dropped >= LEAST:
-                trial[group.name] = np.sort(generator.permutation(width)[dropped:])
+                order, classes = generator.permutation(width), self._analysis.classes[group.name]
+                unlike_others = (np.bincount(classes)[classes] == 1)[order]
+                order = np.concatenate([order[unlike_others], order[~unlike_others]])
+                trial[group.name] = np.sort(order[dropped:])
         return trial
 
     @torch.no_grad()

@@ -324,6 +324,25 @@ def test_neurons_of_a_normalisation_may_lie_on_any_of_its_axes() -> None:
     assert Dropper(trace(Normalised(ChannelsLast()).eval(), x)).droppable(x) == ("first", "hidden")
 
 
+class OneOfMany(nn.Module):
+    """The first of a layer's neurons is normalised alone."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.place = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(1), nn.Linear(8, 3), place
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, own, behind = self.first(x).relu().split([self.place, 1, 7 - self.place], 1)
+        out: Tensor = self.last(torch.cat([before, self.norm(own), behind], 1).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_neurons_stay_where_one_of_them_cannot_go(place: int) -> None:
+    x = torch.randn(4, 2, 7, 7)
+    assert Dropper(trace(OneOfMany(place).eval(), x)).droppable(x) == ()
+
+
 # Cuts
 
 
