@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from mtz_core.network.graph import Network, Node
+from mtz_core.network.groups import analysis_of
 from mtz_core.network.narrowing import LEAST
 from mtz_core.statistics.linalg import Hessian, invert
 from mtz_core.statistics.moments import Moments
@@ -41,6 +42,8 @@ class Reader:
 
     Attributes:
         slots: The columns of each of the group's neurons, ``[neurons, slots]``.
+        classes: For each of the group's neurons, the number of its part: where a group is cut, parts are treated
+            differently, and an operator may not work without any neuron of one.
         columns: The columns of the layers' matrices, each row times the root of its sensitivity; those of layers with
             fewer rows end in zeros. Dropped columns are left out from time to time.
         exact: Whether the inverse Hessians are kept up to date (see `WIDEST`).
@@ -50,6 +53,7 @@ class Reader:
     """
 
     slots: Int64[Tensor, "neurons slots"]
+    classes: Int64[np.ndarray, " neurons"]
     columns: Float[Tensor, "layers columns out"]
     inverse: Float[Tensor, "layers columns columns"]
     dropped: Bool[Tensor, " columns"]
@@ -71,6 +75,7 @@ class Reader:
             SingularHessian: If the Hessian cannot be factorised.
         """
         self.slots = torch.from_numpy(positions_of(network.graph.columns[node.name], group))
+        self.classes = analysis_of(network).classes[group]
         self.columns = (network.matrix(node).T.to(torch.float64) * sensitivity.sqrt()).contiguous()[None]
         self.dropped = torch.zeros(hessian.size, dtype=torch.bool)
         self.exact = hessian.size <= WIDEST
@@ -188,7 +193,7 @@ def eliminate(
     freed: Float64[np.ndarray, " units"],
     balance: Float64[np.ndarray, " tasks"] | None = None,
 ) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, "n tasks"]]:
-    """Drop units one after the other until no task has more than `LEAST` of them left.
+    """Drop units one after the other until no task has more than `LEAST` of them left, or one of a part of several.
 
     Args:
         reading: For every task, the layers that read the group. They are not modified.
@@ -202,7 +207,7 @@ def eliminate(
     balance = np.ones(units.shape[1]) if balance is None else balance
     reading = [Reader.side_by_side(task) for task in reading]
     owned = units >= 0
-    present = owned.any(axis=0)
+    counted, least = _kept(reading, units)
     alive, costs = np.ones(len(units), dtype=bool), np.zeros(units.shape)
     order: list[int] = []
     damage: list[np.ndarray] = []
@@ -212,12 +217,12 @@ def eliminate(
             mine = np.flatnonzero(alive & owned[:, t])
             neurons = torch.from_numpy(units[mine, t])
             costs[mine, t] = sum(reader.damages(neurons).numpy() for reader in reading[t])
-        spare = owned[alive].sum(axis=0) > LEAST
-        candidates = np.flatnonzero(alive & ~(owned & ~spare).any(axis=1))
+        spare = counted[alive].sum(axis=0) > least
+        candidates = np.flatnonzero(alive & ~(counted & ~spare).any(axis=1))
         price = costs[candidates] @ balance / freed[candidates]
         cheapest = candidates[np.argsort(price, kind="stable")[: max(1, int(AT_ONCE * len(candidates)))]]
-        left = owned[alive].sum(axis=0) - owned[cheapest].cumsum(axis=0)
-        chosen = cheapest[(left[:, present] >= LEAST).all(axis=1)]
+        left = counted[alive].sum(axis=0) - counted[cheapest].cumsum(axis=0)
+        chosen = cheapest[(left >= least).all(axis=1)]
         if not len(chosen):
             return np.array(order, dtype=np.int64), np.array(damage).reshape(-1, units.shape[1])
         alive[chosen] = False
@@ -230,3 +235,21 @@ def eliminate(
             spent[mine, t] = together * (alone / alone.sum() if alone.sum() > 0 else 1 / len(alone))
         order += chosen.tolist()
         damage += list(spent)
+
+
+def _kept(
+    reading: Sequence[Sequence[Reader]], units: Int64[np.ndarray, "units tasks"]
+) -> tuple[Bool[np.ndarray, "units sets"], Int64[np.ndarray, " sets"]]:
+    """The sets of units of which some have to be left, and how many: those of a task, those of each of its parts."""
+    sets, least = [], []
+    for own, column in zip(reading, units.T, strict=True):
+        owned = column >= 0
+        if owned.any():
+            sets.append(owned)
+            least.append(LEAST)
+        classes = own[0].classes if own else np.zeros(0, dtype=np.int64)
+        parts, sizes = np.unique(classes, return_counts=True)
+        for part in parts[sizes > 1] if len(parts) > 1 else ():  # single neurons have been dropped on trial
+            sets.append(owned & (classes[column] == part))
+            least.append(1)
+    return np.array(sets, dtype=bool).reshape(len(sets), len(units)).T, np.array(least, dtype=np.int64)

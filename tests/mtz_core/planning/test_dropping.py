@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtz_core import ZipConfig
 from mtz_core.merging.pairing import Pairing
-from mtz_core.network.graph import Network
-from mtz_core.network.narrowing import LEAST
+from mtz_core.network.graph import Network, run
+from mtz_core.network.narrowing import LEAST, Dropper
 from mtz_core.network.tracing import trace
 from mtz_core.planning import dropping
 from mtz_core.planning.dropping import AT_ONCE, Reader, eliminate, readers
@@ -21,6 +21,7 @@ from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.linalg import DenseHessian, Hessian, RowsHessian
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.ownership import positions_of
 from tests.support.networks import Case, Residual, lenet5, mlp
 from tests.support.zoo.laws import traced as traced_zoo
@@ -267,6 +268,35 @@ def test_a_group_that_is_as_small_as_can_be_loses_nothing(width: int) -> None:
     network, moments, sensitivity = given_network(case)
     order, damage = eliminate([readers(network, "0", moments, sensitivity, 0.1)], alone(width), np.ones(width))
     assert len(order) == len(damage) == 0
+
+
+class Cut(nn.Module):
+    """Of a layer's neurons the first three are normalised, and the others are not; these are worth more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(10, 7), nn.BatchNorm1d(3), nn.Linear(7, 5)
+        self.head.weight.data[:, :3] *= 0.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, rest = self.first(x).relu().split([3, 4], -1)
+        out: Tensor = self.head(torch.cat([self.norm(part), rest], -1))
+        return out
+
+
+def test_a_part_of_a_group_keeps_a_neuron() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(80, 10)
+    network = trace(Cut().eval(), x[:2])
+    measured = Traced.measured(network, [x], CONFIG)
+    assert measured.sensitivity is not None
+    found = readers(network, "first", measured.moments, measured.sensitivity, 0.1)
+    order, _ = eliminate([found], alone(7), np.ones(7))
+    assert len(order) == 7 - LEAST
+    assert len({0, 1, 2} - set(order.tolist())) == 1
+    for end in range(len(order) + 1):
+        left = Dropper(network).narrow({"first": np.sort(np.delete(np.arange(7), order[:end]))}).network
+        assert run(left.graph, left.state, x).shape == (80, 5)
 
 
 def test_a_task_that_feels_nothing_loses_neurons_for_free() -> None:
