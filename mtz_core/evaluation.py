@@ -240,7 +240,7 @@ def measured(case: Case, metrics: Metrics, task: str) -> dict[str, tuple[Metric,
         title = f"{task}.{name}" if name else task
         known, part = metric_of(metric), case.output(name) if name else case
         _check(known, part, title)
-        if isinstance(part.labels, Tensor):
+        if isinstance(part.labels, Tensor) and isinstance(part.outputs, Tensor):
             check_labels(known, part.labels, part.outputs.shape, title)
         found[title] = known, part
     return found
