@@ -4,6 +4,7 @@ With the longest first, no worker is left with a long test when all others are d
 even when nothing runs, ends with these. ``MTZ_SHAPES=unchecked`` switches the checks off.
 """
 
+import functools
 import logging
 import os
 import re
@@ -46,8 +47,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "services" if "pytest.mark.e2e" in (config.rootpath / file).read_text("utf-8") else file
+            return scope(super()._split_scope(nodeid))
+
+    @functools.cache  # it is asked for every test, also when one is done
+    def scope(file: str) -> str:
+        return "services" if "pytest.mark.e2e" in (config.rootpath / file).read_text("utf-8") else file
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
