@@ -30,7 +30,7 @@ from mtz_core.batches import (
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
 from mtz_core.evaluation import Case, Function, Metrics, Model, measure, measured, metric_of, outputs_of
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
-from mtz_core.merging.judging import HELD_OUT, judge
+from mtz_core.merging.judging import HELD_OUT, RUINED, hold_out, judge, warn_of_ruin
 from mtz_core.merging.matching import descent, match
 from mtz_core.merging.walk import check_task_name, merge, trace_task, warn_of_unused
 from mtz_core.network.graph import Network
@@ -51,12 +51,8 @@ Labelled = tuple[Any, Tensor | Mapping[str, Tensor]] | Iterable[tuple[Any, Tenso
 """Examples with labels: a pair of both, or batches of pairs, as a ``DataLoader`` gives them. Labels of several outputs
 are a dict by name, for some or all of them."""
 
-RUINED = 0.5
-"""The share of its information whose loss a warning tells."""
-
 _HARDLY = 0.05
 _BATCH = 500
-_MOST_HELD_OUT = 200
 _log = logging.getLogger("mtz_core")
 
 
@@ -171,7 +167,7 @@ def zip_networks(
         retraining.balance_of(tuple(batches))
         _check_held_out(batches, held_out)
     if validation is None and (budget is None or retraining is not None) and not floor:
-        batches = {task: _without(own, held_out.get(task, [])) for task, own in batches.items()}
+        batches = {task: hold_out(own)[0] for task, own in batches.items()}
     check_paths(
         {"keep_separate": config.keep_separate},
         *(network for network in networks.values() if isinstance(network, nn.Module)),
@@ -210,9 +206,8 @@ def zip_networks(
     if not zipped.report.tasks or retraining is not None:
         zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
-    ruined = [task for task, judged in zipped.report.tasks.items() if judged.worst[1] > RUINED]
-    if ruined:
-        _warn_of_ruin(zipped.report, ruined, traced, config)
+    if any(judged.worst[1] > RUINED for judged in zipped.report.tasks.values()):
+        warn_of_ruin(zipped.report.tasks, _enough(traced, config), stacklevel=2)
     return zipped
 
 
@@ -396,8 +391,7 @@ def _held_out(
         InvalidCalibration: Validation data is of other inputs or of another shape.
     """
     if validation is None:
-        counts = {task: min(sum(map(len, own)) // HELD_OUT, _MOST_HELD_OUT) for task, own in batches.items()}
-        return {task: [concatenated(batches[task])[-count:]] for task, count in counts.items() if count}
+        return {task: held for task, own in batches.items() if (held := hold_out(own)[1])}
     held_out = {task: list(divided(_examples(data, task, taken[task]), _BATCH)) for task, data in validation.items()}
     for task, own in held_out.items():
         shapes = [shapes_in_words(batch) for batch in (own[0], batches[task][0])]
@@ -415,12 +409,6 @@ def _check_held_out(batches: Mapping[str, list[Batch]], held_out: Mapping[str, l
             f"{task!r} has {sum(map(len, batches[task]))} calibration examples; light retraining holds one in "
             f"{HELD_OUT} out to validate. Give at least {HELD_OUT}, or validation data."
         )
-
-
-def _without(batches: list[Batch], held_out: list[Batch]) -> list[Batch]:
-    """Return batches without their last examples, which are held out."""
-    count = sum(map(len, batches)) - sum(map(len, held_out))
-    return list(divided(concatenated(batches)[:count], len(batches[0])))
 
 
 def _taken(zipped: ZippedNetwork, task: str) -> Signature:
@@ -518,28 +506,14 @@ def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Batch]:
     return inputs, mapped(lambda own: own if own.is_floating_point() else own.long(), labels)
 
 
-def _warn_of_ruin(report: ZipReport, ruined: Sequence[str], traced: Mapping[str, Traced], config: ZipConfig) -> None:
-    """Warn of tasks that have lost most of what they knew, and say what is expected to keep them."""
+def _enough(traced: Mapping[str, Traced], config: ZipConfig) -> str:
+    """Say which size is expected to keep all tasks."""
     moves: tuple[Move, ...] = ("share",) if config.method == "paper" else ("share", "drop")
     whole = replace(config, share=None, budget=Budget(size=1.0, moves=moves))
     size = Planner(traced, whole, moves).size_for(_HARDLY)
-    remedy = (
-        "These networks have too little in common: leave one out"
-        if size is None
-        else f"Store more: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"
-    )
-    for task in ruined:
-        judged = report.tasks[task]
-        output, lost = judged.worst
-        heavier = f"Let {output!r} count more: declare it with a greater weight" if judged.lost <= RUINED else remedy
-        warnings.warn(
-            f"{task!r} has lost {100 * lost:.0f} % of what it knew{f' of {output!r}' if output else ''} "
-            f"({judged.agreement:.1f} % agreement with its "
-            f"original, on {judged.examples} held-out examples; its outputs are {judged.kinds}"
-            f"{f', guessed, as {judged.guessed}' if judged.guessed else ''}). {heavier}.",
-            ZipWarning,
-            stacklevel=3,
-        )
+    if size is None:
+        return "These networks have too little in common: leave one out"
+    return f"Store more: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"
 
 
 def _warn(report: ZipReport, wanted: bool) -> None:

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from flows.group.workspace import place
@@ -17,9 +18,53 @@ from tasks.storage.contents import Contents
 LEAST_FREE_BYTES = 1 << 30
 """Bytes for the activations and Hessians of a small group, once in its workspace and once in DVC's cache."""
 
+_LISTED = 20
+"""The most problems that one error lists."""
+
 
 class NotReady(MtzError):
-    """Something that a run needs is missing."""
+    """Things that a run needs are missing or not in order.
+
+    Attributes:
+        problems: What is wrong, one text each, at least one.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        listed = "".join(f"\n  - {problem}" for problem in problems[:_LISTED])
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        super().__init__(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{listed}{more}")
+        self.problems = problems
+
+
+class Problems:
+    """What is not in order, gathered so that one check tells all of it."""
+
+    def __init__(self) -> None:
+        self._found: list[MtzError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note the error that ends the block, if one does; what comes after the block goes on."""
+        try:
+            yield
+        except MtzError as error:
+            self._found.append(error)
+
+    def raise_all(self, where: str = "") -> None:
+        """Raise what was noted, if anything was: one error as it is, several as one.
+
+        Args:
+            where: What the errors are about, put before their texts.
+
+        Raises:
+            MtzError: There is one problem.
+            NotReady: There are several, or they are somewhere.
+        """
+        if len(self._found) == 1 and not where:
+            raise self._found[0]
+        texts = [error.problems if isinstance(error, NotReady) else (str(error),) for error in self._found]
+        if texts:
+            raise NotReady(*(where + text for own in texts for text in own))
 
 
 def check_project(request: Request) -> tuple[Fleet, tuple[GroupPlan, ...]]:
@@ -45,9 +90,13 @@ def check_project(request: Request) -> tuple[Fleet, tuple[GroupPlan, ...]]:
     check_names(listed)
     # A group that the planner will choose has no name yet.
     plans = select(listed, groups) if declared.file.auto is None else listed
-    problems = [_missing_file(project, plan) for plan in plans]
-    if plans and all(problems):
-        raise NotReady(str(problems[0]))  # if only some have problems, their groups fail and the others go on
+    problems, able = Problems(), 0
+    for plan in plans:
+        with problems.noted():
+            _check_files(project, plan)
+            able += 1
+    if not able:  # otherwise those with problems fail, and the others go on
+        problems.raise_all()
     check_disk(request.home)
     return declared, plans
 
@@ -81,65 +130,69 @@ def check_all(
         on_progress: Receives a line for each part that is in order.
 
     Raises:
-        NotReady: A file that a group's parameters name is missing.
-        MtzError: Anything else that is not in order; the first such problem is raised.
+        NotReady: Files, networks, the storage or the registry are not in order; all such problems are told.
+        MtzError: The folder, the fleet or the parameters cannot be used, as `check_project` raises it.
     """
     from tasks.registry import mlflow_client
     from tasks.storage import s3
 
     declared, plans = check_project(request)
     project, home, shared = request.project, request.home, declared.common()
+    problems = Problems()
     groups = f"{len(plans)} group{'' if len(plans) == 1 else 's'}"
-    on_progress(f"fleet '{declared.name}': {groups} ({', '.join(plan.name for plan in plans)})")
+    on_progress(f"{declared.title}: {groups} ({', '.join(plan.name for plan in plans)})")
     if declared.file.auto is not None:
         on_progress(f"to be grouped: {', '.join(declared.file.free_models())}")
     for plan in plans:
-        if problem := _missing_file(project, plan):
-            raise NotReady(problem)
         if not plan.models:
-            _check_group(project, plan)
-            on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
-    with s3.connect(shared.storage, home) as store:
+            with problems.noted():
+                _check_files(project, plan)
+                _check_group(project, plan, on_progress)
+    with problems.noted(), s3.connect(shared.storage, home) as store:
         on_progress(f"storage: {store.url()} at {store.endpoint or 'AWS'} is writable")
         access = Access(project, home, Contents(home / "contents", store), store, shared.tracking)
-        _check_declared(declared, plans, access, on_progress)
-    mlflow_client.prepare(shared.tracking, home)
-    on_progress(f"registry: {mlflow_client.tracking_uri(shared.tracking, home)} answers")
+        _check_declared(declared, plans, access, problems, on_progress)
+    with problems.noted():
+        mlflow_client.prepare(shared.tracking, home)
+        on_progress(f"registry: {mlflow_client.tracking_uri(shared.tracking, home)} answers")
+    problems.raise_all()
 
 
 def _check_declared(
-    fleet: Fleet, plans: Sequence[GroupPlan], access: Access, on_progress: Callable[[str], None]
+    fleet: Fleet, plans: Sequence[GroupPlan], access: Access, problems: Problems, on_progress: Callable[[str], None]
 ) -> None:
     """Fetch the sources of all models that the fleet declares; build and trace their networks, group by group."""
     free = fleet.file.free_models() if fleet.file.auto is not None else ()
     for plan in (*(plan for plan in plans if plan.models), *(fleet.model(name) for name in free)):
-        with tempfile.TemporaryDirectory() as folder:
+        with problems.noted(), tempfile.TemporaryDirectory() as folder:
             place(sources_of(plan, access), access.contents, Path(folder))
-            _check_group(Path(folder), plan)
-        on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+            _check_group(Path(folder), plan, on_progress)
 
 
-def _check_group(folder: Path, plan: GroupPlan) -> None:
-    try:
+def _check_group(folder: Path, plan: GroupPlan, on_progress: Callable[[str], None]) -> None:
+    problems = Problems()
+    with problems.noted():
         check_networks(folder, plan.params)
-    except MtzError as error:
-        raise NotReady(f"{plan.name}: {error}") from error
+        on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+    problems.raise_all(f"{plan.name}: ")
 
 
-def _missing_file(project: Path, plan: GroupPlan) -> str | None:
-    """Return which file of a group's parameters is missing; a group of models that the fleet declares needs none."""
-    if plan.models:
-        return None
-    for name, model in plan.params.models.items():
+def _check_files(project: Path, plan: GroupPlan) -> None:
+    """Raise `NotReady` where files of a group's parameters are missing; a group of declared models needs none."""
+    missing = []
+    for name, model in plan.params.models.items() if not plan.models else ():
         where = f"group '{plan.name}', models.{name}"
         if not (project / model.data).exists():
-            return f"{where}.data: there is no {model.data} in {project}. Put the data there, or name another folder."
+            missing.append(
+                f"{where}.data: there is no {model.data} in {project}. Put the data there, or name another folder."
+            )
         if name not in plan.params.pretrain and not (project / model.weights).exists():
-            return (
+            missing.append(
                 f"{where}.weights: there is no {model.weights} in {project}. Put the weights there, "
                 f"or let pretrain.{name} make them."
             )
-    return None
+    if missing:
+        raise NotReady(*missing)
 
 
 def check_networks(project: Path, params: Params) -> None:
@@ -150,22 +203,30 @@ def check_networks(project: Path, params: Params) -> None:
     Args:
         project: The folder of the project.
         params: The parameters of the group.
+
+    Raises:
+        MtzError: Networks, their weights or their data cannot be used, or zipped as configured. If there are several
+            such networks, a `NotReady` tells all of them.
     """
     from mtz_core.merging.compatibility import common_part, shared_counts
     from tasks.artifacts.paths import Workspace
     from tasks.models.factories import build_network
     from tasks.models.load import check_tokens, load_network, trace_on_own_image
+    from tasks.models.outputs import check_splits
     from tasks.stages.budget_checks import check_budget
     from tasks.stages.output_checks import check_outputs
 
-    workspace = Workspace(project)
+    workspace, problems = Workspace(project), Problems()
     traced = {}
     for name in params.models:
-        pretrained = name not in params.pretrain
-        network = load_network(params, workspace, name) if pretrained else build_network(params, name)
-        traced[name] = trace_on_own_image(params, workspace, name, network)
-        check_tokens(params, workspace, name, traced[name])
-        check_outputs(params, workspace, name, traced[name], pretrained)
+        with problems.noted():
+            pretrained = name not in params.pretrain
+            network = load_network(params, workspace, name) if pretrained else build_network(params, name)
+            traced[name] = trace_on_own_image(params, workspace, name, network)
+            check_tokens(params, workspace, name, traced[name])
+            check_splits(params, workspace, name, traced[name])
+            check_outputs(params, workspace, name, traced[name], pretrained)
+    problems.raise_all()
     if len(traced) > 1:
         traced = common_part(traced)
         shared_counts(traced, params.zip_config())

@@ -40,7 +40,7 @@ def run_fleet(
     """
     console = console_for_people()
     declared, plans = check_project(request)
-    console.print(Text(f"Fleet '{declared.name}': {_named(declared, plans)}"), soft_wrap=True)
+    console.print(Text(f"{declared.title[0].upper()}{declared.title[1:]}: {_named(declared, plans)}"), soft_wrap=True)
     if declared.upgraded:
         console.print(
             f"{request.fleet} is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it."

@@ -202,6 +202,7 @@ class Fleet:
     Attributes:
         base: the parameters, before any group's changes.
         upgraded: the file is of the format before version 2, and was read as such.
+        absent: the name of the fleet file, if there is none.
     """
 
     file: FleetFile
@@ -209,11 +210,17 @@ class Fleet:
     changes: Sequence[Mapping[str, Any]]
     origin: str
     upgraded: bool = False
+    absent: str | None = None
 
     @property
     def name(self) -> str:
         """The fleet's name."""
         return self.file.name
+
+    @property
+    def title(self) -> str:
+        """What it is called before people."""
+        return f"{self.origin} alone, as there is no {self.absent}" if self.absent else f"fleet '{self.name}'"
 
     def common(self) -> Params:
         """Return the blocks that hold for all groups, among valid parameters. Raises `InvalidParams`."""
@@ -298,7 +305,7 @@ def read_fleet(params_file: Path, fleet_file: Path, settings: Sequence[str] = ()
     origin = params_file.name
     if not fleet_file.exists():
         alone = FleetFile(groups={str(base.get("group", "group")): GroupEntry()})
-        return Fleet(alone, base, changes, origin)
+        return Fleet(alone, base, changes, origin, absent=fleet_file.name)
     content = read_yaml(fleet_file)
     upgraded = upgrade(content)
     return Fleet(_validated(upgraded or content, fleet_file), base, changes, origin, upgraded is not None)

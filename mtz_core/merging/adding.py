@@ -21,6 +21,7 @@ from mtz_core.batches import signature_of
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig
 from mtz_core.merging.compatibility import KEPT_SEPARATE, kept_separate
 from mtz_core.merging.fitting import LayerFit, following_clip
+from mtz_core.merging.judging import hold_out, judge, warn_of_ruin
 from mtz_core.merging.pairing import Pairing, assign, assign_greedily
 from mtz_core.merging.walk import ActivationStream, check_task_name, trace_task, warn_of_unused
 from mtz_core.network.graph import Network, Node
@@ -31,6 +32,7 @@ from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian
 from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.ownership import NOT_A_MEMBER, Segment, positions_of
 from mtz_core.zipped.report import LayerReport
@@ -42,6 +44,9 @@ from mtz_core.zipped.structure import (
     own_name,
     to_blocks,
 )
+
+_CALLER = 4
+"""The stack level of whoever called `ZippedNetwork.with_task`; that and `no_grad` are in between."""
 
 
 @torch.no_grad()
@@ -58,7 +63,7 @@ def add_network(
         zipped: The zipped network; it is not modified.
         task: Name of the new task.
         network: Its pre-trained network, of the same topology; it is not modified.
-        calibration: Its calibration data, as in `zip_networks`.
+        calibration: Its calibration data, as in `zip_networks`. One example in `HELD_OUT` is held out to judge it.
         config: How to zip it. `share` is relative to the newcomer's neurons, or to the zipped network's where those are
             fewer.
 
@@ -68,12 +73,15 @@ def add_network(
     Raises:
         InvalidConfig: The task is in here already, or a setting is impossible.
         MtzError: In its other kinds, as `zip_networks`.
+
+    Warns:
+        ZipWarning: The newcomer has lost most of what it knew, or no output of it depends on some of its parameters.
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     _check_request(zipped, task, config)
-    batches = as_batches(calibration, task, signature_of(network))
+    batches, held_out = hold_out(as_batches(calibration, task, signature_of(network)))
     traced = trace_task(task, network, batches[0], config)
-    warn_of_unused(task, traced, stacklevel=4)  # with_task and no_grad are in between
+    warn_of_unused(task, traced, stacklevel=_CALLER)
     traced = _alike(zipped, task, traced)
     structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
     whole = Reduced.whole(traced)
@@ -118,7 +126,13 @@ def add_network(
     for name in structure.own_shapes():
         tensors[name] = stored[name].clone() if name in stored else traced.state[name.removesuffix(own_name("", task))]
     finished = structure.reported(tensors, reports)
-    return ZippedNetwork(finished, {name: tensor.clone() for name, tensor in tensors.items()}).eval()
+    grown = ZippedNetwork(finished, {name: tensor.clone() for name, tensor in tensors.items()}).eval()
+    if held_out:
+        original = Traced(traced, batches=batches, output=config.output_of(task))
+        judged = judge(grown, {task: original}, {task: held_out})
+        grown.judged(judged)
+        warn_of_ruin(judged, "Share less of it: ZipConfig(share=0.0) keeps it as it is", stacklevel=_CALLER)
+    return grown
 
 
 def _check_request(zipped: ZippedNetwork, task: str, config: ZipConfig) -> None:

@@ -250,11 +250,14 @@ class ZippedNetwork(nn.Module):
         Args:
             task: Name of the new task.
             network: Its pre-trained network, of the same topology.
-            data: Its calibration data, as in `zip_networks`.
+            data: Its calibration data, as in `zip_networks`. One example in five is held out to judge it.
             config: How to zip it. `share` is relative to its own neurons, or to those here where they are fewer.
 
         Raises:
             MtzError: In its kinds, as `zip_networks`.
+
+        Warns:
+            ZipWarning: The new task has lost most of what it knew.
         """
         # Merging builds upon this module, and whoever only runs a zipped network need not load it.
         found: ZippedNetwork = import_module("mtz_core.merging.adding").add_network(self, task, network, data, config)

@@ -12,8 +12,13 @@ from mtz_core.errors import MtzError
 from mtz_core.network.graph import Network, run
 from mtz_core.statistics.sensitivity import loss_of
 from mtz_core.task_loss import Loss
-from tasks.data.examples import InvalidData
+from tasks.artifacts.paths import Workspace
+from tasks.data.examples import InvalidData, read_batches
+from tasks.data.layout import SPLITS
 from tasks.params import Params
+
+_TRIED = 2
+"""Examples of a split that a network is tried on."""
 
 
 def loss_of_outputs(params: Params, model: str, network: Network, batches: Sequence[Batch]) -> Loss:
@@ -62,3 +67,21 @@ def outputs_for(model: str, split: str, network: Network, inputs: Batch) -> Mapp
             "network, which fits training examples, does not accept them. Bring all splits to one: "
             + str(error).partition("\n")[0]
         ) from error
+
+
+def check_splits(params: Params, workspace: Workspace, model: str, network: Network) -> None:
+    """Check that a network accepts examples of every split, so that no later stage fails at them.
+
+    Args:
+        params: The parameters of the group.
+        workspace: The workspace with the data.
+        model: The model's name.
+        network: The model's network, traced.
+
+    Raises:
+        InvalidData: A split is missing or cannot be read, or the network does not accept its examples.
+    """
+    folder = workspace.root / params.models[model].data
+    for split in SPLITS:
+        inputs, _ = next(read_batches(folder, split, _TRIED, labelled=False))
+        outputs_for(model, split, network, inputs)

@@ -10,7 +10,7 @@ from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
 from tasks.models.load import calibration, check_tokens, load_traced
-from tasks.models.outputs import loss_of_outputs
+from tasks.models.outputs import check_splits, loss_of_outputs
 from tasks.params import Params
 from tasks.progress import show_progress
 
@@ -24,10 +24,11 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
         model: The model's name.
 
     Raises:
-        MtzError: The network or its calibration images cannot be used.
+        MtzError: The network or its data cannot be used.
     """
     network = load_traced(params, workspace, model)
     check_tokens(params, workspace, model, network)
+    check_splits(params, workspace, model, network)
     if network.unused:
         show_progress(f"{params.models[model].weights}: {network.left_out}")
     batches = as_batches(calibration(params, workspace, model), model)

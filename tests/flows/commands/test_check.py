@@ -147,15 +147,40 @@ def test_weights_may_be_a_folder(project: Path, registries: list[str]) -> None:
     assert "networks of pair: a, b" in everything(project, ["pair"])
 
 
-def test_the_first_thing_that_is_wrong_ends_the_check(project: Path, registries: list[str]) -> None:
-    with pytest.raises(NotReady, match="group 'gone'"):
-        everything(project, [])
-    with pytest.raises(MtzError, match=r"share\.1: 301 is impossible"):
-        everything(project, ["good"], "match.share={'1': 301}")
+def test_everything_that_is_wrong_is_told_at_once(project: Path, registries: list[str]) -> None:
     save_file(lenet_300_100(classes=7).state_dict(), project / "networks" / "a.safetensors")
-    with pytest.raises(MtzError, match=r"networks/a\.safetensors does not fit"):
+    (project / "networks" / "b.safetensors").write_bytes(b"nothing that can be read")
+    with pytest.raises(NotReady) as raised:
+        everything(project, [])
+    assert len(raised.value.problems) == 3 and registries == ["embedded"]
+    fits, read, gone = raised.value.problems
+    assert fits.startswith("good: ") and "networks/a.safetensors does not fit" in fits
+    assert read.startswith("good: ") and "networks/b.safetensors" in read
+    assert gone.startswith("group 'gone', models.a.data: there is no data/none")
+    assert str(raised.value).splitlines() == ["3 problems:", *(f"  - {problem}" for problem in raised.value.problems)]
+
+
+def test_of_many_problems_the_first_are_listed() -> None:
+    lines = str(NotReady(*map(str, range(25)))).splitlines()
+    assert lines[:2] == ["25 problems:", "  - 0"] and lines[-2:] == ["  - 19", "  and 5 more"]
+
+
+def test_counts_that_cannot_be_shared_are_told(project: Path, registries: list[str]) -> None:
+    with pytest.raises(NotReady, match=r"^good: .*share\.1: 301 is impossible"):
+        everything(project, ["good"], "match.share={'1': 301}")
+
+
+def test_both_files_that_a_model_lacks_are_told(project: Path, registries: list[str]) -> None:
+    shutil.rmtree(project / "data" / "b")
+    (project / "networks" / "b.safetensors").unlink()
+    with pytest.raises(NotReady, match=r"^2 problems:\n  - .*models\.b\.data: .*\n  - .*models\.b\.weights: "):
         everything(project, ["good"])
-    assert registries == []
+
+
+def test_parameters_without_a_fleet_are_told_as_such(project: Path, registries: list[str]) -> None:
+    (project / "fleet.yaml").unlink()
+    told = everything(project, [])
+    assert told[0].startswith("params.yaml alone, as there is no fleet.yaml: 1 group (")
 
 
 def test_labels_that_are_counted_from_one_are_told(project: Path, registries: list[str]) -> None:
@@ -165,7 +190,6 @@ def test_labels_that_are_counted_from_one_are_told(project: Path, registries: li
     pq.write_table(table.set_column(place, "label", labels), project / "data" / "b" / "test.parquet")
     with pytest.raises(MtzError, match=r"models\.b\.data: labels of test .* up to 10, .* 10 classes\. Allowed: 0 to 9"):
         everything(project, ["good"])
-    assert registries == []
     assert everything(project, ["good"], "models.b.metric=agreement")
 
 

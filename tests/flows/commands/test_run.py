@@ -84,7 +84,7 @@ def test_interrupting_stops_everything(project: Path, prefect_url: str) -> None:
         (["--set", "retrain.iteration=3"], "retrain.iteration: unknown key"),
         (["--set", "retrain"], "--set retrain: write it as key.path=value"),
         (["--params", "none.yaml"], "none.yaml: No such file"),
-        (["--set", "models.digits.data=data/none"], "models.digits.data: there is no data/none"),
+        (["--group", "good", "--set", "models.digits.data=data/none"], "models.digits.data: there is no data/none"),
         (["--fleet", "other.yaml"], "other.yaml: version: 7 is not known here"),
     ],
 )

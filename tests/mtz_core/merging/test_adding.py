@@ -1,6 +1,7 @@
 """Adding a network to a zipped one: the others do not change, the newcomer shares what they have."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import mtz_core
-from mtz_core.errors import IncompatibleNetworks, InvalidConfig
-from mtz_core.settings import Budget, ZipConfig
+from mtz_core.errors import IncompatibleNetworks, InvalidConfig, ZipWarning
+from mtz_core.settings import Budget, Output, ZipConfig
 from mtz_core.zipped.module import ZippedNetwork
 from tests.support.networks import mlp
 from tests.support.zoo.table import OWN
@@ -116,3 +117,39 @@ def test_a_newcomer_joins_a_network_that_has_lost_neurons() -> None:
     for task in two:
         assert torch.equal(more(calibration[task], task), zipped(calibration[task], task))
         assert torch.equal(more.without("c")(calibration[task], task), zipped(calibration[task], task))
+
+
+def trained_apart(seed: int, outputs: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+
+@torch.no_grad()
+def test_the_newcomer_is_judged_on_examples_that_are_held_out() -> None:
+    x = {task: torch.rand(100, 6, generator=torch.Generator().manual_seed(seed)) for seed, task in enumerate("abc")}
+    pair = {task: trained_apart(seed) for seed, task in enumerate("ab")}
+    zipped = mtz_core.zip_networks(pair, {task: x[task] for task in pair}, ZipConfig(share=0.2))
+    newcomer, kind = trained_apart(2), Output("regression", tolerance=0.1)
+    after = zipped.with_task("c", newcomer, x["c"], ZipConfig(share=0.2, outputs={"c": kind}))
+    assert {task: after.report.tasks[task] for task in "ab"} == zipped.report.tasks
+    judged, held_out = after.report.tasks["c"], x["c"][-20:]
+    assert judged.examples == 20 and judged.declared == kind
+    loss = after.loss_of("c", newcomer(x["c"][:-20]))
+    assert judged.lost == pytest.approx(float(loss(after(held_out, task="c"), newcomer(held_out))), rel=1e-4)
+    few = zipped.with_task("c", newcomer, x["c"][:4], ZipConfig(share=0.2))
+    assert "c" not in few.report.tasks
+
+
+@torch.no_grad()
+def test_a_newcomer_that_is_ruined_is_told_with_what_keeps_it() -> None:
+    x = {task: torch.rand(100, 6, generator=torch.Generator().manual_seed(seed)) for seed, task in enumerate("abc")}
+    pair = {task: trained_apart(seed) for seed, task in enumerate("ab")}
+    zipped = mtz_core.zip_networks(pair, {task: x[task] for task in pair}, ZipConfig(share=0.0))
+    newcomer = trained_apart(2, outputs=1)
+    config = ZipConfig(method="paper", outputs={"c": Output("regression")})
+    with pytest.warns(
+        ZipWarning, match=r"^'c' has lost .* of what it knew .*ZipConfig\(share=0\.0\) keeps it as it is"
+    ):
+        zipped.with_task("c", newcomer, x["c"], config)
+    kept = zipped.with_task("c", newcomer, x["c"], replace(config, share=0.0))
+    assert kept.report.tasks["c"].lost == pytest.approx(0.0, abs=1e-6)

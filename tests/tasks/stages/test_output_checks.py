@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from flows.commands.check import check_networks
 from mtz_core.errors import MtzError
 from tasks.artifacts.paths import Workspace
+from tasks.data.examples import InvalidData
 from tasks.models.factories import build_network
 from tasks.models.load import trace_on_own_image
 from tasks.params import load_params
+from tasks.stages import collect
 from tasks.stages.output_checks import check_outputs
 
 CLASSES, EXAMPLES = 5, 12
@@ -151,12 +153,23 @@ def test_light_retraining_with_labels_needs_some(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [np.ones((EXAMPLES, 7), "f"), np.ones((EXAMPLES, 6), int)], ids=["shape", "dtype"])
-@pytest.mark.parametrize("trained", [True, False])
-def test_test_examples_that_the_network_does_not_accept_are_refused(
-    tmp_path: Path, values: np.ndarray, trained: bool
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_examples_that_the_network_does_not_accept_are_refused_before_any_work(
+    tmp_path: Path, values: np.ndarray, split: str
 ) -> None:
     params, workspace = load_params(project(tmp_path) / "params.yaml"), Workspace(tmp_path)
+    pq.write_table(pa.table({"input": pa.array(values.tolist())}), tmp_path / "data" / "a" / f"{split}.parquet")
+    told = rf"models\.a\.data: {split} examples have shape \[{values.shape[1]}\].* to one"
+    with pytest.raises(MtzError, match=told):
+        check(tmp_path)
+    with pytest.raises(InvalidData, match=told):
+        collect.run(params, workspace, "a")
+    assert not workspace.activations("a").exists()
+
+
+def test_examples_that_a_network_yet_to_be_trained_does_not_accept_are_refused(tmp_path: Path) -> None:
+    params, workspace = load_params(project(tmp_path) / "params.yaml"), Workspace(tmp_path)
     network = trace_on_own_image(params, workspace, "a", build_network(params, "a"))
-    pq.write_table(pa.table({"input": pa.array(values.tolist())}), tmp_path / "data" / "a" / "test.parquet")
-    with pytest.raises(MtzError, match=rf"models\.a\.data: test examples have shape \[{values.shape[1]}\].* to one"):
-        check_outputs(params, workspace, "a", network, trained)
+    pq.write_table(pa.table({"input": [[1.0] * 7] * EXAMPLES}), tmp_path / "data" / "a" / "test.parquet")
+    with pytest.raises(MtzError, match=r"test examples have shape \[7\]"):
+        check_outputs(params, workspace, "a", network, trained=False)
