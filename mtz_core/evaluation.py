@@ -25,6 +25,8 @@ _SURE = 1.959964
 
 _RESAMPLES = 200
 
+_NO_CLASSES = "If they are no classes, take another metric, such as mean_absolute_error."
+
 
 @torch.no_grad()
 def outputs_of(network: Model, batches: Iterable[Batch]) -> Any:
@@ -373,12 +375,18 @@ def _check_are_classes(labels: Shaped[Tensor, "..."], examples: int, classes: in
     """Raises `InvalidCalibration` unless every example has a label that is one of the classes."""
     if labels.ndim != 1:
         raise InvalidCalibration(
-            f"the labels of {task!r} have shape {list(labels.shape)}. Give each example one number, its class."
+            f"the labels of {task!r} have shape {list(labels.shape)}. Give each example one number, its class. "
+            f"{_NO_CLASSES}"
         )
     if len(labels) != examples:
         raise InvalidCalibration(f"{task!r} has {len(labels)} labels for {examples} examples. Give one for each.")
-    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
+    allowed = f"Allowed: whole numbers from 0 to {classes - 1}."
+    if labels.is_floating_point():
         raise InvalidCalibration(
-            f"the labels of {task!r} go from {labels.min()} to {labels.max()}, but its network has {classes} classes. "
-            f"Allowed: whole numbers from 0 to {classes - 1}."
+            f"the labels of {task!r} are {labels.dtype}, and its metric compares classes. {allowed} {_NO_CLASSES}"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise InvalidCalibration(
+            f"the labels of {task!r} go from {labels.min()} to {labels.max()}, but its network has {classes} "
+            f"class{'es' * (classes != 1)}. {allowed}"
         )

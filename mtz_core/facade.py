@@ -32,7 +32,7 @@ from mtz_core.evaluation import Case, Function, Metrics, Model, measure, measure
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
 from mtz_core.merging.judging import HELD_OUT, RUINED, hold_out, judge, warn_of_ruin
 from mtz_core.merging.matching import descent, match
-from mtz_core.merging.walk import check_task_name, merge, trace_task, warn_of_unused
+from mtz_core.merging.walk import check_task_module, check_task_name, merge, trace_task, warn_of_unused
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import check_paths, evaluation_mode
 from mtz_core.planning.planner import Planner
@@ -139,13 +139,16 @@ def zip_networks(
         ZipWarning: A task has lost most of what it knew, layers that were to be shared stay separate, calibration data
             is too little for some, or no output of a network depends on some of its parameters.
     """
+    _check_type("config", config, ZipConfig)
+    _check_type("retraining", retraining, RetrainConfig)
     config = config or ZipConfig()
     budget = config.budget
     floor = budget is not None and budget.floor is not None
     steps = _Steps(on_progress)
     _check_by_task(networks=networks, calibration=calibration, validation=validation or {})
-    for task in networks:
+    for task, module in networks.items():
         check_task_name(task)
+        check_task_module(task, module)
     if set(networks) != set(calibration):
         raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
     if floor and validation is None:
@@ -168,10 +171,7 @@ def zip_networks(
         _check_held_out(batches, held_out)
     if validation is None and (budget is None or retraining is not None) and not floor:
         batches = {task: hold_out(own)[0] for task, own in batches.items()}
-    check_paths(
-        {"keep_separate": config.keep_separate},
-        *(network for network in networks.values() if isinstance(network, nn.Module)),
-    )
+    check_paths({"keep_separate": config.keep_separate}, *networks.values())
     graphs = {
         task: trace_task(task, networks[task], data[0], config)
         for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
@@ -239,6 +239,8 @@ def retrain(
         InvalidCalibration: Examples, outputs or labels are missing or impossible, or a loss is not finite.
         InvalidConfig: A task is unknown, or settings contradict what is given.
     """
+    _check_type("zipped", zipped, ZippedNetwork)
+    _check_type("config", config, RetrainConfig)
     _check_by_task(originals=originals, training=training, validation=validation)
     splits = [
         {task: concatenated(as_batches(data, task, _taken(zipped, task))) for task, data in given.items()}
@@ -273,6 +275,7 @@ def evaluate(
             number.
         InvalidCalibration: There are no examples, or labels that do not fit.
     """
+    _check_type("zipped", zipped, ZippedNetwork)
     _check_by_task(test=test, originals=originals or {})
     if isinstance(metric, Mapping) and not metric:
         raise InvalidConfig("metric names no output. Give one metric, or {output: metric}.")
@@ -316,6 +319,12 @@ def _check_by_task(**arguments: object) -> None:
             raise InvalidConfig(
                 f"{name} is a {type(given).__name__}. Give a dict by task, as {{'digits': …, 'fashion': …}}."
             )
+
+
+def _check_type(name: str, given: object, wanted: type) -> None:
+    """Raises `InvalidConfig` unless an argument that is given is of a type."""
+    if given is not None and not isinstance(given, wanted):
+        raise InvalidConfig(f"{name} is a {type(given).__name__}. Give a {wanted.__name__}.")
 
 
 def _needs(metrics: Metrics) -> tuple[bool, bool, bool]:

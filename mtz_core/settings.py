@@ -304,6 +304,8 @@ class ZipConfig:
                 raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
         elif isinstance(self.share, Mapping):
             for layer, count in self.share.items():
+                if not isinstance(layer, str):
+                    raise InvalidConfig(f"share: {layer!r} is no name of a layer. Names are strings: '{layer}'.")
                 if not _is_whole(count) or count < 0:
                     raise InvalidConfig(f"share.{layer}: {count!r} is not a count. Allowed: 0 or more, whole.")
         elif self.share is not None and (not _is_number(self.share) or not 0 <= self.share <= 1):

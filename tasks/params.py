@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
+from datetime import date
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_type_hints
 from urllib.parse import urlsplit
@@ -553,10 +554,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: {error.strerror}. Name the file to read, or run mtz in the folder of the project."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidParams(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise InvalidParams(f"{path} is not valid YAML: {_yaml_problem(error)}.") from error
+    if content is None:
+        raise InvalidParams(f"{path} is empty, and should hold a mapping of blocks.")
     if not isinstance(content, dict):
         raise InvalidParams(f"{path} should hold a mapping of blocks, not {type(content).__name__}.")
     return content
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Say in one line where a file is no YAML, and why."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    context = f" {error.context}," if error.context else ""
+    hint = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}:{context} {error.problem}{hint}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -631,7 +644,31 @@ def _describe(problem: Any) -> str:
         return f"{path}{'.' if isinstance(problem['input'], dict) else ': '}{message}" if path else message
     if problem["type"] in ("missing", "missing_argument"):
         return f"{path}: is missing"
-    return f"{path}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+    if "[key]" in problem["loc"]:
+        path = ".".join(parts[:-1])
+    return f"{path}: {in_words(problem)}"
+
+
+def in_words(problem: Any) -> str:
+    """Say what is wrong with a value.
+
+    Args:
+        problem: One of `pydantic`'s findings, other than of a check of this project.
+
+    Returns:
+        A clause without the key's path.
+    """
+    given = problem["input"]
+    message = problem["msg"].partition(", unable to parse")[0].partition(" after validation")[0]
+    if problem["type"] == "string_type" and isinstance(given, (bool, int, float, date)):
+        return not_text(given, "a name" if "[key]" in problem["loc"] else "the value")
+    message = message.replace("a valid dictionary", "a mapping, {key: value}")
+    return f"{message[0].lower()}{message[1:]}, not {given!r}"
+
+
+def not_text(given: object, what: str = "the value") -> str:
+    """Say of something that was meant as text that YAML takes it for a truth value, a number or a date."""
+    return f"YAML takes {what} for {given}, which is no text; put it in quotes"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

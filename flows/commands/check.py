@@ -139,8 +139,8 @@ def check_all(
     declared, plans = check_project(request)
     project, home, shared = request.project, request.home, declared.common()
     problems = Problems()
-    groups = f"{len(plans)} group{'' if len(plans) == 1 else 's'}"
-    on_progress(f"{declared.title}: {groups} ({', '.join(plan.name for plan in plans)})")
+    names = f" ({', '.join(plan.name for plan in plans)})" if plans else " listed"
+    on_progress(f"{declared.title}: {len(plans) or 'no'} group{'' if len(plans) == 1 else 's'}{names}")
     if declared.file.auto is not None:
         on_progress(f"to be grouped: {', '.join(declared.file.free_models())}")
     for plan in plans:

@@ -47,7 +47,12 @@ def run_dvc(project: Path, params_file: Path, group: str | None, arguments: Sequ
             environment |= workspace.configure_by_hand(home / "dvc-config", remote)
         else:
             if not workspace.folder_of(home, group).is_dir():
-                raise UnknownGroup(f"there is no workspace of group '{group}'. Run `mtz run --group {group}` first.")
+                others = sorted(path.parent.name for path in workspace.folder_of(home, group).parent.glob("*/dvc.yaml"))
+                there = f" Workspaces: {', '.join(others)}." if others else ""
+                raise UnknownGroup(
+                    f"there is no workspace of group '{group}'.{there} If the fleet has that group, run "
+                    f"`mtz run --group {group}` first."
+                )
             folder = stack.enter_context(workspace.held(workspace.folder_of(home, group)))
             workspace.configure(folder, workspace.cache_of(home), remote)
         command = [sys.executable, "-m", "dvc", *arguments]

@@ -40,10 +40,14 @@ def run_fleet(
     """
     console = console_for_people()
     declared, plans = check_project(request)
-    console.print(Text(f"{declared.title[0].upper()}{declared.title[1:]}: {_named(declared, plans)}"), soft_wrap=True)
+    title = declared.title if declared.absent else f"{declared.title[0].upper()}{declared.title[1:]}"
+    console.print(Text(f"{title}: {_named(declared, plans)}"), soft_wrap=True)
     if declared.upgraded:
+        named = "" if request.fleet == Request.fleet else f" --fleet {request.fleet}"
         console.print(
-            f"{request.fleet} is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it."
+            f"{request.fleet} is in the format before version 2, and read as such: `mtz fleet upgrade{named}` rewrites "
+            "it.",
+            soft_wrap=True,
         )
     home = request.home
     with prefect(home, debug):
@@ -136,7 +140,10 @@ def _named(fleet: Fleet, plans: Sequence[GroupPlan]) -> str:
     names = [plan.name for plan in plans]
     listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     free = len(fleet.file.free_models()) if fleet.file.auto is not None else 0
-    parts = [f"groups {listed}" if names else "", f"{free} models to be grouped" if free else ""]
+    parts = [
+        f"group{'s' * (len(names) != 1)} {listed}" if names else "",
+        f"{free} model{'s' * (free != 1)} to be grouped" if free else "",
+    ]
     return " and ".join(filter(None, parts))
 
 

@@ -29,11 +29,14 @@ from tasks.params import (
     OutputParams,
     Params,
     importable_name,
+    in_words,
+    not_text,
     read_yaml,
     validate,
     with_present_names,
 )
 
+_DEFAULT_NAME = "fleet.yaml"
 FLEET_WIDE = ("storage", "tracking", "flow")
 """Blocks that say where and how, the same for all groups of a run."""
 
@@ -290,25 +293,36 @@ def read_fleet(params_file: Path, fleet_file: Path, settings: Sequence[str] = ()
 
     Args:
         params_file: The parameters file.
-        fleet_file: The fleet file, which need not exist.
+        fleet_file: The fleet file, which need not exist if it is called fleet.yaml.
         settings: Changes on the command line, as `key.path=value`; the value is YAML.
 
     Returns:
         The fleet.
 
     Raises:
-        InvalidFleet: The fleet file is inconsistent, or a setting is not `key.path=value`.
+        InvalidFleet: The fleet file is inconsistent, one of another name than fleet.yaml is missing, or a setting is
+            not `key.path=value`.
         InvalidParams: A file is not readable YAML.
     """
     base = read_yaml(params_file)
     changes = tuple(parse_setting(setting) for setting in settings)
     origin = params_file.name
     if not fleet_file.exists():
-        alone = FleetFile(groups={str(base.get("group", "group")): GroupEntry()})
+        if fleet_file.name != _DEFAULT_NAME:
+            raise InvalidFleet(f"{fleet_file}: there is no such file. Name a fleet file that exists.")
+        alone = FleetFile(groups={_name_of_group(base, origin): GroupEntry()})
         return Fleet(alone, base, changes, origin, absent=fleet_file.name)
     content = read_yaml(fleet_file)
     upgraded = upgrade(content)
     return Fleet(_validated(upgraded or content, fleet_file), base, changes, origin, upgraded is not None)
+
+
+def _name_of_group(base: Mapping[str, Any], origin: str) -> str:
+    """Return the name of the group that a parameters file describes. Raises `InvalidParams`."""
+    name = base.get("group", "group")
+    if not isinstance(name, str):
+        raise InvalidParams(f"{origin}: group: {not_text(name)}.")
+    return name
 
 
 def fleet_name(fleet_file: Path) -> str:
@@ -420,7 +434,8 @@ def _problems(error: ValidationError) -> list[str]:
         elif problem["type"] == "missing":
             message = "is missing"
         elif problem["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"
+            message = in_words(problem)
+            path = path[: -1 if "[key]" in problem["loc"] else None]
         lines.append(": ".join(filter(None, (".".join(path), message))))
     return list(dict.fromkeys(lines))
 

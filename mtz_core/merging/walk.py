@@ -23,13 +23,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mtz_core.batches import Batch
-from mtz_core.errors import InvalidConfig, MtzError, ZipWarning
+from mtz_core.errors import InvalidConfig, MtzError, UnsupportedModule, ZipWarning
 from mtz_core.merging.compatibility import check_compatible, why_separate
 from mtz_core.merging.fitting import LayerFit, fit, following_clip
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.graph import Network, Node, free_unused, input_values, run_node
 from mtz_core.network.narrowing import Dropper, Keep, Reduced
-from mtz_core.network.tracing import trace
+from mtz_core.network.tracing import check_is_module, trace
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import LayerOutputs
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
@@ -55,6 +55,22 @@ def check_task_name(task: object) -> None:
         raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
 
 
+def check_task_module(task: str, module: object) -> None:
+    """Check that a task's network is a module, naming the task in errors.
+
+    Args:
+        task: The task.
+        module: What is given as its network.
+
+    Raises:
+        UnsupportedModule: If it is no module.
+    """
+    try:
+        check_is_module(module)
+    except UnsupportedModule as error:
+        raise UnsupportedModule(f"the network of {task!r}: {error}") from error
+
+
 def trace_task(task: str, module: nn.Module, example: Batch, config: ZipConfig) -> Network:
     """Trace a task's network, naming the task in errors.
 
@@ -71,7 +87,8 @@ def trace_task(task: str, module: nn.Module, example: Batch, config: ZipConfig) 
     Raises:
         MtzError: Of the kinds that `mtz_core.network.tracing.trace` raises.
     """
-    own = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
+    check_task_module(task, module)
+    own = dict(module.named_modules())
     try:
         return trace(module, example, [path for path in config.keep_separate if path in own or ":" in path], config.zip)
     except MtzError as error:

@@ -76,12 +76,12 @@ def trace(
         InvalidWeights: If weights or buffers are not finite.
         InvalidCalibration: If the module does not accept the example.
     """
-    if not isinstance(module, nn.Module):
-        raise UnsupportedModule(f"{module!r} is not a torch.nn.Module.")
+    check_is_module(module)
     example = _given(module, example)
     if isinstance(example, Tensor) and example.ndim < 2:
         raise InvalidCalibration(
-            f"an example of shape {list(example.shape[1:])} has no features for a network to read."
+            f"an example of shape {list(example.shape[1:])} has no features for a network to read. Give a batch of "
+            "examples, [n, …]."
         )
     _check_names(module)
     check_paths({"keep_separate": keep_separate, "zip": only}, module)
@@ -115,6 +115,29 @@ def trace(
     if not network.graph.layers:
         raise UnsupportedModule(f"{type(module).__name__} has no layer with weights to share.")
     return network
+
+
+def check_is_module(module: object) -> None:
+    """Check that something is a network.
+
+    Args:
+        module: What is given as one.
+
+    Raises:
+        UnsupportedModule: If it is no module.
+    """
+    if isinstance(module, nn.Module):
+        return
+    if isinstance(module, type):
+        found, remedy = f"the class {module.__name__}", "Give an instance of it, with its trained weights."
+    elif isinstance(module, Mapping):
+        found, remedy = (
+            f"of type {type(module).__name__}",
+            "If it is a state_dict, build the module, load it with `load_state_dict`, and give the module.",
+        )
+    else:
+        found, remedy = f"of type {type(module).__name__}", "Give the module itself."
+    raise UnsupportedModule(f"it is {found}, not a torch.nn.Module. {remedy}")
 
 
 def _analysed(
@@ -207,6 +230,8 @@ def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tenso
         return examples, *_outputs(module, examples)
     except InvalidCalibration as error:
         remedy = "Check that the calibration data are meant for this network."
+        if "same dtype" in str(error):
+            remedy = "Convert the calibration data to the dtype of the weights, as `.float()` does for float32."
         if isinstance(module, fx.GraphModule):
             remedy += (
                 f" {_ANY_NUMBER}, and is given several inputs as it was when it was exported: a tuple by position, a "
@@ -346,12 +371,15 @@ def _export(module: nn.Module, examples: Batch, keeps_one: bool) -> torch.export
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
             program = torch.export.export(module, *arguments_of(examples), strict=False)
     except Exception as error:
-        remedy = (
-            f"{_ANY_NUMBER}."
-            if isinstance(module, fx.GraphModule)
-            else "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "
-            "network out of the group."
-        )
+        if isinstance(module, fx.GraphModule):
+            remedy = f"{_ANY_NUMBER}."
+        elif isinstance(module, torch.jit.ScriptModule):
+            remedy = "Give the module from which this TorchScript was made."
+        else:
+            remedy = (
+                "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "
+                "network out of the group."
+            )
         raise UnsupportedModule(
             f"{type(module).__name__} cannot be exported by torch.export: {_first_line(error)} {remedy}"
         ) from error

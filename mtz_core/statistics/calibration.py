@@ -54,12 +54,16 @@ def as_batches(data: Tensor | Iterable[Any], task: str, taken: Signature = ANY_N
             )
         batches = [as_batch(_inputs(batch, taken), task, taken) for batch in data]
     else:
-        raise InvalidCalibration(f"the calibration data of {task!r} are neither a tensor of examples nor batches.")
+        raise InvalidCalibration(
+            f"the calibration data of {task!r} are neither a tensor of examples nor batches. Give a tensor [n, …], or "
+            "batches of such, as a DataLoader of a data set yields them."
+        )
     for batch in batches:
         if not isinstance(batch, NamedTensors) and (not isinstance(batch, Tensor) or not batch.ndim):
+            entries = f" with {len(batch)} entries" if isinstance(batch, (tuple, list)) else ""
             raise InvalidCalibration(
-                f"the calibration data of {task!r} have a batch of type {type(batch).__name__}. Give tensors of "
-                "examples, dicts of tensors by the names of inputs, or pairs of (inputs, labels)."
+                f"the calibration data of {task!r} have a batch of type {type(batch).__name__}{entries}. Give tensors "
+                "of examples, dicts of tensors by the names of inputs, or pairs of (inputs, labels)."
             )
     batches = [batch for batch in batches if len(batch)]
     if not batches:

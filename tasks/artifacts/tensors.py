@@ -49,9 +49,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        path.open("rb").close()  # safetensors takes every file that cannot be opened for a missing one
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise InvalidArtifact(f"{path}: {error.strerror or error}. Make or fetch the file first.") from error
+        remedy = "Allow this user to read it" if isinstance(error, PermissionError) else "Make or fetch the file first"
+        raise InvalidArtifact(f"{path}: {error.strerror or error}. {remedy}.") from error
     except SafetensorError as error:
         raise InvalidArtifact(f"{path} is not a readable safetensors file: {error}. Make or fetch it again.") from error

@@ -175,11 +175,15 @@ def _check_shapes(given: Mapping[str, Tensor], state: Mapping[str, Tensor], wher
         expected = tuple(state[name].shape) if name in state else None
         found = tuple(given[name].shape) if name in given else None
         if expected != found:
-            absent = " (None: not there)" if None in (expected, found) else ""
+            if found is None:
+                problem = f"{name!r} of shape {expected} is missing in the weights"
+            elif expected is None:
+                problem = f"{name!r} of shape {found} is in the weights, but not in the network"
+            else:
+                problem = f"{name!r} should have shape {expected}, but has {found}"
             raise InvalidWeights(
-                f"{where}: {name!r} should have shape {expected}, but has {found}{absent}"
-                f"{''.join(f'; {note}' for note in notes)}. Name the factory and arguments that the weights were "
-                "trained with."
+                f"{where}: {problem}{''.join(f'; {note}' for note in notes)}. Name the factory and arguments that the "
+                "weights were trained with."
             )
 
 

@@ -183,6 +183,58 @@ def test_what_is_no_dict_by_task_is_named(calibration: dict[str, Tensor]) -> Non
         mtz.evaluate(zipped, calibration, metric={})
 
 
+def test_settings_of_another_type_are_refused(calibration: dict[str, Tensor]) -> None:
+    wrong: Any = {"share": 1.0}
+    with pytest.raises(mtz.InvalidConfig, match=r"^config is a dict\. Give a ZipConfig"):
+        mtz.zip_networks(networks(), calibration, wrong)
+    with pytest.raises(mtz.InvalidConfig, match=r"^retraining is a dict\. Give a RetrainConfig"):
+        mtz.zip_networks(networks(), calibration, retraining=wrong)
+    zipped = mtz.zip_networks(networks(), calibration)
+    with pytest.raises(mtz.InvalidConfig, match=r"^config is a dict\. Give a RetrainConfig"):
+        mtz.retrain(zipped, networks(), calibration, calibration, wrong)
+    plain: Any = networks()["a"]
+    with pytest.raises(mtz.InvalidConfig, match=r"^zipped is a \w+\. Give a ZippedNetwork"):
+        mtz.evaluate(plain, calibration)
+    with pytest.raises(mtz.InvalidConfig, match=r"^zipped is a \w+\. Give a ZippedNetwork"):
+        mtz.retrain(plain, networks(), calibration, calibration)
+
+
+NO_MODULES: dict[str, tuple[Any, str]] = {
+    "state_dict": (networks()["a"].state_dict(), r"of type OrderedDict, .*If it is a state_dict, build the module"),
+    "class": (nn.Linear, r"the class Linear, .*Give an instance"),
+    "function": (networks, r"of type function, .*Give the module"),
+}
+
+
+@pytest.mark.parametrize(("given", "told"), NO_MODULES.values(), ids=NO_MODULES)
+def test_what_is_no_module_is_named_briefly(calibration: dict[str, Tensor], given: Any, told: str) -> None:
+    with pytest.raises(mtz.UnsupportedModule, match=rf"^the network of 'a': it is {told}") as refused:
+        mtz.zip_networks({**networks(), "a": given}, calibration)
+    assert len(str(refused.value)) < 200
+    with pytest.raises(mtz.UnsupportedModule, match=rf"^the network of 'c': it is {told}"):
+        mtz.zip_networks(networks(), calibration).with_task("c", given, calibration["a"])
+
+
+def test_data_of_another_kind_are_told_with_a_remedy(calibration: dict[str, Tensor]) -> None:
+    x = calibration["a"]
+    wrong: dict[str, Any] = {
+        r"as a DataLoader of a data set yields them": TensorDataset(x, x),
+        r"a batch of type list with 3 entries": DataLoader(TensorDataset(x, x, x), batch_size=25),
+        r"Convert the calibration data to the dtype of the weights, as `\.float\(\)`": x.double(),
+        r"Give a batch of examples, \[n, …\]": x[0],
+    }
+    for told, given in wrong.items():
+        with pytest.raises(mtz.InvalidCalibration, match=told):
+            mtz.zip_networks(networks(), {**calibration, "a": given})
+
+
+def test_labels_that_are_no_classes_are_told_with_a_remedy(calibration: dict[str, Tensor]) -> None:
+    zipped, x = mtz.zip_networks(networks(), calibration), calibration["a"]
+    for labels, told in ((torch.rand(len(x)), r"are torch\.float32, and"), (torch.rand(len(x), 1), "have shape")):
+        with pytest.raises(mtz.InvalidCalibration, match=rf"labels of 'a' {told}.*such as mean_absolute_error"):
+            mtz.evaluate(zipped, {"a": (x, labels)})
+
+
 def test_labels_beside_all_inputs_are_told_from_batches(calibration: dict[str, Tensor]) -> None:
     given: dict[str, Any] = {task: (x, torch.zeros(len(x), dtype=torch.long)) for task, x in calibration.items()}
     with pytest.raises(mtz.InvalidCalibration, match=r"a pair of tensors of 2 and 1 axes.*Give the inputs alone"):

@@ -38,6 +38,12 @@ def test_counts_that_do_not_fit_are_refused(share: dict[str, int], message: str)
         ZipConfig(share=share).counts(WIDTHS)
 
 
+def test_names_of_layers_are_strings() -> None:
+    wrong: Any = {0: 3}
+    with pytest.raises(InvalidConfig, match=r"^share: 0 is no name of a layer\. Names are strings: '0'\."):
+        ZipConfig(share=wrong)
+
+
 def test_counts_are_of_the_narrowest_of_many() -> None:
     widths = {"conv1": (20, 16, 18), "fc1": (500, 300, 7)}
     assert ZipConfig(share=0.5).counts(widths) == {"conv1": 8, "fc1": 4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,11 @@ def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
         ("models", {}, "models: dictionary should have at least 1 item"),
         ("pretrain.shoes", {"data": "data/mnist"}, "pretrain.shoes: there is no such model"),
         ("runtime.threads", 0, "runtime.threads: input should be greater than or equal to 1, not 0"),
-        ("runtime.threads", "two", "runtime.threads: input should be a valid integer"),
+        ("runtime.threads", "two", "runtime.threads: input should be a valid integer, not 'two'"),
+        ("models.digits.arguments", [1], "models.digits.arguments: input should be a mapping, {key: value}, not [1]"),
+        ("register.name", 1.1, "register.name: YAML takes the value for 1.1, which is no text; put it in quotes"),
+        ("group", date(2026, 11, 28), "group: YAML takes the value for 2026-11-28, which is no text; put it in"),
+        ("models", {False: {}}, "models: YAML takes a name for False, which is no text; put it in quotes"),
         ("collect.images", 0, "collect.images: input should be greater than or equal to 1"),
         ("storage.endpoint", "somewhere", "storage.endpoint: 'somewhere' is impossible. Allowed: embedded, aws, and"),
         ("tracking.uri", "https://me:secret@mlflow.example.org", "tracking.uri: holds a password"),
@@ -234,7 +239,15 @@ def test_missing_keys_are_named(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("- a\n- b\n", "a mapping of blocks"), ("a: [", "not valid YAML"), ("a: \xff", "not valid YAML")]
+    ("text", "says"),
+    [
+        ("- a\n- b\n", "a mapping of blocks"),
+        ("", "is empty, and should"),
+        ("a: [", "not valid YAML: line 1, column 5: "),
+        ("a: 1\n\tb: 2\n", r"line 2, column 1: .* character '\\t' .*; indent with spaces\.$"),
+        ("a: 1\n  b: 2\n", r"line 2, column 4: mapping values are not allowed here\.$"),
+        ("a: \xff", "not valid YAML"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "params.yaml"

@@ -204,7 +204,7 @@ def test_declared_models_are_fetched_and_traced(project: Path, registries: list[
     declare(project, auto)
     told = everything(project, [])
     if auto:
-        assert told[:2] == ["fleet 'fleet': 0 groups ()", "to be grouped: a, b"]
+        assert told[:2] == ["fleet 'fleet': no groups listed", "to be grouped: a, b"]
         assert told[3:5] == ["networks of a: a", "networks of b: b"]
     else:
         assert told[2] == "networks of pair: a, b"

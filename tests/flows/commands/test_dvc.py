@@ -59,7 +59,12 @@ def test_the_status_of_dvc_is_ours(project: Path) -> None:
 
 def test_in_a_workspace_the_storage_is_the_remote(project: Path, home: Path, store: Storage) -> None:
     folder = folder_of(home, "of-dvc")
-    with pytest.raises(UnknownGroup, match=r"no workspace of group 'of-dvc'\. Run `mtz run --group of-dvc` first\."):
+    folder_of(home, "another-of-dvc").mkdir(parents=True)
+    (folder_of(home, "another-of-dvc") / "dvc.yaml").touch()
+    told_of_others = (
+        r"no workspace of group 'of-dvc'\. Workspaces: .*another-of-dvc.*run `mtz run --group of-dvc` first\."
+    )
+    with pytest.raises(UnknownGroup, match=told_of_others):
         run_dvc(project, PARAMS, "of-dvc", ["0"])
     assert not folder.exists() and not (project / "told").exists()
     folder.mkdir(parents=True)

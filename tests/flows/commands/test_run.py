@@ -166,7 +166,8 @@ def test_a_large_fleet_is_named_by_some_of_its_groups(
         run_fleet(Request(project, fleet=Path("old.yaml")))
     told = capsys.readouterr().out
     assert "groups g0, g1, g2, g3, g4, g5, g6, g7 and 2 more\n" in told
-    assert "old.yaml is in the format before version 2, and read as such: `mtz fleet upgrade` rewrites it.\n" in told
+    assert "old.yaml is in the format before version 2, and read as such: " in told
+    assert "`mtz fleet upgrade --fleet old.yaml` rewrites it.\n" in told
 
 
 @pytest.mark.parametrize(("executor", "pool"), [("local", None), ("pool", "jobs")])

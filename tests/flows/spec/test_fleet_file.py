@@ -113,6 +113,18 @@ def test_the_format_before_version_2_is_read_and_can_be_rewritten(files: tuple[P
     assert "already" in upgrade_file(files[1])
 
 
+def test_a_fleet_file_of_a_name_of_its_own_must_exist(files: tuple[Path, Path]) -> None:
+    assert read_fleet(files[0], files[1].with_name("fleet.yaml")).absent
+    with pytest.raises(InvalidFleet, match=r"nightly\.yaml: there is no such file\."):
+        read_fleet(files[0], files[1].with_name("nightly.yaml"))
+
+
+def test_a_group_that_yaml_takes_for_something_else_is_refused(files: tuple[Path, Path]) -> None:
+    files[0].write_text(files[0].read_text().replace("group: example", "group: on"))
+    with pytest.raises(MtzError, match=r"group: YAML takes the value for True, which is no text; put it in quotes"):
+        read_fleet(files[0], files[1].with_name("fleet.yaml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -154,6 +166,12 @@ def test_the_format_before_version_2_is_read_and_can_be_rewritten(files: tuple[P
             f"version: 2\n{MODELS.replace('metric: top5_error', 'output: {y: {kind: logits, s: 1}}')}\ngroups: auto",
             "models.d.output.y.s: unknown key; allowed here: kind, tolerance, weight",
         ),
+        (
+            f"version: 2\n{MODELS}\ngroups: {{on: {{models: [a, b]}}}}",
+            "groups: YAML takes a name for True, which is no",
+        ),
+        (f"version: 2\nname: 1.10\n{MODELS}\ngroups: auto", "name: YAML takes the value for 1.1, which is no text"),
+        (f"version: 2\n{MODELS}\ngroups: {{x: {{models: [a]}}}}", "list should have at least 2 items, not ['a']"),
         ("- x", "should hold a mapping"),
         (": [", "is not valid YAML"),
     ],

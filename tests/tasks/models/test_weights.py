@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from errno import EACCES
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_prefix_that_the_network_has_itself_is_kept(network: Tied, tmp_path: P
 
 def test_a_prefix_that_some_names_lack_is_no_prefix(network: Tied, tmp_path: Path) -> None:
     state = {f"model.{n}": t for n, t in separate(network).items()} | {"loss.weight": torch.ones(1)}
-    with pytest.raises(InvalidWeights, match=r"'a\.bias' should have shape \(8,\), but has None"):
+    with pytest.raises(InvalidWeights, match=r"'a\.bias' of shape \(8,\) is missing in the weights\. "):
         fresh(state, tmp_path / "a.safetensors")
 
 
@@ -210,3 +211,19 @@ def test_several_files_that_do_not_belong_together(network: Tied, tmp_path: Path
     (tmp_path / "none").mkdir()
     with pytest.raises(InvalidArtifact, match=r"none has no \.safetensors file"):
         read_weights(tmp_path / "none")
+
+
+def test_a_file_that_may_not_be_read_is_told_from_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(InvalidArtifact, match=r"No such file or directory\. Make or fetch the file first\.$"):
+        read_weights(file)
+    save_file({"a": torch.ones(1)}, file)
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InvalidArtifact, match=r"Permission denied\. Allow this user to read it\.$"):
+        read_weights(file)
