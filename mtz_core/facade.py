@@ -265,7 +265,8 @@ def evaluate(
         originals: The original network of each of these tasks, to compare with.
         metric: A name from `mtz_core.evaluation.METRICS`, such as ``error`` (of the likeliest class), ``agreement`` or
             ``mean_absolute_error``; or a function of outputs and labels that returns an error, the less the better. Of
-            several outputs, ``{name: metric}``.
+            several outputs, ``{name: metric}``. It holds for all tasks in `test`: measure those with another metric in
+            a call of their own.
 
     Returns:
         What was measured, for each task in `test`; with a metric for each output, for each ``task.output``.
