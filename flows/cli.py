@@ -37,6 +37,9 @@ fleet_app = typer.Typer(
 )
 app.add_typer(fleet_app)
 
+_FLAG = ""
+"""The metavar of what takes no value: help would show its type."""
+
 Groups = Annotated[
     list[str] | None,
     typer.Option("--group", "-g", metavar="NAME", help="A group of the fleet; may be repeated. Default: all."),
@@ -47,7 +50,7 @@ SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY.PATH=VALUE", help="Change a parameter in all groups; may be repeated."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and Prefect's own log.")]
+Debug = Annotated[bool, typer.Option("--debug", metavar=_FLAG, help="Show stack traces and Prefect's own log.")]
 
 PARAMS = Path("params.yaml")
 FLEET = Path("fleet.yaml")
@@ -66,7 +69,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def mtz(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar=_FLAG, callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Multi-task zipping: one compact network out of several pre-trained ones, as a versioned pipeline."""
@@ -80,7 +86,9 @@ def run(
     settings: SetOptions = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Ask DVC in every group's workspace instead of trusting recorded outcomes."),
+        typer.Option(
+            "--verify", metavar=_FLAG, help="Ask DVC in every group's workspace instead of trusting recorded outcomes."
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -222,7 +230,7 @@ def fleet_start(
     group: Groups = None,
     settings: SetOptions = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until it ends; the exit status is 1 if it failed.")
+        bool, typer.Option("--wait", metavar=_FLAG, help="Wait until it ends; the exit status is 1 if it failed.")
     ] = False,
     fleet: FleetPath = FLEET,
     debug: Debug = False,
@@ -312,7 +320,10 @@ def pareto(
         ),
     ] = "mixture,drop,share,paper",
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Measure after light retraining, too, with the group's settings.")
+        bool,
+        typer.Option(
+            "--retrain", metavar=_FLAG, help="Measure after light retraining, too, with the group's settings."
+        ),
     ] = False,
     params: ParamsPath = PARAMS,
     fleet: FleetPath = FLEET,
@@ -351,7 +362,10 @@ def ui(params: ParamsPath = PARAMS, debug: Debug = False) -> None:
 def s3(
     params: ParamsPath = PARAMS,
     export: Annotated[
-        bool, typer.Option("--export", help="Print shell commands that set the variables, secrets included, and end.")
+        bool,
+        typer.Option(
+            "--export", metavar=_FLAG, help="Print shell commands that set the variables, secrets included, and end."
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:
