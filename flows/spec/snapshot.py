@@ -163,8 +163,10 @@ class Project:
 
     def _sources(self, params: Mapping[str, Any], skipped: Iterable[str]) -> set[str]:
         """Return the files inside the project that stages read and no stage makes."""
+        # Stages of a group read the folders for models' files as a whole: of these, what its parameters name is taken.
         stages = [expanded for stage in self._pipeline["stages"].values() for expanded in _expanded(stage, params)]
         outputs = {os.path.normpath(path) for stage in stages for path in _outputs(stage)}
+        named = {os.path.normpath(text) for text in _texts(params) if text}
         sources: set[str] = set()
         for name in {os.path.normpath(str(path)) for stage in stages for path in stage.get("deps", ())}:
             if name == PARAMS or Path(name).is_absolute() or Path(name).parts[0] in skipped or _within(name, outputs):
@@ -180,7 +182,8 @@ class Project:
                     f"{name} does not exist in {self.root}. Put it there, or correct the path in params.yaml "
                     "or dvc.yaml."
                 )
-            sources.update(file for file in self._files(name) if not _within(file, outputs))
+            files = (file for file in self._files(name) if not _within(file, outputs))
+            sources.update(file for file in files if name not in _PLACES or _within(file, named))
         return sources
 
     def _files(self, name: str) -> Iterator[str]:
@@ -288,6 +291,15 @@ def _lookup(path: str, names: Mapping[str, Any]) -> Any:
                 f"dvc.yaml: ${{{path}}} is not in params.yaml. Add it, or correct dvc.yaml."
             ) from None
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in nested parameters."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def _outputs(stage: Mapping[str, Any]) -> Iterator[str]:

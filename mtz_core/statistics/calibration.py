@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import Signature
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtz_core.batches import ANY_NAMES, Batch, NamedTensors, bound, divided, is_positional, needs_several, tensors_of
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import Network, Node, free_unused, input_values, run_node
+from mtz_core.network.graph import Network, Node, blank_values, free_unused, input_values, run_node
 from mtz_core.network.layers import from_rows, with_ones
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.moments import Moments
@@ -21,8 +21,15 @@ from mtz_core.statistics.moments import Moments
 LayerOutputs = Mapping[str, Sequence[Float[Tensor, "_n _out"]]]
 """For every layer, what it puts out at the sampled positions, batch by batch."""
 
+FEWEST = 8
+"""The fewest positions that every example gives to a convolution in groups."""
+
 BATCH = 100
-"""The number of examples that go through a network at once."""
+"""The number of examples that go through a network at once, if their values are small."""
+
+IN_CACHE = 2**24
+"""The most bytes that a layer's outputs should have for a batch. Larger ones leave the caches, and memory for them is
+fetched from the system, and given back, for every operator."""
 
 
 def as_batches(data: Tensor | Iterable[Any], task: str, taken: Signature = ANY_NAMES) -> list[Any]:
@@ -136,10 +143,35 @@ def _inputs(batch: Any, taken: Signature) -> Any:
     return batch[0] if pair else batch
 
 
+def cut(network: Network, batches: Iterable[Batch]) -> list[Batch]:
+    """Cut batches into smaller ones where a layer's outputs would have more than `IN_CACHE` bytes.
+
+    Args:
+        network: The network that reads them.
+        batches: The batches.
+
+    Returns:
+        Batches of at least one example.
+    """
+    metas = {name: tensor.to("meta") for name, tensor in network.state.items()}
+    values = blank_values(network.inputs, 1)
+    largest = 1
+    for node in network.graph.nodes:
+        values[node.name] = run_node(node, values, metas, 1)
+        if node.is_layer:
+            largest = max(largest, values[node.name].nbytes)
+        free_unused(network.graph, values, node)
+    size = max(IN_CACHE // largest, 1)
+    return [part for batch in batches for part in divided(batch, size)]
+
+
 def sample_positions(
     node: Node, weight: tuple[int, ...], x: Shaped[Tensor, "batch ..."], config: ZipConfig
 ) -> Int64[Tensor, " p"]:
     """Sample the positions at which a layer's rows are taken.
+
+    A neuron of a convolution in groups has few inputs, so few positions are enough: as many as it has inputs, and
+    `FEWEST` at least.
 
     Args:
         node: The layer.
@@ -151,8 +183,11 @@ def sample_positions(
         The sampled positions, ascending. They are the same for every example.
     """
     positions = node.layer.positions(x, weight, node.arguments)
+    wanted = config.patches
+    if node.layer.conv_groups(node.arguments) > 1:
+        wanted = min(wanted, max(prod(weight[1:]), FEWEST))
     generator = torch.Generator().manual_seed(config.seed)
-    return torch.randperm(positions, generator=generator)[: config.patches].sort().values
+    return torch.randperm(positions, generator=generator)[:wanted].sort().values
 
 
 def layer_rows(

@@ -9,7 +9,7 @@ from functools import cached_property
 from mtz_core.batches import Batch
 from mtz_core.network.graph import Network
 from mtz_core.settings import Outputs, ZipConfig
-from mtz_core.statistics.calibration import LayerOutputs, original_moments
+from mtz_core.statistics.calibration import LayerOutputs, cut, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities, loss_of, sensitivities
 from mtz_core.task_loss import Loss
@@ -60,7 +60,8 @@ class Traced:
         Raises:
             InvalidCalibration: If a layer's output is not finite, or outputs contradict what is declared.
         """
-        moments = original_moments(network, list(batches), config)
+        batches = cut(network, batches)
+        moments = original_moments(network, batches, config)
         loss = loss_of(network, batches, output)
         sensitivity = sensitivities(network, batches, config.seed, loss)
         return cls(network, moments, sensitivity, batches, output, loss)

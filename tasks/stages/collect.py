@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 
-from mtz_core.statistics.calibration import as_batches, stream_rows
+from mtz_core.statistics.calibration import stream_rows
 from mtz_core.statistics.sensitivity import sensitivities
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
@@ -31,7 +31,7 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     check_splits(params, workspace, model, network)
     if network.unused:
         show_progress(f"{params.models[model].weights}: {network.left_out}")
-    batches = as_batches(calibration(params, workspace, model), model)
+    batches = calibration(params, workspace, model, network)
     loss = loss_of_outputs(params, model, network, batches)
     if loss.guessed:
         show_progress(f"outputs are taken for {loss.kind}, as {loss.guessed}; models.{model}.output declares them")

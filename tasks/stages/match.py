@@ -14,7 +14,6 @@ from mtz_core.merging import matching
 from mtz_core.merging.compatibility import common_part
 from mtz_core.planning.planner import Plan
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
-from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.plans import CandidateRecord, Matched, Search, write_matched
@@ -51,7 +50,7 @@ def run(params: Params, workspace: Workspace) -> None:
         traced = {
             model: replace(
                 own,
-                batches=as_batches(calibration(params, workspace, model), model),
+                batches=calibration(params, workspace, model, own.network),
                 output=params.models[model].declared_output,
             )
             for model, own in traced.items()

@@ -41,7 +41,7 @@ def run(params: Params, workspace: Workspace) -> None:
     traced = {
         model: Traced(
             network,
-            batches=as_batches(calibration(params, workspace, model), model),
+            batches=calibration(params, workspace, model, network),
             output=params.models[model].declared_output,
         )
         for model, network in networks.items()

@@ -25,7 +25,6 @@ from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
 from mtz_core.retraining import Targets, retrain_steps
 from mtz_core.settings import Budget, Method, Move
-from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.module import ZippedNetwork
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import read_traced
@@ -267,7 +266,7 @@ class _Group:
         self._traced = {
             model: replace(
                 read_traced(workspace, model, network),
-                batches=as_batches(calibration(params, workspace, model), model),
+                batches=calibration(params, workspace, model, network),
                 output=params.models[model].declared_output,
             )
             for model, network in self.networks.items()

@@ -38,7 +38,20 @@ def test_it_has_what_dvc_says_that_the_stages_read(group: Group, contents: Conte
         (group.root / name).mkdir(parents=True, exist_ok=True)
         (group.root / name / "file").write_text(name)
     taken = Project(group.root, contents).take(params)
-    assert {str(Path(name).parent) for name in taken.files} - {"."} == read
+    assert {str(Path(name).parent) for name in taken.files} - {"."} == read - {"data"}, "of data, the models' own"
+
+
+def test_files_of_other_models_belong_to_other_groups(group: Group, contents: Contents) -> None:
+    content = yaml.safe_load((group.root / "dvc.yaml").read_text())
+    content["stages"]["match"]["deps"] += ["data"]
+    (group.root / "dvc.yaml").write_text(yaml.safe_dump(content))
+    params = {**params_of(group.root), "note": ""}
+    before = Project(group.root, contents).take(params)
+    assert "data/digits.txt" in before.files
+    (group.root / "data" / "letters.txt").write_text("abc\n")
+    assert Project(group.root, contents).take(params) == before
+    (group.root / "data" / "digits.txt").write_text("9\n")
+    assert Project(group.root, contents).take(params) != before
 
 
 def test_the_fingerprint_is_of_what_results_depend_on(group: Group, contents: Contents) -> None:

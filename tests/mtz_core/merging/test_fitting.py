@@ -17,6 +17,7 @@ from mtz_core.network.graph import Network
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import Method
+from mtz_core.statistics import calibration
 from mtz_core.zipped.ownership import Arrangement, Owners, Segment
 
 TASKS = ("a", "b", "c")
@@ -357,9 +358,10 @@ def unfolded(x: Tensor, groups: int, bias: bool) -> np.ndarray:
 )
 @pytest.mark.parametrize("method", ["paper", "refit"])
 def test_convolutions_in_groups_are_shared_row_by_row(
-    method: Method, per_group: tuple[int, int], groups: Sequence[int], bias: bool
+    monkeypatch: pytest.MonkeyPatch, method: Method, per_group: tuple[int, int], groups: Sequence[int], bias: bool
 ) -> None:
     config = ZipConfig(method=method, damping=0.05, refit_rounds=0, patches=10_000)
+    monkeypatch.setattr(calibration, "FEWEST", config.patches)
     problem = grouped_problem(per_group, groups, bias)
     found, cost = problem.fitted(config)
     expected, expected_cost = expected_grouped_fit(problem, config, groups)

@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtz_core import ZipConfig
+from mtz_core.batches import concatenated, tensors_of
 from mtz_core.errors import InvalidCalibration
 from mtz_core.network.graph import INPUT, Network, Node, run_node
 from mtz_core.network.tracing import trace
+from mtz_core.statistics import calibration
 from mtz_core.statistics.calibration import (
     BATCH,
+    FEWEST,
     as_batches,
+    cut,
     layer_rows,
     original_moments,
     sample_positions,
@@ -94,6 +98,25 @@ def test_positions_are_a_seeded_sample() -> None:
     assert not torch.equal(sample, sample_positions(CONV, KERNEL, x, ZipConfig(patches=30, seed=1)))
     assert sample_positions(CONV, KERNEL, x, ZipConfig(patches=100)).tolist() == list(range(100))
     assert sample_positions(CONV, KERNEL, x, ZipConfig(patches=1000)).tolist() == list(range(100))
+
+
+def test_a_neuron_of_few_inputs_takes_few_positions() -> None:
+    x, grouped = torch.randn(2, 6, 12, 12), Node("conv", "conv2d", {"stride": [1, 1], "groups": 6})
+    assert len(sample_positions(grouped, (6, 1, 3, 3), x, ZipConfig(patches=64))) == 9
+    assert len(sample_positions(grouped, (6, 1, 1, 1), x, ZipConfig(patches=64))) == FEWEST
+    assert len(sample_positions(grouped, (6, 1, 3, 3), x, ZipConfig(patches=4))) == 4
+
+
+def test_batches_with_large_values_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = LENET5.examples(7)
+    network = trace(LENET5.network(1), data)
+    assert [len(batch) for batch in cut(network, [data[:5], data[5:]])] == [5, 2]
+    largest = 4 * 16 * 16 * 4  # four channels of 16 × 16 in float32
+    for room, sizes in ((2 * largest, [2, 2, 1, 2]), (1, [1] * 7)):
+        monkeypatch.setattr(calibration, "IN_CACHE", room)
+        batches = cut(network, [data[:5], data[5:]])
+        assert [len(batch) for batch in batches] == sizes
+        assert torch.equal(tensors_of(concatenated(batches))[""], data)
 
 
 def test_streamed_rows_are_what_every_layer_reads() -> None:

@@ -21,7 +21,6 @@ from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import error_rate
 from mtz_core.planning.search import BudgetSearch
 from mtz_core.settings import Budget
-from mtz_core.statistics.calibration import as_batches
 from tasks.__main__ import main
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.plans import read_pairings, read_plan
@@ -137,7 +136,8 @@ def test_the_stages_make_what_the_facade_makes(project: Path) -> None:
     spend(project, size=0.5)
     run("match", "merge")
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    images = {name: calibration(params, workspace, name) for name in "ab"}
+    traced = {name: load_traced(params, workspace, name) for name in "ab"}
+    images = {name: torch.cat(calibration(params, workspace, name, own)) for name, own in traced.items()}
     direct = mtz_core.zip_networks(
         {name: load_network(params, workspace, name) for name in "ab"}, images, params.zip_config()
     )
@@ -153,7 +153,7 @@ def test_merging_makes_the_network_that_was_measured(project: Path) -> None:
     networks = {name: load_traced(params, workspace, name) for name in "ab"}
     moments = {name: read_moments(workspace.hessians(name)) for name in "ab"}
     sensitivity = {name: read_sensitivities(workspace.hessians(name)) for name in "ab"}
-    batches = {name: as_batches(calibration(params, workspace, name), name) for name in "ab"}
+    batches = {name: calibration(params, workspace, name, networks[name]) for name in "ab"}
     budget_search = BudgetSearch(joined(networks, moments, sensitivity, batches), params.zip_config(), Budget(size=0.3))
     held_out, merged = budget_search.zip(budget_search.best(0.3)), mtz_core.load("merged")
     assert held_out.state_dict().keys() == merged.state_dict().keys()

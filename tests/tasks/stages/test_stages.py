@@ -57,11 +57,12 @@ def test_staged_and_direct_zipping_agree(project: Path) -> None:
     for stage in STAGES[:6]:
         assert main(list(stage)) == 0
     from tasks.artifacts.paths import Workspace
-    from tasks.models.load import calibration, load_network
+    from tasks.models.load import calibration, load_network, load_traced
     from tasks.params import load_params
 
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    images = {name: calibration(params, workspace, name) for name in "ab"}
+    traced = {name: load_traced(params, workspace, name) for name in "ab"}
+    images = {name: torch.cat(calibration(params, workspace, name, own)) for name, own in traced.items()}
     networks = {name: load_network(params, workspace, name) for name in "ab"}
     direct = mtz_core.zip_networks(networks, images, params.zip_config(), validation=images)
     staged = mtz_core.load("merged")

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from mtz_core.planning.search import BudgetSearch
 from mtz_core.retraining import retrain_steps
 from mtz_core.settings import Budget
-from mtz_core.statistics.calibration import as_batches
 from tasks.__main__ import main
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import read_traced
@@ -90,12 +89,12 @@ def measured(sizes: str, methods: str, retraining: bool = False) -> list[Row]:
 
 def search_by_hand(**config: Any) -> BudgetSearch:
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
+    networks = {name: load_traced(params, workspace, name) for name in "ab"}
     traced = {
         name: dataclasses.replace(
-            read_traced(workspace, name, load_traced(params, workspace, name)),
-            batches=as_batches(calibration(params, workspace, name), name),
+            read_traced(workspace, name, network), batches=calibration(params, workspace, name, network)
         )
-        for name in "ab"
+        for name, network in networks.items()
     }
     settings = dataclasses.replace(params.zip_config(), share=None, **config)
     assert settings.budget is not None
