@@ -12,7 +12,7 @@ def main() -> None:
     if missing:
         sys.exit(
             f"error: the command mtz needs the pipeline, and {', '.join(missing)} cannot be found. "
-            'Run in a checkout: pip install ".[pipeline]", elsewhere: pip install "mtz[pipeline]"'
+            'Run in a checkout of this project: pip install ".[pipeline]"'
         )
     from flows.cli import main as run_command_line
 

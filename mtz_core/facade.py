@@ -32,7 +32,7 @@ from mtz_core.evaluation import Case, Function, Metrics, Model, measure, measure
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
 from mtz_core.merging.judging import HELD_OUT, RUINED, hold_out, judge, warn_of_ruin
 from mtz_core.merging.matching import descent, match
-from mtz_core.merging.walk import check_task_module, check_task_name, merge, trace_task, warn_of_unused
+from mtz_core.merging.walk import check_task_name, merge, task_module, trace_task, warn_of_unused
 from mtz_core.network.graph import Network
 from mtz_core.network.tracing import check_paths, evaluation_mode
 from mtz_core.planning.planner import Planner
@@ -146,9 +146,9 @@ def zip_networks(
     floor = budget is not None and budget.floor is not None
     steps = _Steps(on_progress)
     _check_by_task(networks=networks, calibration=calibration, validation=validation or {})
-    for task, module in networks.items():
+    for task in networks:
         check_task_name(task)
-        check_task_module(task, module)
+    networks = {task: task_module(task, module) for task, module in networks.items()}
     if set(networks) != set(calibration):
         raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
     if floor and validation is None:

@@ -23,7 +23,7 @@ from mtz_core.merging.compatibility import KEPT_SEPARATE, kept_separate
 from mtz_core.merging.fitting import LayerFit, following_clip
 from mtz_core.merging.judging import hold_out, judge, warn_of_ruin
 from mtz_core.merging.pairing import Pairing, assign, assign_greedily
-from mtz_core.merging.walk import ActivationStream, check_task_module, check_task_name, trace_task, warn_of_unused
+from mtz_core.merging.walk import ActivationStream, check_task_name, task_module, trace_task, warn_of_unused
 from mtz_core.network.graph import Network, Node
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.topology import describe, find_difference
@@ -79,7 +79,7 @@ def add_network(
     """
     config = config or ZipConfig(method=zipped.report.method)  # type: ignore[arg-type]
     _check_request(zipped, task, config)
-    check_task_module(task, network)
+    network = task_module(task, network)
     batches, held_out = hold_out(as_batches(calibration, task, signature_of(network)))
     traced = trace_task(task, network, batches[0], config)
     warn_of_unused(task, traced, stacklevel=_CALLER)

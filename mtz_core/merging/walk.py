@@ -29,7 +29,7 @@ from mtz_core.merging.fitting import LayerFit, fit, following_clip
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.graph import Network, Node, free_unused, input_values, run_node
 from mtz_core.network.narrowing import Dropper, Keep, Reduced
-from mtz_core.network.tracing import check_is_module, trace
+from mtz_core.network.tracing import as_module, trace
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import LayerOutputs
 from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
@@ -55,18 +55,10 @@ def check_task_name(task: object) -> None:
         raise InvalidConfig(f"{task!r} cannot name a task. Allowed: letters, digits, '_' and '-'.")
 
 
-def check_task_module(task: str, module: object) -> None:
-    """Check that a task's network is a module, naming the task in errors.
-
-    Args:
-        task: The task.
-        module: What is given as its network.
-
-    Raises:
-        UnsupportedModule: If it is no module.
-    """
+def task_module(task: str, given: object) -> nn.Module:
+    """Return a task's network as `mtz_core.network.tracing.as_module` does, naming the task in errors."""
     try:
-        check_is_module(module)
+        return as_module(given)
     except UnsupportedModule as error:
         raise UnsupportedModule(f"the network of {task!r}: {error}") from error
 
@@ -87,7 +79,7 @@ def trace_task(task: str, module: nn.Module, example: Batch, config: ZipConfig) 
     Raises:
         MtzError: Of the kinds that `mtz_core.network.tracing.trace` raises.
     """
-    check_task_module(task, module)
+    module = task_module(task, module)
     own = dict(module.named_modules())
     try:
         return trace(module, example, [path for path in config.keep_separate if path in own or ":" in path], config.zip)

@@ -76,7 +76,7 @@ def trace(
         InvalidWeights: If weights or buffers are not finite.
         InvalidCalibration: If the module does not accept the example.
     """
-    check_is_module(module)
+    module = as_module(module)
     example = _given(module, example)
     if isinstance(example, Tensor) and example.ndim < 2:
         raise InvalidCalibration(
@@ -117,26 +117,32 @@ def trace(
     return network
 
 
-def check_is_module(module: object) -> None:
-    """Check that something is a network.
+def as_module(given: object) -> nn.Module:
+    """Return a network as the module that computes it.
 
     Args:
-        module: What is given as one.
+        given: A module, as it is or in the wrappers of `torch.compile`, `DataParallel` or `DistributedDataParallel`.
+
+    Returns:
+        The module without wrappers.
 
     Raises:
         UnsupportedModule: If it is no module.
     """
-    if isinstance(module, nn.Module):
-        return
-    if isinstance(module, type):
-        found, remedy = f"the class {module.__name__}", "Give an instance of it, with its trained weights."
-    elif isinstance(module, Mapping):
+    if isinstance(given, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return as_module(given.module)
+    if isinstance(given, nn.Module):
+        compiled = type(given).__name__ == "OptimizedModule"  # its own module takes seconds to import
+        return as_module(given._orig_mod) if compiled else given
+    if isinstance(given, type):
+        found, remedy = f"the class {given.__name__}", "Give an instance of it, with its trained weights."
+    elif isinstance(given, Mapping):
         found, remedy = (
-            f"of type {type(module).__name__}",
+            f"of type {type(given).__name__}",
             "If it is a state_dict, build the module, load it with `load_state_dict`, and give the module.",
         )
     else:
-        found, remedy = f"of type {type(module).__name__}", "Give the module itself."
+        found, remedy = f"of type {type(given).__name__}", "Give the module itself."
     raise UnsupportedModule(f"it is {found}, not a torch.nn.Module. {remedy}")
 
 

@@ -27,7 +27,7 @@ class ServedNetwork(PythonModel):
     def predict(
         self,
         context: PythonModelContext,
-        model_input: Any,
+        model_input: np.ndarray,  # or a dict of them; of such types MLflow warns
         params: dict[str, Any] | None = None,
     ) -> np.ndarray | dict[str, np.ndarray]:
         """Run one task of the network.

@@ -618,3 +618,14 @@ def test_numbers_are_compared_with_labels_where_there_are_some(zipped: mtz.Zippe
         assert found.error == pytest.approx(0.25, abs=1e-5)
     alone = mtz.evaluate(zipped, {"a": x}, originals=originals, metric="mean_absolute_error")["a"]
     assert alone.original_error == 0 < alone.error
+
+
+@QUIET
+def test_wrappers_that_compute_the_same_are_taken_off(calibration: dict[str, Tensor]) -> None:
+    plain = networks()
+    wrapped: dict[str, Any] = {"a": torch.compile(plain["a"]), "b": nn.DataParallel(nn.DataParallel(plain["b"]))}
+    found, expected = mtz.zip_networks(wrapped, calibration), mtz.zip_networks(plain, calibration)
+    assert found.report == expected.report
+    assert all(torch.equal(own, found.tensors()[name]) for name, own in expected.tensors().items())
+    more = expected.with_task("c", wrapped["a"], calibration["a"], mtz.ZipConfig(share=0.0))
+    assert more.network("c").state_dict().keys() == plain["a"].state_dict().keys()

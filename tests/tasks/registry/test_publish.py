@@ -180,6 +180,7 @@ def test_the_registered_model_gives_the_logits_of_the_file(
     ]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Type hint" not in done.stderr
     assert "'task': string (default: a)" in done.stdout
     assert "(-1, 1, 4, 4)" in done.stdout
     assert done.stdout.strip().endswith("True")
