@@ -376,7 +376,8 @@ class MergeParams(_Block):
     """How the zipped network is fitted to the originals."""
 
     patches: int = Field(default=64, ge=1)
-    """Positions that one calibration example gives to the refit of a convolution."""
+    """Positions that one calibration example gives to the refit of a convolution. One in groups takes no more than a
+    neuron has inputs, or 8."""
     refit_rounds: int = Field(default=4, ge=0)
     """Refits after the first, with targets relaxed to what the activation can tell apart."""
 
