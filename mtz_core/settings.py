@@ -212,8 +212,8 @@ class ZipConfig:
         damping: λ of every Hessian, relative to the mean of its diagonal. Range: above 0. ``auto`` chooses it on
             held-out calibration data for every layer that is fitted; matching then uses 0.005.
         balance: Weight of each task in the shared neurons, ``{task: weight}``. Range: above 0. None weighs all alike.
-        patches: Positions of one example that enter a convolution's Hessian, sampled with `seed`. Range: 1 or more. One in
-            groups takes no more than a neuron has inputs, or 8.
+        patches: Positions of one example that enter a convolution's Hessian, sampled with `seed`. Range: 1 or more.
+            One in groups takes no more than a neuron has inputs, or 8.
         refit_rounds: How often ``refit`` fits a layer again after the first time, each time to targets relaxed to what
             the next activation can tell apart. Range: 0 or more.
         matching_rounds: How often ``refit`` matches again the neuron groups whose pairings depend on each other, and
