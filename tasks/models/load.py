@@ -1,4 +1,4 @@
-"""Pre-trained networks, traced or not, and the images for their calibration and retraining."""
+"""Pre-trained networks, traced or not, and the images for their retraining."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mtz_core.batches import Batch, needs_several, signature_of
 from mtz_core.errors import MtzError, UnsupportedModule
 from mtz_core.network.graph import Network, given_name, input_values
 from mtz_core.network.tracing import trace
-from mtz_core.statistics.calibration import as_batches, cut
 from tasks.artifacts.paths import Workspace
 from tasks.data.examples import InvalidData, read_batches, read_examples, read_images
 from tasks.data.layout import SPLITS
@@ -127,27 +126,6 @@ def check_tokens(params: Params, workspace: Workspace, model: str, network: Netw
                         f"{f' of {given_name(name)}' if given_name(name) else ''}, but the network knows 0 to "
                         f"{words - 1}. Use the vocabulary that it was trained with."
                     )
-
-
-def calibration(params: Params, workspace: Workspace, model: str, network: Network) -> list[Any]:
-    """Read a model's calibration images, without labels.
-
-    Args:
-        params: The parameters of the group.
-        workspace: The workspace with the data.
-        model: The model's name.
-        network: The model's network, traced.
-
-    Returns:
-        A seeded sample of the training split, in batches `[n, …]`, or `NamedTensors` of several inputs.
-
-    Raises:
-        InvalidData: The training split cannot be used.
-        InvalidCalibration: Its values cannot be used.
-    """
-    settings = params.collect
-    images = read_images(workspace.root / params.models[model].data, "train", settings.images, settings.seed)
-    return cut(network, as_batches(images, model))
 
 
 def read_split(

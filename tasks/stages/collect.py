@@ -9,7 +9,8 @@ from mtz_core.statistics.sensitivity import sensitivities
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import RowsWriter, layer_file, sensitivities_file, write_sensitivities
 from tasks.files import whole_folder
-from tasks.models.load import calibration, check_tokens, load_traced
+from tasks.models.calibration import calibration
+from tasks.models.load import check_tokens, load_traced
 from tasks.models.outputs import check_splits, loss_of_outputs
 from tasks.params import Params
 from tasks.progress import show_progress

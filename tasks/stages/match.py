@@ -19,7 +19,8 @@ from tasks.artifacts.paths import Workspace
 from tasks.artifacts.plans import CandidateRecord, Matched, Search, write_matched
 from tasks.artifacts.statistics import read_traced
 from tasks.data.examples import read_images
-from tasks.models.load import calibration, load_network, trace_on_own_image
+from tasks.models.calibration import calibration
+from tasks.models.load import load_network, trace_on_own_image
 from tasks.params import InvalidParams, Params
 from tasks.progress import show_progress
 from tasks.stages.budget_checks import check_budget

@@ -19,7 +19,8 @@ from tasks.artifacts.paths import Workspace
 from tasks.artifacts.plans import read_pairings
 from tasks.data.examples import read_images
 from tasks.files import whole_folder, write_table
-from tasks.models.load import calibration, load_traced
+from tasks.models.calibration import calibration
+from tasks.models.load import load_traced
 from tasks.params import Params
 from tasks.progress import peak_memory, show_progress
 

@@ -31,7 +31,8 @@ from tasks.artifacts.statistics import read_traced
 from tasks.data.examples import read_labelled
 from tasks.files import InvalidArtifact, sha256, whole_file, write_table
 from tasks.home import find_home
-from tasks.models.load import calibration, load_traced, read_split
+from tasks.models.calibration import calibration
+from tasks.models.load import load_traced, read_split
 from tasks.models.metrics import Named, cases_of, find_metrics
 from tasks.params import Params
 from tasks.progress import show_progress

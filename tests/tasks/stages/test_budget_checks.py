@@ -27,7 +27,8 @@ from tasks.artifacts.plans import read_pairings, read_plan
 from tasks.artifacts.statistics import read_moments, read_sensitivities
 from tasks.data.examples import read_examples
 from tasks.faults import EXIT_REFUSED
-from tasks.models.load import calibration, load_network, load_traced
+from tasks.models.calibration import calibration
+from tasks.models.load import load_network, load_traced
 from tasks.params import load_params
 from tasks.stages.budget_checks import check_budget
 from tests.support.networks import joined

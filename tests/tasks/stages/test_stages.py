@@ -57,7 +57,8 @@ def test_staged_and_direct_zipping_agree(project: Path) -> None:
     for stage in STAGES[:6]:
         assert main(list(stage)) == 0
     from tasks.artifacts.paths import Workspace
-    from tasks.models.load import calibration, load_network, load_traced
+    from tasks.models.calibration import calibration
+    from tasks.models.load import load_network, load_traced
     from tasks.params import load_params
 
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())

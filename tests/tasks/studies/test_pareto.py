@@ -23,7 +23,8 @@ from tasks.__main__ import main
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import read_traced
 from tasks.data.examples import read_examples, read_images
-from tasks.models.load import calibration, load_network, load_traced
+from tasks.models.calibration import calibration
+from tasks.models.load import load_network, load_traced
 from tasks.params import load_params
 from tasks.registry import mlflow_client
 from tasks.storage.s3 import Storage
