@@ -139,31 +139,13 @@ def zip_networks(
         ZipWarning: A task has lost most of what it knew, layers that were to be shared stay separate, calibration data
             is too little for some, or no output of a network depends on some of its parameters.
     """
-    _check_type("config", config, ZipConfig)
-    _check_type("retraining", retraining, RetrainConfig)
-    config = config or ZipConfig()
-    budget = config.budget
-    floor = budget is not None and budget.floor is not None
-    steps = _Steps(on_progress)
-    _check_by_task(networks=networks, calibration=calibration, validation=validation or {})
-    for task in networks:
-        check_task_name(task)
+    config = ZipConfig() if config is None else config
+    _check_request(networks, calibration, config, validation, retraining)
     networks = {task: task_module(task, module) for task, module in networks.items()}
-    if set(networks) != set(calibration):
-        raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {sorted(networks)}.")
-    if floor and validation is None:
-        raise InvalidConfig("a floor needs validation data with labels: give validation.")
-    if retraining is not None and retraining.labels:
-        raise InvalidConfig(
-            "retraining.labels: zipping retrains by distillation. Set it to 0, or use `retrain` with labels afterwards."
-        )
-    for task in config.outputs or {}:
-        if task not in networks:
-            raise InvalidConfig(f"outputs: names {task!r}, but the tasks are {sorted(networks)}.")
+    budget, steps = config.budget, _Steps(on_progress)
+    floor = budget is not None and budget.floor is not None
     taken = {task: signature_of(networks[task]) for task in sorted(networks)}
     batches = {task: as_batches(calibration[task], task, own) for task, own in taken.items()}
-    if validation is not None and set(validation) != set(batches):
-        raise InvalidConfig(f"validation data is given for {sorted(validation)}, but the tasks are {sorted(batches)}.")
     labelled = {task: _validation(own, task, taken[task]) for task, own in (validation or {}).items()} if floor else {}
     held_out = _held_out(batches, validation, taken)
     if retraining is not None and not floor:
@@ -171,33 +153,20 @@ def zip_networks(
         _check_held_out(batches, held_out)
     if validation is None and (budget is None or retraining is not None) and not floor:
         batches = {task: hold_out(own)[0] for task, own in batches.items()}
-    check_paths({"keep_separate": config.keep_separate}, *networks.values())
-    graphs = {
-        task: trace_task(task, networks[task], data[0], config)
-        for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
-    }
-    for task, network in graphs.items():
-        warn_of_unused(task, network, stacklevel=2)
-    graphs = common_part(graphs)
-    shared_counts(graphs, config)
-    traced = {
-        task: _measured(task, network, batches[task], config)
-        for task, network in steps.count("measure", graphs.items(), len(graphs), lambda item: item[0])
-    }
+    traced = _traced(networks, batches, config, steps)
+    for task, own in traced.items():
+        warn_of_unused(task, own.network, stacklevel=2)
     if budget is None:
         zipped = _share(traced, config, steps)
     else:
         search = BudgetSearch(traced, config, budget, held_out if validation is not None else None)
         if floor:
             training = {task: concatenated(own) for task, own in batches.items()}
-            found = FloorSearch(search, networks, training, labelled, retraining or RetrainConfig())
-            tried = list(steps.count("plan", found.steps(), None, lambda step: step.what))
-            zipped = min((step for step in tried if step.kept), key=lambda step: step.size).zipped
+            zipped = _keep_floors(
+                FloorSearch(search, networks, training, labelled, retraining or RetrainConfig()), steps
+            )
         else:
-            assert budget.size is not None
-            plans = list(steps.count("plan", search.candidates(budget.size), None, lambda candidate: candidate.name))
-            best = search.best_of(plans)
-            zipped = steps.merged(search.merging(best.plan), traced).judged(best.judged)
+            zipped = _spend(search, steps)
     if retraining is not None and not floor:
         fitting, rest = ({task: concatenated(own) for task, own in data.items()} for data in (batches, held_out))
         run = Retraining(zipped, networks, fitting, rest, retraining)
@@ -374,11 +343,71 @@ class _Steps:
         return last
 
 
+def _check_request(
+    networks: Mapping[str, nn.Module],
+    calibration: Mapping[str, Given],
+    config: ZipConfig,
+    validation: Mapping[str, Validation | Given] | None,
+    retraining: RetrainConfig | None,
+) -> None:
+    """Check that the arguments of `zip_networks` are of one kind and speak of the same tasks."""
+    _check_type("config", config, ZipConfig)
+    _check_type("retraining", retraining, RetrainConfig)
+    _check_by_task(networks=networks, calibration=calibration, validation=validation or {})
+    for task in networks:
+        check_task_name(task)
+    tasks = sorted(networks)
+    if tasks != sorted(calibration):
+        raise InvalidConfig(f"calibration is given for {sorted(calibration)}, but the networks are {tasks}.")
+    if validation is not None and tasks != sorted(validation):
+        raise InvalidConfig(f"validation data is given for {sorted(validation)}, but the tasks are {tasks}.")
+    if validation is None and config.budget is not None and config.budget.floor is not None:
+        raise InvalidConfig("a floor needs validation data with labels: give validation.")
+    if retraining is not None and retraining.labels:
+        raise InvalidConfig(
+            "retraining.labels: zipping retrains by distillation. Set it to 0, or use `retrain` with labels afterwards."
+        )
+    for task in config.outputs or {}:
+        if task not in networks:
+            raise InvalidConfig(f"outputs: names {task!r}, but the tasks are {tasks}.")
+
+
+def _traced(
+    networks: Mapping[str, nn.Module], batches: Mapping[str, list[Batch]], config: ZipConfig, steps: _Steps
+) -> dict[str, Traced]:
+    """Trace the networks, find what they have in common, and measure them."""
+    check_paths({"keep_separate": config.keep_separate}, *networks.values())
+    graphs = {
+        task: trace_task(task, networks[task], data[0], config)
+        for task, data in steps.count("trace", batches.items(), len(batches), lambda item: item[0])
+    }
+    graphs = common_part(graphs)
+    shared_counts(graphs, config)
+    return {
+        task: _measured(task, network, batches[task], config)
+        for task, network in steps.count("measure", graphs.items(), len(graphs), lambda item: item[0])
+    }
+
+
 def _share(traced: Mapping[str, Traced], config: ZipConfig, steps: _Steps) -> ZippedNetwork:
     """Match and merge; no budget has to be kept."""
     matches = list(steps.count("match", match(traced, config), None, lambda found: found.group))
     pairings = {found.group: found.pairing for found in matches}
     return steps.merged(merge(traced, pairings, config, descent(matches)), traced)
+
+
+def _spend(search: BudgetSearch, steps: _Steps) -> ZippedNetwork:
+    """Merge by the plan that loses least within the budget's size."""
+    assert search.budget.size is not None
+    plans = list(steps.count("plan", search.candidates(search.budget.size), None, lambda candidate: candidate.name))
+    best = search.best_of(plans)
+    return steps.merged(search.merging(best.plan), search.traced).judged(best.judged)
+
+
+def _keep_floors(search: FloorSearch, steps: _Steps) -> ZippedNetwork:
+    """Return the smallest network that keeps every floor."""
+    tried = list(steps.count("plan", search.steps(), None, lambda step: step.what))
+    return min((step for step in tried if step.kept), key=lambda step: step.size).zipped
 
 
 def _measured(task: str, network: Network, batches: Sequence[Batch], config: ZipConfig) -> Traced:
