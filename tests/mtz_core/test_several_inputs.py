@@ -189,6 +189,7 @@ def test_tasks_come_and_go() -> None:
     assert more(x, "third").shape == (6, 4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_budget_is_kept_and_light_retraining_helps() -> None:
     config = mtz.ZipConfig(budget=mtz.Budget(size=0.6))
@@ -203,6 +204,7 @@ def test_a_budget_is_kept_and_light_retraining_helps() -> None:
     assert curve[-1].iteration == 20
 
 
+@pytest.mark.slow
 def test_a_floor_is_searched_for_on_labelled_validation_data() -> None:
     networks, labelled = originals(), {}
     for task, network in networks.items():
@@ -316,6 +318,7 @@ def test_inputs_of_one_tensor_are_traced_as_ever() -> None:
         trace(encoder(1), masked(3)["input_ids"])
 
 
+@pytest.mark.slow
 def test_the_program_of_a_network_is_given_its_inputs_as_it_was_exported() -> None:
     batch = torch.export.Dim("batch")
     shapes = {"input_ids": {0: batch}, "attention_mask": {0: batch}}

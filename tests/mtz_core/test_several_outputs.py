@@ -166,6 +166,7 @@ def test_what_an_output_weighs_is_its_share_of_the_damage() -> None:
     assert found["even"]["boxes"] == pytest.approx(found["boxes"]["boxes"] / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_budget_is_kept_and_light_retraining_helps() -> None:
     small = config(budget=mtz.Budget(size=0.4))
@@ -186,6 +187,7 @@ def apart(seed: int) -> nn.Module:
     return network
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_weights_move_a_budget_s_damage_from_one_output_to_the_other() -> None:
     networks, x, lost = {"a": apart(1), "b": apart(2)}, numbers(200, seed=8), {}

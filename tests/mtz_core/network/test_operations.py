@@ -361,6 +361,7 @@ class ChannelMixer(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_channel_attention_is_kept_separate_by_itself() -> None:
     networks, x = {"a": ChannelMixer(), "b": ChannelMixer()}, torch.randn(60, 5, 4)
     for config in (ZipConfig(share=0.0), ZipConfig(share=1.0), ZipConfig(budget=Budget(size=0.7))):

@@ -137,6 +137,7 @@ class Normalised(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_the_wider_of_three_share_what_the_narrowest_has_not() -> None:
     torch.manual_seed(0)
     networks = {task: Normalised(width) for task, width in zip("abc", (4, 24, 24), strict=True)}
