@@ -310,6 +310,7 @@ def test_all_is_quiet_where_all_is_well(calibration: dict[str, Tensor]) -> None:
         mtz.zip_networks(networks(), calibration, mtz.ZipConfig(budget=mtz.Budget(size=0.8)))
 
 
+@pytest.mark.slow
 def test_a_ruined_task_is_named_and_the_remedy_keeps_it(calibration: dict[str, Tensor]) -> None:
     with pytest.warns(mtz.ZipWarning, match=r"'a' has lost \d+ % of what it knew .*held-out examples") as told:
         zipped = mtz.zip_networks(networks(), calibration)
@@ -466,6 +467,7 @@ def test_retraining_without_a_floor_retrains(calibration: dict[str, Tensor]) -> 
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pair", "tensor", "loader", "validation"])
 def test_retraining_validates_on_what_it_is_given(calibration: dict[str, Tensor], form: str) -> None:
     x, y = torch.rand(9, 6), torch.zeros(9, dtype=torch.long)
@@ -620,6 +622,7 @@ def test_numbers_are_compared_with_labels_where_there_are_some(zipped: mtz.Zippe
     assert alone.original_error == 0 < alone.error
 
 
+@pytest.mark.slow
 @QUIET
 def test_wrappers_that_compute_the_same_are_taken_off(calibration: dict[str, Tensor]) -> None:
     plain = networks()

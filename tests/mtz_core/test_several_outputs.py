@@ -115,6 +115,7 @@ def test_a_report_names_the_kind_of_every_output() -> None:
     assert "logits: their softmax tells inputs apart; found.0: " in str(guessed)
 
 
+@pytest.mark.slow
 def test_a_report_says_how_every_output_came_through(tmp_path: Path) -> None:
     """As a file has it, too, with a warning for one that is lost while the others, which count more, are not."""
     heavy = {"logits": mtz.Output("logits", weight=100.0), "found.0": "regression"}
@@ -274,6 +275,7 @@ def labelled(count: int, seed: int) -> tuple[dict[str, Data], dict[str, dict[str
     return dict.fromkeys(originals(), x), {task: {"logits": (x[0][:, 0] > 0).long()} for task in originals()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.5, 1.0])
 def test_outputs_with_labels_learn_from_them_and_the_others_are_distilled(weight: float) -> None:
     (training, classes), (validation, held_out) = labelled(200, 4), labelled(80, 5)
@@ -334,6 +336,7 @@ def test_labels_that_do_not_fit_are_refused(change: Callable[[Tensor], Any], mes
         mtz.retrain(zipped(0.6), originals(), data, data, mtz.RetrainConfig(labels=0.5), labels=labels)
 
 
+@pytest.mark.slow
 def test_a_floor_holds_for_every_output_that_is_measured() -> None:
     """A floor for a task holds for its outputs; one may have another."""
     x, sizes = numbers(60, seed=9), []

@@ -29,6 +29,7 @@ def test_networks_of_other_widths_and_classes_fit_together() -> None:
     assert [layer.name for layer in graph.layers] == ["0", "2", "4"]
 
 
+@pytest.mark.slow
 def test_networks_of_other_input_sizes_fit_together() -> None:
     check_compatible(traced(mlp((9,), 3)) | {"b": trace(mlp((9,), 3, inputs=5), torch.randn(2, 5))})
 

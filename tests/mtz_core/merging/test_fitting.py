@@ -201,6 +201,7 @@ COLUMNS: dict[str, dict[Owners, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("examples", [40, 4], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("name", COLUMNS)

@@ -678,6 +678,7 @@ def test_computed_weights_can_be_kept_separate() -> None:
     assert_runs_as(module, network, (4,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True, "dropout": 0.3}], ids=["one", "two"])
 def test_recurrent_layers_can_be_kept_separate(kind: Callable[..., nn.Module], settings: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def test_a_plan_of_some_is_never_worse_than_one_of_all_or_none() -> None:
         assert plan.damage <= own.plan(size, dropping=1.0, sharing=1e12).damage * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_a_group_that_one_network_alone_has_is_shared_by_nobody() -> None:
     torch.manual_seed(1)
     networks = {task: nn.Sequential(mlp((8,), 4), nn.Linear(4, 3)) for task in "ab"}
