@@ -146,6 +146,7 @@ def test_values_of_no_use_are_refused_at_once(settings: dict[str, Any], name: st
 # Data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["pairs", "tensors", "batches"])
 def test_every_form_of_calibration_gives_the_same_network(shape: str, calibration: dict[str, Tensor]) -> None:
     forms: dict[str, Any] = {

@@ -77,6 +77,7 @@ def test_the_best_constant_answer_loses_everything(kind: Kind, targets: Tensor) 
             assert float(loss(other.expand_as(targets), targets)) >= 1 - 1e-4
 
 
+@pytest.mark.slow
 @each
 def test_drawn_gradients_have_the_curvature_of_the_loss(kind: Kind, targets: Tensor) -> None:
     loss, one = loss_of(kind, targets), targets[:1].double()

@@ -216,6 +216,7 @@ def test_neurons_behind_an_operator(name: str) -> None:
     follow(nn.Sequential(nn.Linear(4, 6), between, nn.Linear(6, 3)), (4,), width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGES)
 def test_channels_behind_an_operator(name: str) -> None:
     function, width = IMAGES[name]

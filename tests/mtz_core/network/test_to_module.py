@@ -40,6 +40,7 @@ def assert_same_state(first: nn.Module, second: nn.Module) -> None:
         torch.testing.assert_close(value, expected[name], msg=f"{name} differs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[4:], ids=lambda case: case.name)
 def test_a_plain_module_is_built_again(case: Case) -> None:
     module, x = case.network(1), case.examples(5)
@@ -153,6 +154,7 @@ def traced(name: str) -> Network:
     return trace(copy.deepcopy(module).eval(), draw(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_names_shapes_and_outputs_are_the_originals(name: str) -> None:
     module, draw = NETWORKS[name]

@@ -74,6 +74,7 @@ def test_the_bytes_are_those_of_the_zipped_network(name: str, seed: int, some: b
     assert zipped.report.original_bytes == sum(network.bytes for network in networks.values())
 
 
+@pytest.mark.slow
 @on_all_fleets
 def test_keeping_everything_apart_stores_all_originals(name: str) -> None:
     networks = traced_fleet(name)

@@ -70,6 +70,7 @@ def test_saved_and_loaded_is_the_same(case: Case, tmp_path: Path) -> None:
         assert torch.equal(again.network(task)(x), zipped(x, task))
 
 
+@pytest.mark.slow
 @on_all_networks
 def test_sharing_nothing_survives_the_disk_exactly(case: Case, tmp_path: Path) -> None:
     networks, x = case.pair(), case.examples(5)
@@ -82,6 +83,7 @@ def test_sharing_nothing_survives_the_disk_exactly(case: Case, tmp_path: Path) -
         assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @on_all_networks
 def test_a_plain_network_does_the_same_in_both_modes(case: Case, training: bool) -> None:
