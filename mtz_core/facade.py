@@ -147,12 +147,12 @@ def zip_networks(
     taken = {task: signature_of(networks[task]) for task in sorted(networks)}
     batches = {task: as_batches(calibration[task], task, own) for task, own in taken.items()}
     labelled = {task: _validation(own, task, taken[task]) for task, own in (validation or {}).items()} if floor else {}
-    held_out = _held_out(batches, validation, taken)
+    others, held_out = _held_out(batches, validation, taken)
     if retraining is not None and not floor:
         retraining.balance_of(tuple(batches))
         _check_held_out(batches, held_out)
-    if validation is None and (budget is None or retraining is not None) and not floor:
-        batches = {task: hold_out(own)[0] for task, own in batches.items()}
+    if budget is None or retraining is not None:
+        batches = others
     traced = _traced(networks, batches, config, steps)
     for task, own in traced.items():
         warn_of_unused(task, own.network, stacklevel=2)
@@ -421,16 +421,19 @@ def _held_out(
     batches: Mapping[str, list[Batch]],
     validation: Mapping[str, Validation | Given] | None,
     taken: Mapping[str, Signature],
-) -> dict[str, list[Batch]]:
-    """Return the examples on which a result is judged: those for validation, or one calibration example in `HELD_OUT`.
+) -> tuple[dict[str, list[Batch]], dict[str, list[Batch]]]:
+    """Return the calibration examples that are left, and those on which a result is judged.
 
-    Of fewer than `HELD_OUT` examples none is held out.
+    The latter are those for validation, or one calibration example in `HELD_OUT`; of fewer examples none is held out.
 
     Raises:
         InvalidCalibration: Validation data is of other inputs or of another shape.
     """
     if validation is None:
-        return {task: held for task, own in batches.items() if (held := hold_out(own)[1])}
+        split = {task: hold_out(own) for task, own in batches.items()}
+        return {task: rest for task, (rest, _) in split.items()}, {
+            task: held for task, (_, held) in split.items() if held
+        }
     held_out = {task: list(divided(_examples(data, task, taken[task]), _BATCH)) for task, data in validation.items()}
     for task, own in held_out.items():
         shapes = [shapes_in_words(batch) for batch in (own[0], batches[task][0])]
@@ -439,7 +442,7 @@ def _held_out(
                 f"validation examples of {task!r} have shape {shapes[0]}, calibration examples {shapes[1]}. Bring them "
                 "to one."
             )
-    return held_out
+    return dict(batches), held_out
 
 
 def _check_held_out(batches: Mapping[str, list[Batch]], held_out: Mapping[str, list[Batch]]) -> None:

@@ -37,10 +37,14 @@ class NotReady(MtzError):
 
 
 class Problems:
-    """What is not in order, gathered so that one check tells all of it."""
+    """What is not in order, gathered so that one check tells all of it.
+
+    Attributes:
+        found: The errors so far.
+    """
 
     def __init__(self) -> None:
-        self._found: list[MtzError] = []
+        self.found: list[MtzError] = []
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -48,23 +52,24 @@ class Problems:
         try:
             yield
         except MtzError as error:
-            self._found.append(error)
+            self.found.append(error)
 
-    def raise_all(self, where: str = "") -> None:
+    def raise_all(self) -> None:
         """Raise what was noted, if anything was: one error as it is, several as one.
-
-        Args:
-            where: What the errors are about, put before their texts.
 
         Raises:
             MtzError: There is one problem.
-            NotReady: There are several, or they are somewhere.
+            NotReady: There are several.
         """
-        if len(self._found) == 1 and not where:
-            raise self._found[0]
-        texts = [error.problems if isinstance(error, NotReady) else (str(error),) for error in self._found]
-        if texts:
-            raise NotReady(*(where + text for own in texts for text in own))
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise NotReady(*(text for error in self.found for text in _texts(error)))
+
+
+def _texts(error: MtzError) -> tuple[str, ...]:
+    """Return each of the problems that an error tells."""
+    return error.problems if isinstance(error, NotReady) else (str(error),)
 
 
 def check_project(request: Request) -> tuple[Fleet, tuple[GroupPlan, ...]]:
@@ -90,12 +95,11 @@ def check_project(request: Request) -> tuple[Fleet, tuple[GroupPlan, ...]]:
     check_names(listed)
     # A group that the planner will choose has no name yet.
     plans = select(listed, groups) if declared.file.auto is None else listed
-    problems, able = Problems(), 0
+    problems = Problems()
     for plan in plans:
         with problems.noted():
             _check_files(project, plan)
-            able += 1
-    if not able:  # otherwise those with problems fail, and the others go on
+    if len(problems.found) == len(plans):  # otherwise those with problems fail, and the others go on
         problems.raise_all()
     check_disk(request.home)
     return declared, plans
@@ -170,11 +174,11 @@ def _check_declared(
 
 
 def _check_group(folder: Path, plan: GroupPlan, on_progress: Callable[[str], None]) -> None:
-    problems = Problems()
-    with problems.noted():
+    try:
         check_networks(folder, plan.params)
-        on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
-    problems.raise_all(f"{plan.name}: ")
+    except MtzError as error:
+        raise NotReady(*(f"{plan.name}: {text}" for text in _texts(error))) from error
+    on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
 
 
 def _check_files(project: Path, plan: GroupPlan) -> None:

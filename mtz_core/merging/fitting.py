@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.merging.difference import weigh_by_sensitivity
-from mtz_core.network.graph import Network, Node, blank_values, run_node
+from mtz_core.network.graph import Network, Node, blank_run
 from mtz_core.network.layers import from_rows
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.operations import operation_of
@@ -89,13 +89,7 @@ def _on_second_axis(network: Network, layer: Node) -> bool:
     """Whether a layer's neurons lie where a batch normalisation expects channels."""
     if layer.layer.channel_axis(3) == 1:
         return True
-    state = {name: tensor.to("meta") for name, tensor in network.state.items()}
-    values = blank_values(network.inputs, 1)
-    for node in network.graph.nodes:
-        values[node.name] = run_node(node, values, state, 1)
-        if node.name == layer.name:
-            break
-    return values[layer.name].ndim == 2
+    return next(value for node, value in blank_run(network) if node.name == layer.name).ndim == 2
 
 
 def _only_reader(network: Network, name: str) -> Node | None:

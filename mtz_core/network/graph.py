@@ -467,3 +467,19 @@ def free_unused(graph: LayerGraph, values: dict[str, Any], node: Node) -> None:
     for source in set(node.sources):
         if graph.last_use.get(source) == node.name:
             values.pop(source, None)
+
+
+def blank_run(network: Network) -> Iterator[tuple[Node, Any]]:
+    """Run a network on one example without values, on the meta device.
+
+    Args:
+        network: The network.
+
+    Yields:
+        Each node, and what it puts out.
+    """
+    state = {name: tensor.to("meta") for name, tensor in network.state.items()}
+    values = blank_values(network.inputs, 1)
+    for node in network.graph.nodes:
+        values[node.name] = run_node(node, values, state, 1)
+        yield node, values[node.name]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtz_core.batches import ANY_NAMES, Batch, NamedTensors, bound, divided, is_positional, needs_several, tensors_of
 from mtz_core.errors import InvalidCalibration
-from mtz_core.network.graph import Network, Node, blank_values, free_unused, input_values, run_node
+from mtz_core.network.graph import Network, Node, blank_run, free_unused, input_values, run_node
 from mtz_core.network.layers import from_rows, with_ones
 from mtz_core.settings import ZipConfig
 from mtz_core.statistics.moments import Moments
@@ -153,14 +153,7 @@ def cut(network: Network, batches: Iterable[Batch]) -> list[Batch]:
     Returns:
         Batches of at least one example.
     """
-    metas = {name: tensor.to("meta") for name, tensor in network.state.items()}
-    values = blank_values(network.inputs, 1)
-    largest = 1
-    for node in network.graph.nodes:
-        values[node.name] = run_node(node, values, metas, 1)
-        if node.is_layer:
-            largest = max(largest, values[node.name].nbytes)
-        free_unused(network.graph, values, node)
+    largest = max((value.nbytes for node, value in blank_run(network) if node.is_layer), default=1)
     size = max(IN_CACHE // largest, 1)
     return [part for batch in batches for part in divided(batch, size)]
 
