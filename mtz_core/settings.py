@@ -11,7 +11,11 @@ from typing import Any, Literal, TypeGuard, get_args
 from mtz_core.errors import InvalidConfig
 
 Method = Literal["refit", "paper"]
-Move = Literal["share", "drop"]
+Move = Literal["share", "drop", "round"]
+MOVES: tuple[Move, ...] = get_args(Move)
+
+BITS = (8, 6, 5, 4, 3, 2)
+"""The numbers of bits to which weights can be rounded."""
 
 Kind = Literal["logits", "probabilities", "multi-label", "regression", "heatmap", "embedding"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -135,7 +139,8 @@ class Budget:
         floor: Percentage points that a task may lose on validation data, one number for all tasks or one for each; for
             one of several outputs that are measured, it is named ``task.output``. The smallest network that keeps the
             floor after light retraining is searched for. Range: 0 to 100.
-        moves: What may be done to save bytes: ``share`` neurons across networks, ``drop`` neurons within one network.
+        moves: What may be done to save bytes: ``share`` neurons across networks, ``drop`` neurons within one network,
+            ``round`` weights to a few bits.
 
     Raises:
         InvalidConfig: A value is out of range, or not exactly one of `size` and `floor` is given.
@@ -143,7 +148,7 @@ class Budget:
 
     size: float | None = None
     floor: float | Mapping[str, float] | None = None
-    moves: Sequence[Move] = ("share", "drop")
+    moves: Sequence[Move] = MOVES
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.floor is None):
@@ -158,9 +163,11 @@ class Budget:
             isinstance(self.moves, str)
             or not isinstance(self.moves, Sequence)
             or not self.moves
-            or not all(move in ("share", "drop") for move in self.moves)
+            or not all(move in MOVES for move in self.moves)
         ):
-            raise InvalidConfig(f"budget.moves: {self.moves!r} is impossible. Allowed: share, drop, or both.")
+            raise InvalidConfig(
+                f"budget.moves: {self.moves!r} is impossible. Allowed: one or more of {', '.join(MOVES)}."
+            )
 
     def floors(self, measured: Sequence[str]) -> dict[str, float]:
         """Return the percentage points that may be lost, by what is measured: tasks, or outputs as ``task.output``.

@@ -108,20 +108,21 @@ def add_network(
         blocks: dict[str, Tensor] = {}
         for other, own in structure.nodes[node.name].items():
             matrix = part.stored_matrix() if other == task else zipped.matrix(other, own)
-            blocks |= to_blocks(node.name, other, matrix, rows, columns, own.bias is not None, blocks)
+            scales, bias = None if other == task else zipped.scales(other, own), own.bias is not None
+            blocks |= to_blocks(node.name, other, matrix, rows, columns, bias, blocks, scales, structure.bits)
         tensors |= blocks
         stream.advance(node, changed)
         error = stream.output_error(node)
         known = [report for report in before if report.layer == node.name]
         report = known[0] if len(known) == 1 else _no_report(node)
         before = [other for other in before if other is not report]
-        reports.append(_extended(report, task, part, cost, error, structure, blocks))
+        reports.append(_extended(report, task, part, cost, error, structure))
         part.release()
     for layer in structure.nodes.keys() - traced.graph.layers_by_name.keys():
         for other, node in structure.nodes[layer].items():
             rows, columns = structure.rows[layer], structure.columns[layer]
-            matrix, bias = zipped.matrix(other, node), node.bias is not None
-            tensors |= to_blocks(layer, other, matrix, rows, columns, bias, tensors)
+            matrix, bias, scales = zipped.matrix(other, node), node.bias is not None, zipped.scales(other, node)
+            tensors |= to_blocks(layer, other, matrix, rows, columns, bias, tensors, scales, structure.bits)
     reports += before
     stored = zipped.tensors()
     for name in structure.own_shapes():
@@ -156,7 +157,6 @@ def _extended(
     cost: float,
     error: float,
     structure: ZippedStructure,
-    blocks: Mapping[str, Tensor],
 ) -> LayerReport:
     """The report of a layer with one more task, which costs and errs that much there."""
     rows, state = structure.rows[report.layer], part.network.state
@@ -169,7 +169,7 @@ def _extended(
         cost=report.cost + cost,
         few_rows="; ".join(filter(None, (report.few_rows, few))),
         error={**report.error, task: error},
-        parameters=sum(block.numel() for block in blocks.values()),
+        parameters=structure.parameters_of(report.layer),
         original_parameters={**report.original_parameters, task: original},
     )
 
@@ -212,8 +212,7 @@ def _alike(zipped: ZippedNetwork, task: str, traced: Network) -> Network:
             f"{found.where}. A network that is added has what the others share; zip all of them anew."
         )
     node = traced.graph.layers[0]
-    stored = next(iter(zipped.tensors().values()))
-    if stored.dtype != traced.state[node.weight].dtype:
+    if zipped.precision != traced.state[node.weight].dtype:
         raise IncompatibleNetworks("the networks mix float32 and float64 weights. Convert them to one dtype.")
     return traced
 
@@ -250,7 +249,8 @@ def _match(
         rows[pairs[:, 0], -1] = pairs[:, 1]
         everyone = [graph.hidden_widths.get(name, 0) for graph in graphs]
         members[name] = Pairing.from_tuples(tasks, everyone, rows).members
-    return ZippedStructure(tasks, networks, members, old.report, old.separate)
+    structure = ZippedStructure(tasks, networks, members, old.report, old.separate)
+    return replace(structure, bits=zipped.bits_in(structure))
 
 
 def _costs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.merging.difference import weigh_by_sensitivity
+from mtz_core.merging.rounding import Rounder, choose_scales, nearest
 from mtz_core.network.graph import Network, Node, blank_run
 from mtz_core.network.layers import from_rows
 from mtz_core.network.narrowing import Reduced
@@ -19,7 +21,7 @@ from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import layer_rows, sample_positions
 from mtz_core.statistics.linalg import CHUNK, DenseHessian, Elimination, Hessian, chunks, weighted_sum
 from mtz_core.statistics.moments import Moments
-from mtz_core.zipped.ownership import Arrangement, Segment
+from mtz_core.zipped.ownership import Arrangement, Owners, Segment
 
 HELD_OUT = 5
 """One row in this many is held out where the error of a fit is measured."""
@@ -111,6 +113,7 @@ class LayerFit:
         conv_groups: How many layers lie side by side.
         intact: Whether the zipped network's inputs are the original's.
         changed: Whether the matrix may differ from the original's.
+        scales: The step of every row's grid, 0 of rows that are not rounded.
         targets: The original's outputs, batch by batch.
         hessian: The damped Hessian of the rows; None where the layer stays as it is, because nothing is shared in it or
             before it, or because it mixes positions some of which are gone. The attributes below exist only if there is
@@ -133,6 +136,7 @@ class LayerFit:
         damping: float | None = None,
         held_out: bool = False,
         targets: Sequence[Float[Tensor, "_n all_rows"]] | None = None,
+        rounded: bool = False,
     ) -> None:
         """Collect the layer's rows and targets, and form its Hessian.
 
@@ -148,6 +152,7 @@ class LayerFit:
             damping: ``λ`` relative to the mean diagonal of the Hessian; `ZipConfig.fixed_damping` if it is not given.
             held_out: Whether one row in `HELD_OUT` is held out.
             targets: What the original layer puts out at the sampled positions, if that is known; for ``refit``.
+            rounded: Whether any of the layer's rows are to be rounded.
 
         Raises:
             InvalidCalibration: If there are no rows.
@@ -164,9 +169,11 @@ class LayerFit:
         self.hessian: Hessian | None = None
         self.targets: list[Float[Tensor, "n out"]] = []
         self._kept: list[Float[Tensor, "n columns"]] = []
-        if not shared and (self.paper or self.intact or reduced.kept_positions(node)):
-            return
         self.matrix = network.matrix(node).to(torch.float64, copy=True)
+        self.scales = self.matrix.new_zeros(len(self.matrix))
+        self._own = not shared
+        if not shared and (self.paper or (self.intact and not rounded) or reduced.kept_positions(node)):
+            return
         self.positions = [sample_positions(node, self.shape, x_hat, config) for x_hat in zipped]
         moments = Moments(self.matrix.shape[1], self.conv_groups)
         if targets is None:
@@ -243,7 +250,7 @@ class LayerFit:
         Raises:
             SingularHessian: If the Hessian cannot be factorised.
         """
-        if self.hessian is None or (clip is None and self.intact):
+        if self.hessian is None or (self.intact and (clip is None or self._own)):
             return  # an intact layer is its own best fit
         prior = self.network.matrix(self.node)
         present = self.matrix.to(prior.dtype)
@@ -282,6 +289,12 @@ class LayerFit:
         original = self.network.matrix(self.node)
         return self.matrix.to(original.dtype) if self.changed else original
 
+    def set_rounded(
+        self, rows: Int64[Tensor, " n"], weights: Float[Tensor, "n in"], scales: Float[Tensor, " n"]
+    ) -> None:
+        """Take rounded rows."""
+        self.matrix[rows], self.scales[rows], self.changed = weights, scales, True
+
     def tensors(self) -> dict[str, Tensor] | None:
         """Weight and bias as the zipped network has them, by name; None if they are the original's."""
         if not self.changed:
@@ -305,6 +318,7 @@ def fit(
     columns: Arrangement,
     clips: Mapping[str, Clip | None],
     config: ZipConfig,
+    bits: Mapping[Owners, int] = MappingProxyType({}),
 ) -> float:
     """Find the matrices of all tasks, with common weights for shared neurons.
 
@@ -314,6 +328,7 @@ def fit(
         columns: Who owns the layer's columns.
         clips: What follows the layer in every task, for the rounds of ``refit``.
         config: How to zip.
+        bits: The number of bits to which the rows of these tasks are rounded; those of others are not.
 
     Returns:
         The predicted cost of sharing.
@@ -336,7 +351,49 @@ def fit(
         for task, part in parts.items():
             part.refit(clips[task])
         cost = sum(one.apply() for one in sharing)
+    for one in sharing:
+        if one.segment.owners in bits:
+            one.round(bits[one.segment.owners])
+    for segment in rows.segments:
+        if len(segment.owners) == 1 and segment.owners in bits:
+            (task,) = segment.owners
+            _round_own(parts[task], torch.from_numpy(segment.places[task]), bits[segment.owners])
     return cost
+
+
+def _round_own(part: LayerFit, rows: Int64[Tensor, " n"], bits: int) -> None:
+    """Round rows that one task alone has, on all of their inputs; the biases answer."""
+    free = int(part.node.bias is not None)
+    weights = part.matrix[rows]
+    if part.hessian is None:  # no rows tell what an error costs
+        own = weights[:, : weights.shape[1] - free]
+        scales = choose_scales(own, own.new_ones(own.shape[1]), bits)
+        weights[:, : own.shape[1]] = nearest(own, scales[:, None], bits)
+    elif part.conv_groups == 1:
+        rounder = Rounder(part.hessian, free)
+        scales = choose_scales(
+            weights[:, : weights.shape[1] - free], rounder.importance[: weights.shape[1] - free], bits
+        )
+        weights = rounder.round(weights, scales, bits)
+    else:
+        weights, scales = _round_grouped(weights, _grouped_hessian(part, rows), free, bits)
+    part.set_rounded(rows, weights, scales)
+
+
+def _grouped_hessian(part: LayerFit, rows: Int64[Tensor, " n"]) -> Float[Tensor, "n inputs inputs"]:
+    """The Hessian of each of these rows of a grouped convolution: that of its conv_group."""
+    assert isinstance(part.hessian, DenseHessian)
+    return part.hessian.matrix[rows // (len(part.matrix) // part.conv_groups)]
+
+
+def _round_grouped(
+    weights: Float[Tensor, "rows inputs"], hessians: Float[Tensor, "rows inputs inputs"], free: int, bits: int
+) -> tuple[Float[Tensor, "rows inputs"], Float[Tensor, " rows"]]:
+    """Round rows that have a Hessian each, and return them with their scales."""
+    rounder = Rounder(DenseHessian(hessians), free)
+    stacked, left = weights[:, None], weights.shape[1] - free
+    scales = choose_scales(stacked[..., :left], rounder.importance[:, :left], bits)
+    return rounder.round(stacked, scales, bits)[:, 0], scales[:, 0]
 
 
 def _sharing(
@@ -401,6 +458,41 @@ class _Sharing:
         """Give the rows their common weights and return the cost."""
         return sum(self._apply(part) for part in chunks(self.segment.size, self.size)) if self.size else 0.0
 
+    def round(self, bits: int) -> None:
+        """Round first what the tasks share, under the sum of what they feel, then what each has of its own."""
+        free = int(next(iter(self.parts.values())).node.bias is not None)
+        common = self.size - free
+        rounder = Rounder(self.total, free) if common and self.total is not None else None
+        own = {
+            task: Rounder(part.hessian.select(self.own[task]))
+            for task, part in self.parts.items()
+            if part.hessian is not None and len(self.own[task])
+        }
+        for some in chunks(self.segment.size, max(part.matrix.shape[1] for part in self.parts.values())):
+            self._round(some, bits, common, rounder, own)
+
+    def _round(self, some: slice, bits: int, common: int, rounder: Rounder | None, own: Mapping[str, Rounder]) -> None:
+        rows = {task: torch.from_numpy(self.segment.places[task][some]) for task in self.parts}
+        mean = torch.zeros(some.stop - some.start, self.size, dtype=torch.float64)
+        for task, part in self.parts.items():
+            mean[:, self.places[task]] = part.matrix[rows[task]][:, self.shared[task]]
+        balance = dict(zip(self.parts, self.balance, strict=True))
+        seen = [mean[:, :common]] if rounder is not None else []
+        felt = [rounder.importance[:common]] if rounder is not None else []
+        for task, one in own.items():
+            seen.append(self.parts[task].matrix[rows[task]][:, self.own[task]])
+            felt.append(balance[task] * one.importance)
+        scales = choose_scales(torch.cat(seen, dim=1), torch.cat(felt), bits)
+        rounded = mean if rounder is None else rounder.round(mean, scales, bits)
+        for task, part in self.parts.items():
+            weights = part.matrix[rows[task]]
+            change = (rounded[:, self.places[task]] - weights[:, self.shared[task]]).T
+            weights[:, self.shared[task]] = rounded[:, self.places[task]]
+            if task in own:
+                answered = weights[:, self.own[task]] + self.left[task].answer(change).T
+                weights[:, self.own[task]] = own[task].round(answered, scales, bits)
+            part.set_rounded(rows[task], weights, scales)
+
     def _apply(self, some: slice) -> float:
         assert self.total is not None
         rows = {task: torch.from_numpy(self.segment.places[task][some]) for task in self.parts}
@@ -440,16 +532,27 @@ class _GroupedSharing:
 
     def apply(self) -> float:
         """Give the rows their common weights and return the cost."""
-        inputs = next(iter(self.parts.values())).matrix.shape[1]
-        return sum(self._apply(part) for part in chunks(self.segment.size, inputs**2))
+        return sum(self._apply(some) for some in self._chunks())
+
+    def _chunks(self) -> Iterator[slice]:
+        return chunks(self.segment.size, next(iter(self.parts.values())).matrix.shape[1] ** 2)
+
+    def round(self, bits: int) -> None:
+        """Round the rows under the sum of what the tasks feel."""
+        for some in self._chunks():
+            rows = {task: torch.from_numpy(self.segment.places[task][some]) for task in self.parts}
+            felt = zip(self.balance, self.parts.items(), strict=True)
+            hessians = torch.stack([alpha * _grouped_hessian(part, rows[task]) for alpha, (task, part) in felt]).sum(
+                dim=0
+            )
+            first, part = next(iter(self.parts.items()))
+            weights, scales = _round_grouped(part.matrix[rows[first]], hessians, int(part.node.bias is not None), bits)
+            for task, part in self.parts.items():
+                part.set_rounded(rows[task], weights, scales)
 
     def _apply(self, some: slice) -> float:
         rows = {task: torch.from_numpy(self.segment.places[task][some]) for task in self.parts}
-        hessians = []
-        for task, part in self.parts.items():
-            assert isinstance(part.hessian, DenseHessian)
-            group = rows[task] // (len(part.matrix) // part.conv_groups)
-            hessians.append(part.hessian.matrix[group])
+        hessians = [_grouped_hessian(part, rows[task]) for task, part in self.parts.items()]
         own = [part.matrix[rows[task]] for task, part in self.parts.items()]
         mean = torch.stack(own).mean(dim=0)
         total = sum(a * h for a, h in zip(self.balance, hessians, strict=True))

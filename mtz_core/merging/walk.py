@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,15 @@ from mtz_core.statistics.sensitivity import Sensitivities, sensitivities
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.report import LayerReport, ZipReport
-from mtz_core.zipped.structure import TASK_NAME, TaskStructure, ZippedStructure, own_name, to_blocks
+from mtz_core.zipped.structure import (
+    TASK_NAME,
+    TaskStructure,
+    ZippedStructure,
+    block_name,
+    own_name,
+    scale_name,
+    to_blocks,
+)
 
 DAMPINGS = (5e-4, 5e-3, 2e-2, 1e-1)
 """What ``damping="auto"`` chooses from, layer by layer."""
@@ -193,6 +202,7 @@ def merge(
     costs: Sequence[float] = (),
     keep: Mapping[str, Keep] | None = None,
     damping: Mapping[str, float] | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> Iterator[LayerReport | ZippedNetwork]:
     """Merge paired networks layer by layer.
 
@@ -206,6 +216,7 @@ def merge(
         costs: The predicted costs of coordinate descent, for the report.
         keep: For every task, the neurons that are left of groups that lose some; `pairings` then number those.
         damping: For some tasks, the relative ``λ`` of their fits, in place of the configured one.
+        bits: The number of bits to which weights are rounded, by the names of their scales (`scale_name`).
 
     Yields:
         A report when a layer is done, for every layer, and at last the zipped network.
@@ -229,6 +240,7 @@ def merge(
         members={name: pairing.members for name, pairing in pairings.items()},
         report=ZipReport(config.method, (), 0, 0, 0, 0, tuple(costs)),
     )
+    structure = replace(structure, bits=_bits_of_blocks(structure, bits or {}))
     known = {task: own.targets if config.method == "refit" else None for task, own in traced.items()}
     streams = {task: ActivationStream(own, traced[task].batches, known[task]) for task, own in reduced.items()}
     tensors: dict[str, Tensor] = {}
@@ -242,8 +254,18 @@ def merge(
         for name in network.own:
             tensors[own_name(name, task)] = reduced[task].network.state[name].clone()
     finished = structure.reported(tensors, reports)
-    names = (*finished.block_shapes(), *finished.own_shapes())
-    yield ZippedNetwork(finished, {name: tensors[name] for name in names}).eval()
+    yield ZippedNetwork(finished, {name: tensors[name] for name in finished.stored_shapes()}).eval()
+
+
+def _bits_of_blocks(structure: ZippedStructure, bits: Mapping[str, int]) -> dict[str, int]:
+    """The bits of every block, given those of rows by the names of their scales."""
+    return {
+        block_name(layer, rows.owners, columns.owners): bits[scale_name(layer, rows.owners)]
+        for layer in (structure.nodes if bits else ())
+        for rows in structure.rows[layer].segments
+        for columns in structure.columns[layer].segments
+        if scale_name(layer, rows.owners) in bits and set(rows.owners) & set(columns.owners)
+    }
 
 
 def _layers(streams: Mapping[str, ActivationStream]) -> Iterator[dict[str, Node]]:
@@ -292,6 +314,12 @@ def _merge_layer(
     rows, columns = structure.rows[node.name], structure.columns[node.name]
     own = {task: reduced[task] for task in nodes}
     originals = {task: narrow.original for task, narrow in reduced.items()}
+    bits = {
+        run.owners: structure.bits[block_name(node.name, run.owners, column.owners)]
+        for run in rows.segments
+        for column in columns.segments
+        if block_name(node.name, run.owners, column.owners) in structure.bits
+    }
 
     def parts_with(alike: float, held_out: bool) -> dict[str, LayerFit]:
         return {
@@ -306,6 +334,7 @@ def _merge_layer(
                 damping=damping.get(task, alike),
                 held_out=held_out,
                 targets=streams[task].targets_of(node),
+                rounded=any(task in owners for owners in bits),
             )
             for task, narrow in own.items()
         }
@@ -318,13 +347,14 @@ def _merge_layer(
     choose = config.damping == "auto" and config.method == "refit"
     parts = parts_with(min(DAMPINGS, key=held_out_error) if choose else config.fixed_damping, held_out=False)
     clips = {task: following_clip(narrow.network, nodes[task]) for task, narrow in own.items()}
-    cost = fit(parts, rows, columns, clips, config)
+    cost = fit(parts, rows, columns, clips, config, bits)
     few = {task: part.few_rows for task, part in parts.items() if part.few_rows}
     blocks: dict[str, Tensor] = {}
     for task, part in parts.items():
         changed = part.tensors()
         bias = nodes[task].bias is not None
-        blocks |= to_blocks(node.name, task, part.stored_matrix(), rows, columns, bias, blocks)
+        matrix, scales = part.stored_matrix(), part.scales
+        blocks |= to_blocks(node.name, task, matrix, rows, columns, bias, blocks, scales, structure.bits)
         part.release()
         streams[task].advance(nodes[task], changed)
     report = LayerReport(
@@ -334,7 +364,7 @@ def _merge_layer(
         shared=rows.shared(),
         cost=cost,
         error={task: streams[task].output_error(node) for task, node in nodes.items() if streams[task].original},
-        parameters=sum(t.numel() for t in blocks.values()),
+        parameters=structure.parameters_of(node.name),
         original_parameters={t: sum(originals[t].state[n].numel() for n in node.state) for t, node in nodes.items()},
         note=why_separate(originals, node) or "",
         few_rows="; ".join(f"{task} has {what}" for task, what in few.items()),

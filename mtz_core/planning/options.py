@@ -59,11 +59,13 @@ class Prices:
         tasks: The factor of the damage to every task.
         sharing: The factor of damage by sharing.
         dropping: The factor of damage by dropping.
+        rounding: The factor of damage by rounding.
     """
 
     tasks: Float64[np.ndarray, " tasks"]
     sharing: float = 1.0
     dropping: float = 1.0
+    rounding: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

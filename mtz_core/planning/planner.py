@@ -3,17 +3,18 @@
 Damage adds up over groups and tasks. Bytes do not, since two neighbouring groups save more when both are shared
 (`mtz_core.planning.sizes`). So the plan for a price λ per byte is found by coordinate descent: group by group, the
 state of least ``damage + λ · bytes`` is chosen given the other groups' states, from several starts. The price is
-bisected until the bytes fit.
+bisected until the bytes fit. The bits of every layer's weights are chosen in the same descent, given the states
+(`mtz_core.planning.precision`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, exp, log
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging.compatibility import check_compatible
@@ -22,7 +23,8 @@ from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
 from mtz_core.planning.families import ways_to_share
 from mtz_core.planning.options import Options, Prices, options
-from mtz_core.planning.sizes import Sizes, owner_sets
+from mtz_core.planning.precision import Precisions
+from mtz_core.planning.sizes import Bits, Counts, Sizes, owner_sets
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.ownership import NOT_A_MEMBER
@@ -46,6 +48,8 @@ class Plan:
         dropping: The expected damage by dropping in every group, over all tasks.
         damages: The expected damage by both in every group, to every task.
         damping: The relative ``λ`` that held-out data ask for when some tasks' layers are fitted.
+        bits: The number of bits to which weights are rounded, by the names of their scales (`scale_name`).
+        rounding: The expected damage by rounding to every task.
     """
 
     keep: Mapping[str, Keep]
@@ -55,30 +59,51 @@ class Plan:
     dropping: Mapping[str, float]
     damages: Mapping[str, Mapping[str, float]]
     damping: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def lost(self) -> dict[str, float]:
         """The share of its information that each task is expected to lose."""
-        return {task: sum(damage[task] for damage in self.damages.values()) for task in self.keep}
+        moved = {task: sum(damage[task] for damage in self.damages.values()) for task in self.keep}
+        return {task: lost + self.rounding.get(task, 0.0) for task, lost in moved.items()}
 
     @property
     def damage(self) -> float:
         """The expected damage of all moves to all tasks."""
-        return sum(self.sharing.values()) + sum(self.dropping.values())
+        return sum(self.sharing.values()) + sum(self.dropping.values()) + sum(self.rounding.values())
 
     def same(self, other: Plan) -> bool:
-        """Whether another plan keeps and shares the same neurons."""
-        return all(
-            np.array_equal(pairing.members, other.pairings[name].members) for name, pairing in self.pairings.items()
-        ) and all(
-            np.array_equal(kept, other.keep[task][name])
-            for task, own in self.keep.items()
-            for name, kept in own.items()
+        """Whether another plan keeps and shares the same neurons, and rounds them alike."""
+        return (
+            self.bits == other.bits
+            and all(
+                np.array_equal(pairing.members, other.pairings[name].members) for name, pairing in self.pairings.items()
+            )
+            and all(
+                np.array_equal(kept, other.keep[task][name])
+                for task, own in self.keep.items()
+                for name, kept in own.items()
+            )
         )
 
 
 States = dict[str, int]
 """The chosen state of every group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a plan is made of.
+
+    Attributes:
+        states: The state of every group.
+        bits: The bits of every layer's weights.
+    """
+
+    states: States
+    bits: Bits
+
 
 NEVER = 1e12
 """A factor at which no move is worth its damage."""
@@ -130,36 +155,38 @@ class Planner:
                     for own in traced.values()
                 ]
             self.options[name] = options(name, ways, reading, self.sizes, name in droppable, self._balance)
-        self._stored: dict[tuple[int, ...], int] = {}
+        self.precisions = Precisions(list(traced.values()), self.sizes, config.fixed_damping, "round" in moves)
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
-        self._bytes_around: dict[tuple[str, tuple[int, ...]], Int64[np.ndarray, " states"]] = {}
+        self._layers = {name: self.sizes.layers_around(name) for name in self.options}
+        self._bytes_around: dict[object, Int64[np.ndarray, " states"]] = {}
 
     @property
     def original_bytes(self) -> int:
         """The size of all originals together, in bytes."""
         return sum(network.bytes for network in self.networks.values())
 
-    def reaches(self, size: float, move: Move) -> bool:
-        """Whether a size can be reached by one move alone.
+    def reaches(self, size: float, moves: Collection[Move]) -> bool:
+        """Whether a size can be reached by some moves alone, sharing and dropping not together.
 
         Args:
             size: The size relative to the originals' bytes.
-            move: The move.
+            moves: The moves.
 
         Returns:
-            Whether doing as much of the move as possible stores at most that size.
+            Whether doing as much of the moves as possible stores at most that size.
         """
-        states = {}
-        for name, table in self.options.items():
-            pure = table.gone == 0 if move == "share" else table.shared == 0
+        states = dict.fromkeys(self.options, 0)
+        for name, table in self.options.items() if "share" in moves or "drop" in moves else ():
+            pure = table.gone == 0 if "share" in moves else table.shared == 0
             least = table.counts.sum(axis=1)
             states[name] = int(np.argmin(np.where(pure, least, np.iinfo(np.int64).max)))
-        return self._bytes(states) <= int(size * self.original_bytes + 1e-6)
+        bits = self.precisions.least() if "round" in moves else self.precisions.none()
+        return self._bytes(Choice(states, bits)) <= int(size * self.original_bytes + 1e-6)
 
     @property
     def least_bytes(self) -> int:
         """The least size that any plan has, in bytes."""
-        return min(self._bytes(states) for states in self._descents(_ANY_PRICE, Prices(self._balance), []))
+        return min(self._bytes(choice) for choice in self._descents(_ANY_PRICE, Prices(self._balance), []))
 
     def plan(
         self,
@@ -167,6 +194,7 @@ class Planner:
         sharing: float = 1.0,
         dropping: float = 1.0,
         counted: Mapping[str, float] | None = None,
+        rounding: float = 1.0,
     ) -> Plan:
         """Make the plan of least damage that fits a size.
 
@@ -176,6 +204,7 @@ class Planner:
                 anything.
             dropping: The same factor for dropping.
             counted: The factor of the damage to each task; the configured balance if it is left out.
+            rounding: The same factor for rounding.
 
         Returns:
             The plan.
@@ -184,7 +213,7 @@ class Planner:
             InvalidConfig: If no plan is that small.
         """
         weights = self._balance if counted is None else np.array([counted[task] for task in self.tasks])
-        return self._plan(self._cheapest(size, Prices(weights, sharing, dropping)))
+        return self._plan(self._cheapest(size, Prices(weights, sharing, dropping, rounding)))
 
     def size_for(self, lost: float) -> float | None:
         """Find the least size, in steps of 5 %, at which no task is expected to lose more than a share of information.
@@ -201,22 +230,22 @@ class Planner:
                 return size
         return None
 
-    def _cheapest(self, size: float, prices: Prices) -> States:
-        """The states of least damage that fit a size. Raises `InvalidConfig` if none do."""
+    def _cheapest(self, size: float, prices: Prices) -> Choice:
+        """The choice of least damage that fits a size. Raises `InvalidConfig` if none does."""
         budget = int(size * self.original_bytes + 1e-6)
         low, high = _PRICES
-        best: States | None = None
+        best: Choice | None = None
         tried: list[States] = []
         while high > low * _CLOSE:
             price = exp((log(low) + log(high)) / 2)
-            states = min(self._descents(price, prices, tried), key=lambda s: self._objective(s, price, prices))
-            tried = [states]
-            if self._bytes(states) > budget:
+            choice = min(self._descents(price, prices, tried), key=lambda one: self._objective(one, price, prices))
+            tried = [choice.states]
+            if self._bytes(choice) > budget:
                 low = price
                 continue
             high = price
-            if best is None or self._objective(states, 0.0, prices) < self._objective(best, 0.0, prices):
-                best = states
+            if best is None or self._objective(choice, 0.0, prices) < self._objective(best, 0.0, prices):
+                best = choice
         if best is None:
             least = ceil(1000 * self.least_bytes / self.original_bytes) / 1000
             raise InvalidConfig(
@@ -244,24 +273,27 @@ class Planner:
             keep = {task: {name: parts[name].keep[task][name] for name in own} for task, own in plan.keep.items()}
             pairings = {name: part.pairings[name] for name, part in parts.items()}
             counts = {name: self.sizes.count(pairing.members) for name, pairing in pairings.items()}
+            bits = self.precisions.named(plan.bits)
             yield (
                 ", ".join(worst[:count]),
                 Plan(
                     keep,
                     pairings,
-                    self.sizes.stored(counts),
+                    self.sizes.stored(counts, bits),
                     {name: part.sharing[name] for name, part in parts.items()},
                     {name: part.dropping[name] for name, part in parts.items()},
                     {name: part.damages[name] for name, part in parts.items()},
                     plan.damping,
+                    self.precisions.names(counts, bits),
+                    self._rounding(counts, bits),
                 ),
             )
 
     def whole(self) -> Plan:
-        """The plan that shares and drops nothing."""
-        return self._plan(dict.fromkeys(self.options, 0))
+        """The plan that shares, drops and rounds nothing."""
+        return self._plan(Choice(dict.fromkeys(self.options, 0), self.precisions.none()))
 
-    def _descents(self, price: float, prices: Prices, tried: Sequence[States]) -> list[States]:
+    def _descents(self, price: float, prices: Prices, tried: Sequence[States]) -> list[Choice]:
         """Local optima of coordinate descent.
 
         Args:
@@ -279,58 +311,79 @@ class Planner:
         smallest = {name: len(o.gone) - 1 for name, o in self.options.items()}
         return [self._descend(start, price, prices) for start in (nothing, *shared, smallest, *tried)]
 
-    def _descend(self, states: States, price: float, prices: Prices) -> States:
+    def _descend(self, states: States, price: float, prices: Prices) -> Choice:
         states = dict(states)
-        changed = True
-        while changed:
+        damage = {name: table.damage(prices) for name, table in self.options.items()}
+        while True:
+            bits = self.precisions.best(self._counts(states), price, prices)
             changed = False
             for name, table in self.options.items():
-                cost = table.damage(prices) + price * self._around(name, table, states)
+                cost = damage[name] + price * self._around(name, table, states, bits)
+                cost = cost + self._rounding_around(name, table, states, bits, prices)
                 choice = int(np.argmin(cost))
                 if cost[choice] < cost[states[name]] - 1e-12 * abs(cost[states[name]]):
                     states[name], changed = choice, True
-        return states
+            if not changed:
+                return Choice(states, bits)
 
-    def _fill(self, states: States, budget: float, prices: Prices) -> States:
+    def _fill(self, choice: Choice, budget: float, prices: Prices) -> Choice:
         """Spend what is left of the budget where it saves most damage."""
-        states = dict(states)
+        states, bits = dict(choice.states), {layer: own.copy() for layer, own in choice.bits.items()}
         while True:
-            best, most = None, 0.0
-            spare = budget - self._bytes(states)
+            best: tuple[str, int, int] | None = None
+            most, spare = 0.0, budget - self._bytes(Choice(states, bits))
             for name, table in self.options.items():
-                bytes_, damage = self._around(name, table, states), table.damage(prices)
+                bytes_, damage = self._around(name, table, states, bits), table.damage(prices)
+                damage = damage + self._rounding_around(name, table, states, bits, prices)
                 now = states[name]
                 gain = np.where(bytes_ - bytes_[now] <= spare, damage[now] - damage, -np.inf)
-                choice = int(np.argmax(gain))
-                if gain[choice] > most + 1e-12 * damage[now]:
-                    best, most = (name, choice), gain[choice]
+                found = int(np.argmax(gain))
+                if gain[found] > most + 1e-12 * damage[now]:
+                    best, most = (name, found, -1), gain[found]
+            for layer, owners, more, gain_ in self.precisions.finer(self._counts(states), bits, spare, prices):
+                if gain_ > most * (1 + 1e-12):
+                    best, most = (layer, more, owners), gain_
             if best is None:
-                return states
-            states[best[0]] = best[1]
+                return Choice(states, bits)
+            name, found, owners = best
+            if owners < 0:
+                states[name] = found
+            else:
+                bits[name][owners] = found
 
-    def _around(self, name: str, table: Options, states: States) -> Int64[np.ndarray, " states"]:
+    def _around(self, name: str, table: Options, states: States, bits: Bits) -> Int64[np.ndarray, " states"]:
         """The bytes that depend on a group, in each of its states; kept, since the same ones are asked for again."""
         near = {other: states[other] for other in self._near[name]}
-        key = name, tuple(near.values())
+        key = name, tuple(near.values()), *(bits[layer].tobytes() for layer in self._layers[name])
         if key not in self._bytes_around:
-            self._bytes_around[key] = self.sizes.around(name, {**self._counts(near), name: table.counts})
+            self._bytes_around[key] = self.sizes.around(name, {**self._counts(near), name: table.counts}, bits)
         return self._bytes_around[key]
+
+    def _rounding_around(
+        self, name: str, table: Options, states: States, bits: Bits, prices: Prices
+    ) -> Float64[np.ndarray, "..."]:
+        """The damage of rounding that depends on a group, in each of its states."""
+        near = self._counts({other: states[other] for other in self._near[name]})
+        return self.precisions.damage(self._layers[name], {**near, name: table.counts}, bits, prices)
 
     def _counts(self, states: States) -> dict[str, Int64[np.ndarray, " owners"]]:
         """How many neurons each set of owners has in each of these groups."""
         return {name: self.options[name].counts[state] for name, state in states.items()}
 
-    def _bytes(self, states: States) -> int:
-        key = tuple(states.values())
-        if key not in self._stored:
-            self._stored[key] = self.sizes.stored(self._counts(states))
-        return self._stored[key]
+    def _bytes(self, choice: Choice) -> int:
+        return self.sizes.stored(self._counts(choice.states), choice.bits)
 
-    def _objective(self, states: States, price: float, prices: Prices) -> float:
-        damage = sum(float(table.damage(prices)[states[name]]) for name, table in self.options.items())
-        return damage + price * self._bytes(states)
+    def _objective(self, choice: Choice, price: float, prices: Prices) -> float:
+        damage = sum(float(table.damage(prices)[choice.states[name]]) for name, table in self.options.items())
+        rounding = self.precisions.damage(self.sizes.layers, self._counts(choice.states), choice.bits, prices)
+        return damage + float(rounding) + price * self._bytes(choice)
 
-    def _plan(self, states: States) -> Plan:
+    def _rounding(self, counts: Counts, bits: Bits) -> dict[str, float]:
+        """The damage that rounding does to each task."""
+        return dict(zip(self.tasks, self.precisions.by_task(counts, bits).tolist(), strict=True))
+
+    def _plan(self, choice: Choice) -> Plan:
+        states, counts = choice.states, self._counts(choice.states)
         keep: dict[str, dict[str, Int64[np.ndarray, " kept"]]] = {task: {} for task in self.tasks}
         pairings = {}
         for name, table in self.options.items():
@@ -347,13 +400,15 @@ class Planner:
         return Plan(
             keep,
             pairings,
-            self._bytes(states),
+            self._bytes(choice),
             {name: float(table.sharing[:, i].sum()) for name, (table, i) in chosen.items()},
             {name: float(table.dropping[:, i].sum()) for name, (table, i) in chosen.items()},
             {
                 name: dict(zip(self.tasks, (table.sharing[:, i] + table.dropping[:, i]).tolist(), strict=True))
                 for name, (table, i) in chosen.items()
             },
+            bits=self.precisions.names(counts, choice.bits),
+            rounding=self._rounding(counts, choice.bits),
         )
 
 

@@ -28,7 +28,7 @@ from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import run
 from mtz_core.planning.planner import NEVER, Plan, Planner
 from mtz_core.retraining import Targets, retrain_steps
-from mtz_core.settings import Budget, RetrainConfig, ZipConfig
+from mtz_core.settings import Budget, Move, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import sampled_outputs
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
@@ -50,6 +50,9 @@ NEGLIGIBLE = 1e-4
 
 LEAST_FACTOR = 4.0**-5
 """The least factor of the damage of sharing; the greatest is its inverse."""
+
+MOST_ROUNDING = 16.0
+"""The greatest factor of the damage of rounding; the least is its inverse."""
 
 FIRST, SIZES, CLOSE = 0.3, 7, 1.03
 """A search for a floor starts at this size, tries this many sizes at most, and ends at this ratio of bounds."""
@@ -73,14 +76,14 @@ class Candidate:
         name: How the plan was made, in words.
         plan: The plan.
         judged: How well every task came through, on examples that are held out.
-        factors: By which the damage of sharing and of dropping was multiplied.
+        factors: By which the damage of sharing, of dropping and of rounding was multiplied.
         counted: By which the damage to each task was multiplied.
     """
 
     name: str
     plan: Plan
     judged: Mapping[str, TaskReport]
-    factors: tuple[float, float]
+    factors: tuple[float, float, float]
     counted: Mapping[str, float]
 
     @property
@@ -172,33 +175,54 @@ class BudgetSearch:
             InvalidConfig: If no plan is that small.
         """
         moves = set(self.budget.moves)
+        rounds = moves & {"round"}
         done: list[Candidate] = []
 
         counted: Mapping[str, float] = self.weights
         damping: Mapping[str, float] = {}
 
-        def attempt(name: str, sharing: float, dropping: float = 1.0) -> Iterator[Candidate]:
-            plan = replace(self.planner.plan(size, sharing, dropping, counted), damping=damping)
+        def attempt(name: str, sharing: float, dropping: float = 1.0, rounding: float = 1.0) -> Iterator[Candidate]:
+            plan = replace(self.planner.plan(size, sharing, dropping, counted, rounding), damping=damping)
             known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
-            done.append(known or Candidate(name, plan, self._judged(plan), (sharing, dropping), counted))
+            factors = (sharing, dropping, rounding)
+            done.append(known or Candidate(name, plan, self._judged(plan), factors, counted))
             if known is None:
                 yield done[-1]
 
-        def mixed(factor: float) -> Iterator[Candidate]:
-            yield from attempt(f"sharing counted {factor:.3g} times", factor)
+        def alone(move: Move) -> bool:
+            return move in moves and self.planner.reaches(size, {move} | rounds)
 
         cost = self.cost
+        suffix = " and round" if rounds else " only"
 
-        if "drop" in moves and self.planner.reaches(size, "drop"):
-            yield from attempt("drop only", NEVER)
+        if alone("round"):
+            yield from attempt("round only", NEVER, NEVER)
+            if cost(done[-1]) <= NEGLIGIBLE:
+                return  # nothing that is worth a try could do better
+        rounding = 1.0
+        if alone("drop"):
+            yield from attempt(f"drop{suffix}", NEVER)
+            best = done[-1]
+            for step in (1 / STEP, STEP) if rounds else ():
+                while 1 / MOST_ROUNDING <= rounding * step <= MOST_ROUNDING:
+                    yield from attempt(f"drop, rounding counted {rounding * step:g} times", NEVER, 1.0, rounding * step)
+                    if cost(done[-1]) >= cost(best):
+                        break
+                    rounding, best = rounding * step, done[-1]
+                if rounding != 1.0:
+                    break
             if len({*self.weights.values()}) > 1:  # predictions may be far too low for what counts less
                 counted = dict.fromkeys(self.weights, 1.0)
-                yield from attempt("drop only, tasks counted alike", NEVER)
+                yield from attempt(f"drop{suffix}, tasks counted alike", NEVER, 1.0, rounding)
                 counted = self.weights
-        if "share" in moves and self.planner.reaches(size, "share"):
-            yield from attempt("share only", 1.0, NEVER)
-        if moves == {"share", "drop"}:
+        if alone("share"):
+            yield from attempt(f"share{suffix}", 1.0, NEVER, rounding)
+        if {"share", "drop"} <= moves:
             factor = 1.0
+
+            def mixed(factor: float) -> Iterator[Candidate]:
+                yield from attempt(f"sharing counted {factor:.3g} times", factor, 1.0, rounding)
+
             yield from mixed(factor)
             best = done[-1]
             for step in (1 / STEP, STEP, STEP**-0.5, STEP**0.5):
@@ -245,10 +269,10 @@ class BudgetSearch:
 
     def merging(self, plan: Plan) -> Iterator[LayerReport | ZippedNetwork]:
         """Return the steps of merging by a plan, on all calibration data; see `mtz_core.merging.walk.merge`."""
-        return merge(self.traced, plan.pairings, self.config, (), plan.keep, plan.damping)
+        return merge(self.traced, plan.pairings, self.config, (), plan.keep, plan.damping, plan.bits)
 
     def _judged(self, plan: Plan) -> dict[str, TaskReport]:
-        zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep, plan.damping))
+        zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep, plan.damping, plan.bits))
         return judge(zipped, self.traced, self.held_out, self._targets)
 
     def _damped(self, candidate: Candidate) -> Iterator[Candidate]:

@@ -12,12 +12,16 @@ from jaxtyping import Bool, Int64
 from mtz_core.merging.compatibility import why_separate
 from mtz_core.network.graph import INPUT, KERNEL, Axis, LayerGraph, Network
 from mtz_core.network.groups import analysis_of
+from mtz_core.zipped.codes import SCALES
 from mtz_core.zipped.ownership import positions_of
 from mtz_core.zipped.structure import hidden_groups
 
 Counts = Mapping[str, Any]
 """For every hidden group, the number of neurons that each of `Sizes.owners` has, ``[owners]``; or, of states that are
 compared, ``[states, owners]``."""
+
+Bits = Mapping[str, Int64[np.ndarray, " owners"]]
+"""For every layer, the bits of a weight in the rows of each of `Sizes.owners`; if not rounded, those of its type."""
 
 
 def owner_sets(tables: Iterable[Int64[np.ndarray, "_units _tasks"]]) -> list[tuple[bool, ...]]:
@@ -50,18 +54,35 @@ class _Table:
         rows: The rows.
         columns: The columns.
         itemsize: Bytes per value.
+        layer: The layer whose weights it is; others are never rounded.
+        bias: Whether every row has a bias besides.
     """
 
     rows: _Extent
     columns: _Extent
     itemsize: int
+    layer: str | None = None
+    bias: bool = False
 
     @property
     def groups(self) -> frozenset[str]:
         return frozenset((*self.rows.slots, *self.columns.slots))
 
-    def bytes(self, counts: Counts, meet: Int64[np.ndarray, "owners owners"]) -> Any:
-        return self.itemsize * (self.rows.length(counts) * (self.columns.length(counts) @ meet)).sum(axis=-1)
+    def bytes(self, counts: Counts, meet: Int64[np.ndarray, "owners owners"], bits: Bits) -> Any:
+        if self.layer is None:
+            return self.itemsize * (self.rows.length(counts) * (self.columns.length(counts) @ meet)).sum(axis=-1)
+        return self.by_owners(counts, meet, bits[self.layer]).sum(axis=-1)
+
+    def by_owners(self, counts: Counts, meet: Int64[np.ndarray, "owners owners"], bits: Any) -> Any:
+        """The bytes of a layer's rows of each set of owners: packed block by block, with a scale for every row."""
+        rows, columns = self.rows.length(counts), self.columns.length(counts)
+        full = 8 * self.itemsize
+        rounded = np.asarray(bits) < full
+        if not rounded.any():
+            return self.itemsize * rows * (columns @ meet + self.bias)
+        blocks = rows[..., :, None] * columns[..., None, :] * meet
+        packed = -(-blocks * np.broadcast_to(bits, rows.shape[-1:])[:, None] // 8)
+        return packed.sum(axis=-1) + rows * (rounded * SCALES.itemsize + self.bias * self.itemsize)
 
 
 class Sizes:
@@ -75,6 +96,8 @@ class Sizes:
         tasks: The tasks.
         owners: The sets of tasks that can own neurons together: each task alone, all of them, and further ones.
         widths: For every task, the number of neurons of each hidden group; 0 of those that other tasks have.
+        layers: The layers.
+        full_bits: The bits of a weight that is not rounded.
     """
 
     def __init__(self, networks: Mapping[str, Network], sets: Iterable[tuple[bool, ...]] = ()) -> None:
@@ -92,10 +115,14 @@ class Sizes:
         names = hidden_groups(graphs)
         self.widths = [{name: graph.hidden_widths.get(name, 0) for name in names} for graph in graphs]
         self._meet = (self.owners[:, None] & self.owners[None]).any(axis=2).astype(np.int64)
+        self.layers = tuple(dict.fromkeys(node.name for graph in graphs for node in graph.layers))
+        self._by_layer = {name: self._layer(networks, name) for name in self.layers}
+        self.full_bits = 8 * next(iter(self._by_layer.values())).itemsize
         self._tables = [
-            *(self._layer(networks, name) for name in dict.fromkeys(n.name for graph in graphs for n in graph.layers)),
+            *self._by_layer.values(),
             *(table for i, network in enumerate(networks.values()) for table in self._own(network, i)),
         ]
+        self._unrounded = self.bits_of(self.full_bits)
         self._touching = {name: [table for table in self._tables if name in table.groups] for name in self.widths[0]}
 
     def neighbours(self, group: str) -> frozenset[str]:
@@ -129,28 +156,49 @@ class Sizes:
             found[name][self.owners.all(axis=1)] += common
         return found
 
-    def stored(self, counts: Counts) -> int:
+    def bits_of(self, bits: int) -> Bits:
+        """The same bits for all layers."""
+        return {layer: np.full(len(self.owners), bits) for layer in self.layers}
+
+    def stored(self, counts: Counts, bits: Bits | None = None) -> int:
         """Compute the stored bytes.
 
         Args:
             counts: For every group, how many neurons each set of owners has.
+            bits: The bits of every layer's weights; nothing is rounded if they are left out.
 
         Returns:
             The size in bytes.
         """
-        return int(sum(table.bytes(counts, self._meet) for table in self._tables))
+        bits = self._unrounded if bits is None else bits
+        return int(sum(table.bytes(counts, self._meet, bits) for table in self._tables))
 
-    def around(self, group: str, counts: Counts) -> Any:
+    def around(self, group: str, counts: Counts, bits: Bits | None = None) -> Any:
         """Compute the part of the stored bytes that depends on one group.
 
         Args:
             group: The group.
             counts: For every group, how many neurons each set of owners has; of some, in each of several states.
+            bits: The bits of every layer's weights; nothing is rounded if they are left out.
 
         Returns:
             The size in bytes; an array over states if there are any.
         """
-        return sum(table.bytes(counts, self._meet) for table in self._touching[group])
+        bits = self._unrounded if bits is None else bits
+        return sum(table.bytes(counts, self._meet, bits) for table in self._touching[group])
+
+    def layers_around(self, group: str) -> tuple[str, ...]:
+        """The layers whose bytes depend on a group."""
+        return tuple(table.layer for table in self._touching[group] if table.layer is not None)
+
+    def extents(self, layer: str, counts: Counts) -> tuple[Any, Any]:
+        """The rows and the columns of each set of owners in a layer's matrix, biases aside."""
+        table = self._by_layer[layer]
+        return table.rows.length(counts), table.columns.length(counts)
+
+    def bytes_by_owners(self, layer: str, counts: Counts, bits: int) -> Any:
+        """The bytes of a layer's rows of each set of owners if their weights have so many bits."""
+        return self._by_layer[layer].by_owners(counts, self._meet, bits)
 
     def _layer(self, networks: Mapping[str, Network], name: str) -> _Table:
         graphs = [network.graph for network in networks.values()]
@@ -159,10 +207,7 @@ class Sizes:
         common = why_separate(networks, node) is None
         sides = [[graph.rows.get(name) for graph in graphs], [graph.columns.get(name) for graph in graphs]]
         rows, columns = (self._extent(graphs, axes, common) for axes in sides)
-        if node.bias is not None:
-            everyone = self.owners.all(axis=1) if common else self._alone([name in g.layers_by_name for g in graphs])
-            columns = _Extent(columns.slots, columns.fixed + everyone)
-        return _Table(rows, columns, holders[0].state[node.weight].element_size())
+        return _Table(rows, columns, holders[0].state[node.weight].element_size(), name, node.bias is not None)
 
     def _alone(self, values: Sequence[int]) -> Int64[np.ndarray, " owners"]:
         """A number for every task alone."""

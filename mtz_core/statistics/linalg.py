@@ -26,7 +26,15 @@ class SingularHessian(MtzError):
     """A damped Hessian could not be factorised."""
 
 
-def _factorise(matrix: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+def factorise(matrix: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """Return the lower triangular factor ``L`` of ``A = L Lᵀ``, or of each of several matrices.
+
+    Args:
+        matrix: ``A``.
+
+    Raises:
+        SingularHessian: If a matrix is not positive definite.
+    """
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info.max()) != 0:
@@ -49,7 +57,7 @@ def invert(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         SingularHessian: If the matrix cannot be factorised.
     """
-    return torch.cholesky_inverse(_factorise(matrix))
+    return torch.cholesky_inverse(factorise(matrix))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +93,7 @@ class DenseHessian:
 
     @cached_property
     def _factor(self) -> Float[Tensor, "... n n"]:
-        return _factorise(self.matrix)
+        return factorise(self.matrix)
 
     def product(self, vectors: Float[Tensor, "... n m"]) -> Float[Tensor, "... n m"]:
         """``A v``."""
@@ -127,7 +135,7 @@ class DenseHessian:
             SingularHessian: If the block of the own inputs cannot be factorised.
         """
         coupling = self.matrix[own][:, shared]
-        factor = _factorise(self.matrix[own][:, own])
+        factor = factorise(self.matrix[own][:, own])
         half = torch.linalg.solve_triangular(factor, coupling, upper=False)
         return Elimination(
             DenseHessian(self.matrix[shared][:, shared] - half.T @ half),
@@ -160,7 +168,7 @@ class RowsHessian:
     def _dual(rows: Float[Tensor, "r n"], damping: float) -> Float[Tensor, "r r"]:
         kernel = rows @ rows.T
         kernel.diagonal().add_(damping)
-        return _factorise(kernel)
+        return factorise(kernel)
 
     @cached_property
     def _factor(self) -> Float[Tensor, "r r"]:

@@ -25,18 +25,23 @@ from mtz_core.errors import InvalidZippedFile, UnsupportedModule
 from mtz_core.network.graph import INPUT, Input, Inputs, Node
 from mtz_core.network.groups import analyse
 from mtz_core.network.topology import first_difference
+from mtz_core.settings import BITS
+from mtz_core.zipped.codes import SCALES
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from mtz_core.zipped.report import LayerReport, TaskReport, ZipReport
 from mtz_core.zipped.structure import TaskStructure, ZippedStructure, hidden_groups, own_name
 
 FORMAT = "mtz-zipped-network"
-VERSION = 4
-READ = (3, 4)
+VERSION = 5
+READ = (3, 4, 5)
 """The versions that are read.
 
-Before version 4 a report does not tell how well the tasks came through, and a group is named after its first writer
-even if that is kept separate.
+Before version 5 no block is rounded. Before version 4 a report does not tell how well the tasks came through, and a
+group is named after its first writer even if that is kept separate.
 """
+
+PRECISIONS = ("float32", "float64", "float16", "bfloat16")
+"""The types that weights can have where they are not rounded."""
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -53,6 +58,9 @@ def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path
         folder: The folder, which is made if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    scales = structure.scale_shapes()
+    precision = next(tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors = {name: tensor.to(SCALES) if name in scales else tensor for name, tensor in tensors.items()}
     weights = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     manifest = {
         "format": FORMAT,
@@ -60,6 +68,8 @@ def save(structure: ZippedStructure, tensors: Mapping[str, Tensor], folder: Path
         "networks": {task: _describe(network) for task, network in structure.networks.items()},
         "apart": {axis: list(groups) for axis, groups in structure.separate.items()},
         "members": {name: rows.tolist() for name, rows in structure.members.items()},
+        "precision": _dtype_name(precision),
+        "bits": dict(structure.bits),
         "dtypes": {name: _dtype_name(tensor.dtype) for name, tensor in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "report": dataclasses.asdict(structure.report),
@@ -137,7 +147,7 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
         raise InvalidZippedFile(f"{folder / MANIFEST} is not JSON: {error}. Fetch or make it again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") not in READ:
         raise InvalidZippedFile(
-            f"{folder / MANIFEST} is not a zipped network of format version {VERSION} or {READ[0]}."
+            f"{folder / MANIFEST} is not a zipped network of format version {READ[0]} to {VERSION}."
         )
     if _digest(manifest) != manifest.get("manifest_sha256"):
         raise InvalidZippedFile(f"{folder / MANIFEST} does not have the digest that it states. Fetch or make it again.")
@@ -152,7 +162,7 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
         raise InvalidZippedFile(f"{folder / WEIGHTS} is not a safetensors file: {error}.") from error
     try:
         structure = _read_structure(manifest, tensors)
-        shapes = {**structure.block_shapes(), **structure.own_shapes()}
+        shapes = structure.stored_shapes()
     except UnsupportedModule as error:
         raise InvalidZippedFile(f"{folder / MANIFEST} has a network that cannot be run here: {error}") from error
     except _MALFORMED as error:
@@ -169,7 +179,9 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
             raise InvalidZippedFile(
                 f"{folder / WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}, not what {MANIFEST} states."
             )
-    return structure, {name: tensors[name] for name in shapes}
+    scales = structure.scale_shapes()
+    precision = _precision(manifest, tensors)
+    return structure, {name: tensors[name].to(precision) if name in scales else tensors[name] for name in shapes}
 
 
 _MALFORMED = (
@@ -198,7 +210,8 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         ValueError: If parts of the manifest contradict each other. Malformed ones also raise other errors, see
             `_MALFORMED`.
     """
-    networks = {task: _read_network(task, entry, tensors) for task, entry in manifest["networks"].items()}
+    precision = _precision(manifest, tensors)
+    networks = {task: _read_network(task, entry, tensors, precision) for task, entry in manifest["networks"].items()}
     tasks = tuple(networks)
     if not tasks:
         raise ValueError("no networks")
@@ -227,7 +240,7 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if not judged.keys() <= networks.keys() or not all(entry.declared for entry in judged.values()):
         raise ValueError("a report on tasks that are not there")
     report_read = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"]), "tasks": judged})
-    return ZippedStructure(tasks, networks, members, report_read, separate)
+    return _read_bits(ZippedStructure(tasks, networks, members, report_read, separate), manifest, tensors)
 
 
 def _renamed(members: Mapping[str, Any], networks: Iterable[TaskStructure]) -> dict[str, Any]:
@@ -236,13 +249,43 @@ def _renamed(members: Mapping[str, Any], networks: Iterable[TaskStructure]) -> d
     return {name if name in names.values() else names.get(name, name): rows for name, rows in members.items()}
 
 
-def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskStructure:
+def _precision(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of the weights that are not rounded. Raises `ValueError` if it is none."""
+    if manifest["version"] < 5:
+        return next(tensor.dtype for name, tensor in tensors.items() if "/weight/" in name)
+    if manifest["precision"] not in PRECISIONS:
+        raise ValueError(f"precision {manifest['precision']!r}")
+    found: torch.dtype = getattr(torch, manifest["precision"])
+    return found
+
+
+def _read_bits(
+    structure: ZippedStructure, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> ZippedStructure:
+    """The structure with the bits of rounded blocks. Raises `ValueError` unless these are codes with usable scales."""
+    stated = manifest["bits"] if manifest["version"] >= 5 else {}
+    for name, bits in stated.items():
+        if "/weight/" not in name or name not in structure.block_shapes() or bits not in BITS:
+            raise ValueError(f"{name!r} in {bits!r} bits")
+        if tensors[name].dtype != torch.uint8:
+            raise ValueError(f"{name!r} is rounded, but holds {_dtype_name(tensors[name].dtype)}")
+    structure = dataclasses.replace(structure, bits=dict(stated))
+    for name in structure.scale_shapes():
+        if tensors[name].dtype != SCALES or not bool((tensors[name].isfinite() & (tensors[name] >= 0)).all()):
+            raise ValueError(f"{name!r} are no scales: finite {_dtype_name(SCALES)}, 0 or more")
+    return structure
+
+
+def _read_network(
+    task: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], precision: torch.dtype
+) -> TaskStructure:
     """Read one task's structure. The graph is analysed anew: a file cannot state neuron groups that its operators lack.
 
     Args:
         task: The task.
         entry: The task's part of the manifest.
         tensors: The stored tensors, by name.
+        precision: The type of the weights.
 
     Returns:
         The task's structure.
@@ -262,7 +305,6 @@ def _read_network(task: str, entry: Mapping[str, Any], tensors: Mapping[str, Ten
     shapes = {name: tuple(shape) for name, shape in entry["shapes"].items()}
     trainable = frozenset(entry["parameters"])
     matrices = {name for node in nodes if node.is_layer for name in (node.weight, node.bias) if name is not None}
-    precision = next(tensor.dtype for name, tensor in tensors.items() if "/weight/" in name)
     state = {
         name: torch.empty(shape, dtype=precision, device="meta") if name in matrices else tensors[own_name(name, task)]
         for name, shape in shapes.items()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from inspect import Parameter, Signature
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ from mtz_core.network.to_module import build_module
 from mtz_core.settings import ZipConfig
 from mtz_core.task_loss import Loss, make_loss
 from mtz_core.zipped import format
-from mtz_core.zipped.ownership import Arrangement
+from mtz_core.zipped.codes import unpack, values_of
+from mtz_core.zipped.ownership import Arrangement, Segment
 from mtz_core.zipped.prefix import Order, Prefix, common_prefix
 from mtz_core.zipped.report import TaskReport, ZipReport
-from mtz_core.zipped.structure import ZippedStructure, bias_name, block_name, hidden_groups, own_name, to_blocks
+from mtz_core.zipped.structure import (
+    ZippedStructure,
+    bias_name,
+    block_name,
+    hidden_groups,
+    own_name,
+    scale_name,
+    to_blocks,
+)
 
 
 class ZippedNetwork(nn.Module):
@@ -49,7 +59,7 @@ class ZippedNetwork(nn.Module):
         super().__init__()
         self.structure = structure
         learning = {own_name(n, task) for task, network in structure.networks.items() for n in network.trainable}
-        learning |= structure.block_shapes().keys()
+        learning |= (structure.block_shapes().keys() | structure.scale_shapes().keys()) - structure.bits.keys()
         for name, tensor in tensors.items():
             if name in learning:
                 self.register_parameter(_attribute(name), nn.Parameter(tensor))
@@ -70,7 +80,7 @@ class ZippedNetwork(nn.Module):
         return self.structure.report
 
     @property
-    def _precision(self) -> torch.dtype:
+    def precision(self) -> torch.dtype:
         """The type of the weights, which may have been turned to another since they were zipped."""
         return next(self.parameters()).dtype
 
@@ -88,8 +98,7 @@ class ZippedNetwork(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every stored tensor by its name, detached."""
-        names = (*self.structure.block_shapes(), *self.structure.own_shapes())
-        return {name: self._get(name).detach() for name in names}
+        return {name: self._get(name).detach() for name in self.structure.stored_shapes()}
 
     def forward(
         self, x: Batch | Mapping[str, Tensor] | Sequence[Shaped[Tensor, "..."]], task: str | Sequence[str]
@@ -170,7 +179,7 @@ class ZippedNetwork(nn.Module):
             raise InvalidConfig("the tasks read different inputs. Call the network once per task.")
         batch = self.batch_for(x, first)
         if self._prefix is None:
-            self._prefix = common_prefix(self.structure, self._precision)
+            self._prefix = common_prefix(self.structure, self.precision)
         prefix = self._prefix
         shared = input_values(batch)
         state = self.state_of(first)
@@ -204,7 +213,7 @@ class ZippedNetwork(nn.Module):
         """
         self._check_task(task)
         part = self.structure.networks[task]
-        precise = {n: replace(i, dtype=self._precision) for n, i in part.inputs.items() if i.dtype.is_floating_point}
+        precise = {n: replace(i, dtype=self.precision) for n, i in part.inputs.items() if i.dtype.is_floating_point}
         state = {name: tensor.detach().clone() for name, tensor in self.state_of(task).items()}
         alone = Network(part.graph, state, part.trainable, {**part.inputs, **precise}, part.non_persistent)
         return build_module(alone).train(self.training)
@@ -225,22 +234,59 @@ class ZippedNetwork(nn.Module):
         members = {name: self.structure.members[name][:, kept] for name in hidden}
         members = {name: rows[(rows >= 0).any(axis=1)] for name, rows in members.items()}
         structure = ZippedStructure(rest, networks, members, self.report, self.structure.all_separate())
+        bits = self.bits_in(structure)
+        structure = replace(structure, bits=bits)
         tensors: dict[str, Tensor] = {}
-        parts: dict[tuple[str, str], dict[str, Tensor]] = {}
         for layer, nodes in structure.nodes.items():
             rows, columns = structure.rows[layer], structure.columns[layer]
             for other, node in nodes.items():
-                matrix, bias = self.matrix(other, node), node.bias is not None
-                parts[layer, other] = to_blocks(layer, other, matrix, rows, columns, bias, tensors)
-                tensors |= parts[layer, other]
+                matrix, bias, scales = self.matrix(other, node), node.bias is not None, self.scales(other, node)
+                tensors |= to_blocks(layer, other, matrix, rows, columns, bias, tensors, scales, bits)
         reports = []
         for report in self.report.layers:
             left = [other for other in rest if other in report.neurons]
             if left:
-                blocks = {name: block for other in left for name, block in parts[report.layer, other].items()}
-                reports.append(report.of(left, structure.rows[report.layer].shared(), blocks))
+                shared = structure.rows[report.layer].shared()
+                reports.append(report.of(left, shared, structure.parameters_of(report.layer)))
         tensors |= {name: self._get(name).detach().clone() for name in structure.own_shapes()}
         return ZippedNetwork(structure.reported(tensors, reports), tensors).eval()
+
+    def bits_in(self, structure: ZippedStructure) -> dict[str, int]:
+        """Tell to how many bits each block of another structure of these tasks is rounded, with the values it has here.
+
+        A row's scale is the same for all of its blocks, and the levels of few bits are among those of more. So a block
+        that is made of several keeps the most bits of any. It is not rounded if one of them is not.
+
+        Args:
+            structure: The structure; it may have a task that is not in here.
+
+        Returns:
+            The bits by the names of its blocks.
+        """
+        found: dict[str, int] = {}
+        for layer in structure.nodes.keys() & self.structure.nodes.keys() if self.structure.bits else ():
+            for rows, columns in product(structure.rows[layer].segments, structure.columns[layer].segments):
+                owners = (
+                    task for task in rows.owners if task in columns.owners and task in self.structure.nodes[layer]
+                )
+                task = next(owners, None)
+                if task is None:
+                    continue
+                bits = [
+                    self.structure.bits.get(block_name(layer, row.owners, column.owners))
+                    for row in self._meeting(self.structure.rows[layer], task, rows)
+                    for column in self._meeting(self.structure.columns[layer], task, columns)
+                ]
+                known = [own for own in bits if own is not None]
+                if known and len(known) == len(bits):
+                    found[block_name(layer, rows.owners, columns.owners)] = max(known)
+        return found
+
+    @staticmethod
+    def _meeting(arrangement: Arrangement, task: str, segment: Segment) -> list[Segment]:
+        """The segments here that hold positions of a task's segment elsewhere."""
+        places = segment.places[task]
+        return [own for own in arrangement.of(task) if np.isin(own.places[task], places).any()]
 
     def with_task(
         self, task: str, network: nn.Module, data: Tensor | Iterable[Any], config: ZipConfig | None = None
@@ -286,14 +332,37 @@ class ZippedNetwork(nn.Module):
         """One task's dense matrix of a layer, put together from the blocks."""
         rows, columns = self.structure.rows[node.name], self.structure.columns[node.name]
         strips = [
-            _join([self._get(block_name(node.name, row.owners, c.owners)) for c in columns.of(task)], 1)
-            for row in rows.of(task)
+            _join([self._block(node.name, row, column) for column in columns.of(task)], 1) for row in rows.of(task)
         ]
         weight = _join(strips, 0)
         row_order, column_order = self._order(task, node, weight.device)
         if column_order is not None:
             weight = weight.index_select(1, column_order)
         return weight if row_order is None else weight.index_select(0, row_order)
+
+    def _block(self, layer: str, rows: Segment, columns: Segment) -> Float[Tensor, "rows columns"]:
+        """The values of one block."""
+        name = block_name(layer, rows.owners, columns.owners)
+        bits, stored = self.structure.bits.get(name), self._get(name)
+        if bits is None:
+            return stored
+        codes = unpack(stored, bits, rows.size * columns.size).reshape(rows.size, columns.size)
+        return values_of(codes, self._get(scale_name(layer, rows.owners)), bits)
+
+    def scales(self, task: str, node: Node) -> Float[Tensor, " out"] | None:
+        """Return the scales of one task's rows of a layer, 0 where nothing is rounded; None if nothing is at all."""
+        segments = self.structure.rows[node.name].of(task)
+        rounded = {run.owners for run in segments if self.structure.is_rounded(node.name, run.owners)}
+        if not rounded:
+            return None
+        parts = [
+            self._get(scale_name(node.name, run.owners)).detach()
+            if run.owners in rounded
+            else torch.zeros(run.size, dtype=self.precision)
+            for run in segments
+        ]
+        order = torch.from_numpy(np.argsort(self.structure.rows[node.name].order(task)))
+        return _join(parts, 0)[order.to(parts[0].device)]
 
     def _dense_bias(self, task: str, node: Node) -> Float[Tensor, " out"]:
         """One task's bias of a layer that has one, put together from the blocks."""

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from mtz_core.settings import Kind, Output, Outputs
 from mtz_core.task_loss import JointLoss, Loss
 
@@ -48,14 +46,14 @@ class LayerReport:
     note: str = ""
     few_rows: str = ""
 
-    def of(self, tasks: Sequence[str], shared: int, blocks: Mapping[str, Tensor]) -> LayerReport:
+    def of(self, tasks: Sequence[str], shared: int, parameters: int) -> LayerReport:
         """Return the report when only these tasks are left."""
         return replace(
             self,
             neurons={task: self.neurons[task] for task in tasks},
             shared=shared,
             error={task: self.error[task] for task in tasks},
-            parameters=sum(block.numel() for block in blocks.values()),
+            parameters=parameters,
             original_parameters={task: self.original_parameters[task] for task in tasks},
         )
 

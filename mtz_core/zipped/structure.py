@@ -9,15 +9,18 @@ blocks and brought into its own order; a block that several tasks use is one ten
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mtz_core.network.graph import Axis, Inputs, LayerGraph, Network, Node
+from mtz_core.zipped.codes import SCALES, codes_of, pack, packed_bytes
 from mtz_core.zipped.ownership import Arrangement, Members, Owners, arrange, one_size, positions_of
 from mtz_core.zipped.report import LayerReport, ZipReport
 
@@ -42,6 +45,11 @@ def block_name(layer: str, rows: Owners, columns: Owners) -> str:
 def bias_name(layer: str, rows: Owners) -> str:
     """Name a block of biases by its layer and the tasks that own its rows."""
     return f"{layer}/bias/{'+'.join(rows)}"
+
+
+def scale_name(layer: str, rows: Owners) -> str:
+    """Name the scales of rounded rows by their layer and the tasks that own the rows."""
+    return f"{layer}/scale/{'+'.join(rows)}"
 
 
 def own_name(tensor: str, task: str) -> str:
@@ -109,6 +117,8 @@ class ZippedStructure:
         report: The report on sharing and sizes.
         separate: For ``rows/LAYER`` and ``columns/LAYER``, the groups that stay separate there because they did not
             correspond in a network that has been taken out since.
+        bits: The number of bits to which each block of weights is rounded, by the block's name; others are not rounded.
+            The rows of a segment have one scale for all of its rounded blocks.
     """
 
     tasks: tuple[str, ...]
@@ -116,6 +126,7 @@ class ZippedStructure:
     members: Members
     report: ZipReport
     separate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Node, ...]:
@@ -174,35 +185,65 @@ class ZippedStructure:
         Returns:
             The structure with a report on these layers and tensors.
         """
-        own = (
-            own_name(name, t)
-            for t, network in self.networks.items()
+        own = [
+            network.shapes[name]
+            for network in self.networks.values()
             for name in network.own
             if name in network.trainable
-        )
+        ]
+        scales = self.scale_shapes()
         report = ZipReport(
             method=self.report.method,
             layers=tuple(layers),
-            stored_parameters=sum(tensors[name].numel() for name in (*self.block_shapes(), *own)),
+            stored_parameters=sum(map(prod, (*self.block_shapes().values(), *own))),
             original_parameters=sum(network.parameters for network in self.networks.values()),
-            stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            stored_bytes=sum(
+                tensor.numel() * (SCALES.itemsize if name in scales else tensor.element_size())
+                for name, tensor in tensors.items()
+            ),
             original_bytes=sum(network.bytes for network in self.networks.values()),
             descent=self.report.descent,
             tasks={task: judged for task, judged in self.report.tasks.items() if task in self.tasks},
         )
         return replace(self, report=report)
 
+    def parameters_of(self, layer: str) -> int:
+        """The number of a layer's weights and biases, rounded or not."""
+        return sum(prod(shape) for name, shape in self._blocks_of(layer))
+
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every block that a zipped network of this structure stores."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer, nodes in self.nodes.items():
-            for rows in self.rows[layer].segments:
-                for columns in self.columns[layer].segments:
-                    if set(rows.owners) & set(columns.owners):
-                        shapes[block_name(layer, rows.owners, columns.owners)] = (rows.size, columns.size)
-                if nodes[rows.owners[0]].bias is not None:
-                    shapes[bias_name(layer, rows.owners)] = (rows.size,)
-        return shapes
+        """Name and shape of every block of weights or biases, rounded or not."""
+        return dict(block for layer in self.nodes for block in self._blocks_of(layer))
+
+    def _blocks_of(self, layer: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every block of weights or biases of a layer."""
+        for rows in self.rows[layer].segments:
+            for columns in self.columns[layer].segments:
+                if set(rows.owners) & set(columns.owners):
+                    yield block_name(layer, rows.owners, columns.owners), (rows.size, columns.size)
+            if self.nodes[layer][rows.owners[0]].bias is not None:
+                yield bias_name(layer, rows.owners), (rows.size,)
+
+    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the scales of all segments of rows of which a block is rounded."""
+        return {
+            scale_name(layer, rows.owners): (rows.size,)
+            for layer, arrangement in self.rows.items()
+            for rows in arrangement.segments
+            if self.is_rounded(layer, rows.owners)
+        }
+
+    def is_rounded(self, layer: str, rows: Owners) -> bool:
+        """Whether some of a layer's weights in the rows of these tasks are rounded."""
+        return bool(self.bits) and any(
+            block_name(layer, rows, columns.owners) in self.bits for columns in self.columns[layer].segments
+        )
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a zipped network of this structure stores; rounded blocks are packed."""
+        shapes = self.block_shapes()
+        packed = {name: (packed_bytes(prod(shapes[name]), bits),) for name, bits in self.bits.items()}
+        return {**shapes, **packed, **self.scale_shapes(), **self.own_shapes()}
 
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every other tensor that a zipped network of this structure stores."""
@@ -267,6 +308,8 @@ def to_blocks(
     columns: Arrangement,
     bias: bool,
     known: Mapping[str, Tensor],
+    scales: Float[Tensor, " out"] | None = None,
+    bits: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Cut one task's dense matrix into the blocks that a zipped network stores.
 
@@ -278,17 +321,25 @@ def to_blocks(
         columns: Who owns the layer's columns, the bias aside.
         bias: Whether the layer has a bias.
         known: Blocks of the layer that other tasks have given already.
+        scales: The scale of every row, if some blocks are rounded.
+        bits: The number of bits of every block that is rounded.
 
     Returns:
-        The task's blocks by name, without those that are known.
+        The task's blocks by name, without those that are known. Rounded ones are packed, and come with their scales.
     """
     blocks: dict[str, Tensor] = {}
     for segment in rows.of(task):
         parts = {block_name(layer, segment.owners, part.owners): part.places[task] for part in columns.of(task)}
         missing = {name: torch.from_numpy(places) for name, places in parts.items() if name not in known}
+        own = torch.from_numpy(segment.places[task])
         if missing:
-            strip = matrix[torch.from_numpy(segment.places[task])]
+            strip = matrix[own]
             blocks |= {name: strip[:, places].contiguous() for name, places in missing.items()}
+        if scales is not None and any(name in bits for name in parts):
+            if scale_name(layer, segment.owners) not in known:
+                blocks[scale_name(layer, segment.owners)] = scales[own].to(matrix.dtype)
+            for name in missing.keys() & bits.keys():
+                blocks[name] = pack(codes_of(blocks[name], scales[own], bits[name]), bits[name])
         if bias and bias_name(layer, segment.owners) not in known:
-            blocks[bias_name(layer, segment.owners)] = matrix[torch.from_numpy(segment.places[task]), -1].clone()
+            blocks[bias_name(layer, segment.owners)] = matrix[own, -1].clone()
     return blocks
