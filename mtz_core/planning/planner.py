@@ -10,11 +10,11 @@ bisected until the bytes fit. The bits of every layer's weights are chosen in th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, exp, log
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging.compatibility import check_compatible
@@ -23,7 +23,7 @@ from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
 from mtz_core.planning.families import ways_to_share
 from mtz_core.planning.options import Options, Prices, options
-from mtz_core.planning.precision import Precisions
+from mtz_core.planning.precision import Around, Precisions
 from mtz_core.planning.sizes import Bits, Counts, Sizes, owner_sets
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
@@ -157,8 +157,7 @@ class Planner:
             self.options[name] = options(name, ways, reading, self.sizes, name in droppable, self._balance)
         self.precisions = Precisions(list(traced.values()), self.sizes, config.fixed_damping, "round" in moves)
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
-        self._layers = {name: self.sizes.layers_around(name) for name in self.options}
-        self._bytes_around: dict[object, Int64[np.ndarray, " states"]] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], Around] = {}
 
     @property
     def original_bytes(self) -> int:
@@ -306,6 +305,8 @@ class Planner:
                 and from `tried`.
         """
         nothing = dict.fromkeys(self.options, 0)
+        if min(prices.sharing, prices.dropping) >= NEVER:
+            return [self._descend(nothing, price, prices)]
         ways = range(min((len(o.complete) for o in self.options.values()), default=0))
         shared = [{name: o.complete[way] for name, o in self.options.items()} for way in ways]
         smallest = {name: len(o.gone) - 1 for name, o in self.options.items()}
@@ -317,9 +318,9 @@ class Planner:
         while True:
             bits = self.precisions.best(self._counts(states), price, prices)
             changed = False
-            for name, table in self.options.items():
-                cost = damage[name] + price * self._around(name, table, states, bits)
-                cost = cost + self._rounding_around(name, table, states, bits, prices)
+            for name in self.options:
+                bytes_, rounding = self.precisions.costs_around(self._around(name, states), name, bits, prices)
+                cost = damage[name] + rounding + price * bytes_
                 choice = int(np.argmin(cost))
                 if cost[choice] < cost[states[name]] - 1e-12 * abs(cost[states[name]]):
                     states[name], changed = choice, True
@@ -328,43 +329,41 @@ class Planner:
 
     def _fill(self, choice: Choice, budget: float, prices: Prices) -> Choice:
         """Spend what is left of the budget where it saves most damage."""
-        states, bits = dict(choice.states), {layer: own.copy() for layer, own in choice.bits.items()}
         while True:
-            best: tuple[str, int, int] | None = None
-            most, spare = 0.0, budget - self._bytes(Choice(states, bits))
+            best, most = choice, 0.0
+            spare = budget - self._bytes(choice)
             for name, table in self.options.items():
-                bytes_, damage = self._around(name, table, states, bits), table.damage(prices)
-                damage = damage + self._rounding_around(name, table, states, bits, prices)
-                now = states[name]
+                bytes_, damage = self.precisions.costs_around(
+                    self._around(name, choice.states), name, choice.bits, prices
+                )
+                damage, now = table.damage(prices) + damage, choice.states[name]
                 gain = np.where(bytes_ - bytes_[now] <= spare, damage[now] - damage, -np.inf)
                 found = int(np.argmax(gain))
                 if gain[found] > most + 1e-12 * damage[now]:
-                    best, most = (name, found, -1), gain[found]
-            for layer, owners, more, gain_ in self.precisions.finer(self._counts(states), bits, spare, prices):
-                if gain_ > most * (1 + 1e-12):
-                    best, most = (layer, more, owners), gain_
-            if best is None:
-                return Choice(states, bits)
-            name, found, owners = best
-            if owners < 0:
-                states[name] = found
-            else:
-                bits[name][owners] = found
+                    other = replace(choice, states={**choice.states, name: found})
+                    if self._bytes(other) <= budget:  # packing may round up
+                        best, most = other, gain[found]
+            for layer, owners, more, saved in self.precisions.finer(
+                self._counts(choice.states), choice.bits, spare, prices
+            ):
+                if saved > most * (1 + 1e-12):
+                    own = choice.bits[layer].copy()
+                    own[owners] = more
+                    other = replace(choice, bits={**choice.bits, layer: own})
+                    if self._bytes(other) <= budget:
+                        best, most = other, saved
+            if best is choice:
+                return choice
+            choice = best
 
-    def _around(self, name: str, table: Options, states: States, bits: Bits) -> Int64[np.ndarray, " states"]:
-        """The bytes that depend on a group, in each of its states; kept, since the same ones are asked for again."""
+    def _around(self, name: str, states: States) -> Around:
+        """What depends on a group, given the states of the others; kept, since the same is asked for again."""
         near = {other: states[other] for other in self._near[name]}
-        key = name, tuple(near.values()), *(bits[layer].tobytes() for layer in self._layers[name])
-        if key not in self._bytes_around:
-            self._bytes_around[key] = self.sizes.around(name, {**self._counts(near), name: table.counts}, bits)
-        return self._bytes_around[key]
-
-    def _rounding_around(
-        self, name: str, table: Options, states: States, bits: Bits, prices: Prices
-    ) -> Float64[np.ndarray, "..."]:
-        """The damage of rounding that depends on a group, in each of its states."""
-        near = self._counts({other: states[other] for other in self._near[name]})
-        return self.precisions.damage(self._layers[name], {**near, name: table.counts}, bits, prices)
+        key = name, tuple(near.values())
+        if key not in self._known:
+            counts = {**self._counts(near), name: self.options[name].counts}
+            self._known[key] = self.precisions.around(name, counts)
+        return self._known[key]
 
     def _counts(self, states: States) -> dict[str, Int64[np.ndarray, " owners"]]:
         """How many neurons each set of owners has in each of these groups."""
@@ -375,8 +374,8 @@ class Planner:
 
     def _objective(self, choice: Choice, price: float, prices: Prices) -> float:
         damage = sum(float(table.damage(prices)[choice.states[name]]) for name, table in self.options.items())
-        rounding = self.precisions.damage(self.sizes.layers, self._counts(choice.states), choice.bits, prices)
-        return damage + float(rounding) + price * self._bytes(choice)
+        rounding = self.precisions.damage(self._counts(choice.states), choice.bits, prices)
+        return damage + rounding + price * self._bytes(choice)
 
     def _rounding(self, counts: Counts, bits: Bits) -> dict[str, float]:
         """The damage that rounding does to each task."""

@@ -9,11 +9,13 @@ along, and a row that several tasks share does its damage to each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from mtz_core.merging.rounding import Rounder, choose_scales, nearest
 from mtz_core.planning.options import Prices
@@ -21,10 +23,28 @@ from mtz_core.planning.sizes import Bits, Counts, Sizes
 from mtz_core.settings import BITS
 from mtz_core.statistics.linalg import DenseHessian
 from mtz_core.statistics.traced import Traced
+from mtz_core.zipped.codes import SCALES
 from mtz_core.zipped.structure import scale_name
 
 SAMPLED = 128
 """The number of a layer's rows on which the damage of rounding is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What depends on one group, as sums over the rows of every set of owners in the layers around it.
+
+    Attributes:
+        fixed: The bytes of what is never rounded, in every state of the group.
+        rows: The number of rows.
+        values: The number of weights in these rows.
+        felt: The number of these weights that each task has.
+    """
+
+    fixed: Int64[np.ndarray, " states"]
+    rows: Float64[np.ndarray, "states layers*owners"]
+    values: Float64[np.ndarray, "states layers*owners"]
+    felt: Float64[np.ndarray, "tasks states layers*owners"]
 
 
 class Precisions:
@@ -32,6 +52,7 @@ class Precisions:
 
     Attributes:
         offered: The numbers of bits, the original's first.
+        rounds: Whether weights may be rounded.
     """
 
     def __init__(self, traced: Sequence[Traced], sizes: Sizes, damping: float, rounds: bool) -> None:
@@ -46,12 +67,16 @@ class Precisions:
         Raises:
             SingularHessian: If a Hessian cannot be factorised.
         """
-        self._sizes = sizes
+        self._sizes, self.rounds = sizes, rounds
         self.offered = (sizes.full_bits, *(BITS if rounds else ()))
-        self._each = {
-            layer: np.stack([_damage_per_weight(own, layer, self.offered[1:], damping) for own in traced])
-            for layer in sizes.layers
-        }
+        self._each = np.stack(
+            [[_damage_per_weight(own, layer, self.offered[1:], damping) for own in traced] for layer in sizes.layers]
+        )  # [layers, tasks, precisions]
+        self._number = {layer: i for i, layer in enumerate(sizes.layers)}
+        biases = np.array([sizes.bias_bytes(layer) for layer in sizes.layers])
+        scales = np.array([0, *(SCALES.itemsize for _ in self.offered[1:])])
+        self._per_row = biases[:, None] + scales
+        self._per_value = np.array(self.offered) / 8
 
     def none(self) -> Bits:
         """The bits of originals for all layers."""
@@ -72,14 +97,22 @@ class Precisions:
         Returns:
             The bits of every layer.
         """
-        if len(self.offered) == 1:
+        if not self.rounds:
             return self.none()
-        found = {}
-        for layer, each in self._each.items():
-            damage = np.stack([self._damage(layer, each[:, i], counts, prices) for i in range(len(self.offered))])
-            bytes_ = np.stack([self._sizes.bytes_by_owners(layer, counts, bits) for bits in self.offered])
-            found[layer] = np.array(self.offered)[(damage + price * bytes_).argmin(axis=0)]
-        return found
+        damage, bytes_ = self._tables(counts, prices)
+        chosen = np.array(self.offered)[(damage + price * bytes_).argmin(axis=2)]
+        return dict(zip(self._sizes.layers, chosen, strict=True))
+
+    def damage(self, counts: Counts, bits: Bits, prices: Prices) -> float:
+        """Compute the weighted damage of rounding all layers, over all tasks."""
+        if not self.rounds:
+            return 0.0
+        damage, _ = self._tables(counts, prices)
+        return float(np.take_along_axis(damage, self._indices(bits)[..., None], axis=2).sum())
+
+    def by_task(self, counts: Counts, bits: Bits) -> Float64[np.ndarray, " tasks"]:
+        """The damage that rounding all layers does to each task."""
+        return np.array([self.damage(counts, bits, Prices(one)) for one in np.eye(len(self._sizes.tasks))])
 
     def finer(self, counts: Counts, bits: Bits, spare: float, prices: Prices) -> Iterator[tuple[str, int, int, float]]:
         """List the ways to round the rows of one set of owners in one layer less, for so many more bytes at most.
@@ -93,15 +126,83 @@ class Precisions:
         Yields:
             The layer, the number of the set of owners, the bits that its rows get, and the damage that this saves.
         """
-        for layer, each in self._each.items() if len(self.offered) > 1 else ():
-            damage = np.stack([self._damage(layer, each[:, i], counts, prices) for i in range(len(self.offered))])
-            bytes_ = np.stack([self._sizes.bytes_by_owners(layer, counts, own) for own in self.offered])
-            for owners, own in enumerate(bits[layer].tolist()):
-                now = self.offered.index(own)
-                fits = bytes_[:now, owners] - bytes_[now, owners] <= spare
-                if fits.any():
-                    best = int(np.flatnonzero(fits)[0])
-                    yield layer, owners, self.offered[best], float(damage[now, owners] - damage[best, owners])
+        if not self.rounds:
+            return
+        damage, bytes_ = self._tables(counts, prices)
+        now = self._indices(bits)[..., None]
+        more = bytes_ - np.take_along_axis(bytes_, now, axis=2)
+        saved = np.take_along_axis(damage, now, axis=2) - damage
+        saved = np.where((more <= spare) & (saved > 0), saved, 0.0)
+        for layer, owners in np.argwhere(saved.max(axis=2) > 0).tolist():
+            best = int(saved[layer, owners].argmax())
+            yield self._sizes.layers[layer], owners, self.offered[best], float(saved[layer, owners, best])
+
+    def around(self, group: str, counts: Counts) -> Around:
+        """Prepare what depends on a group.
+
+        Args:
+            group: The group.
+            counts: How many neurons each set of owners has, of the group in every state, of its neighbours in one.
+
+        Returns:
+            What it is.
+        """
+        states, owners = len(counts[group]), self._sizes.owners
+        parts = [self._extents(layer, counts) for layer in self._sizes.layers_around(group)]
+        wide = [[np.broadcast_to(own, (states, own.shape[-1])) for own in part] for part in parts]
+        rows = np.concatenate([own for own, _, _ in wide], axis=1).astype(np.float64)
+        values = np.concatenate([own for _, own, _ in wide], axis=1).astype(np.float64)
+        felt = np.zeros((owners.shape[1], states, 0))
+        if self.rounds:
+            each = [(own.T[:, None] * columns.T * owners[:, :, None]).transpose(1, 2, 0) for own, _, columns in wide]
+            felt = np.concatenate(each, axis=2).astype(np.float64)
+        return Around(self._sizes.fixed_around(group, counts), rows, values, felt)
+
+    def costs_around(
+        self, around: Around, group: str, bits: Bits, prices: Prices
+    ) -> tuple[Float64[np.ndarray, " states"], Float64[np.ndarray, " states"]]:
+        """Compute the bytes and the weighted damage of rounding around a group, in each of its states.
+
+        Args:
+            around: What depends on the group.
+            group: The group.
+            bits: The bits of every layer.
+            prices: How damage counts.
+
+        Returns:
+            The bytes, but for what packing rounds up, and the damage.
+        """
+        layers = [self._number[layer] for layer in self._sizes.layers_around(group)]
+        chosen = [self._index(bits[self._sizes.layers[layer]]) for layer in layers]
+        per_row = np.concatenate([self._per_row[layer, own] for layer, own in zip(layers, chosen, strict=True)])
+        per_value = self._per_value[np.concatenate(chosen)]
+        bytes_ = around.fixed + around.rows @ per_row + around.values @ per_value
+        if not self.rounds:
+            return bytes_, np.zeros(len(bytes_))
+        each = np.concatenate([self._each[layer][:, own] for layer, own in zip(layers, chosen, strict=True)], axis=1)
+        weighed = prices.rounding * prices.tasks[:, None] * each
+        return bytes_, (around.felt @ weighed[:, :, None]).sum(axis=0)[:, 0]
+
+    def _index(self, bits: Int64[np.ndarray, " owners"]) -> Int64[np.ndarray, " owners"]:
+        return np.searchsorted(-np.array(self.offered), -bits)
+
+    def _indices(self, bits: Bits) -> Int64[np.ndarray, "layers owners"]:
+        return self._index(np.stack(list(bits.values())))
+
+    def _extents(self, layer: str, counts: Counts) -> tuple[Any, Any, Any]:
+        """The rows of every set of owners in a layer, the weights in them, and the columns of every task."""
+        rows, columns = self._sizes.extents(layer, counts)
+        return rows, rows * (columns @ self._sizes.meet), columns @ self._sizes.owners
+
+    def _tables(
+        self, counts: Counts, prices: Prices
+    ) -> tuple[Float64[np.ndarray, "layers owners precisions"], Float64[np.ndarray, "layers owners precisions"]]:
+        """The weighted damage and, but for what packing rounds up, the bytes of every layer in every precision."""
+        parts = [self._extents(layer, counts) for layer in self._sizes.layers]
+        rows, values, columns = (np.stack(part) for part in zip(*parts, strict=True))
+        weighed = prices.rounding * prices.tasks[:, None] * self._each
+        damage = rows[:, :, None] * ((columns[:, None] * self._sizes.owners) @ weighed)
+        return damage, rows[:, :, None] * self._per_row[:, None] + values[:, :, None] * self._per_value
 
     def names(self, counts: Counts, bits: Bits) -> dict[str, int]:
         """The bits of all rows that are rounded, by the names of their scales."""
@@ -120,41 +221,6 @@ class Precisions:
             layer: np.array([names.get(scale_name(layer, own), self.offered[0]) for own in owners])
             for layer in self._sizes.layers
         }
-
-    def damage(self, layers: Sequence[str], counts: Counts, bits: Bits, prices: Prices) -> Float64[np.ndarray, "..."]:
-        """Compute the weighted damage of rounding layers.
-
-        Args:
-            layers: The layers.
-            counts: For every group, how many neurons each set of owners has; of some, in each of several states.
-            bits: The bits of every layer.
-            prices: How damage counts.
-
-        Returns:
-            The damage over all tasks, in each state.
-        """
-        total: Float64[np.ndarray, "..."] = np.zeros(())
-        for layer in layers if len(self.offered) > 1 else ():
-            chosen = self._each[layer][:, [self.offered.index(own) for own in bits[layer].tolist()]]
-            total = total + self._damage(layer, chosen, counts, prices).sum(axis=-1)
-        return total
-
-    def by_task(self, counts: Counts, bits: Bits) -> Float64[np.ndarray, " tasks"]:
-        """The damage that rounding all layers does to each task."""
-        tasks = len(self._sizes.tasks)
-        parts = [Prices((np.arange(tasks) == t).astype(np.float64)) for t in range(tasks)]
-        return np.array([float(self.damage(tuple(self._each), counts, bits, part)) for part in parts])
-
-    def _damage(
-        self, layer: str, each: Float64[np.ndarray, "tasks *owners"], counts: Counts, prices: Prices
-    ) -> Float64[np.ndarray, "*states owners"]:
-        """The damage by the rows of every set of owners, given that by a weight."""
-        rows, columns = self._sizes.extents(layer, counts)
-        owners = self._sizes.owners.astype(np.float64)
-        each = each[:, None] if each.ndim == 1 else each
-        felt = (prices.tasks[:, None] * each).T * owners  # [owners, tasks]
-        found: Float64[np.ndarray, "*states owners"] = prices.rounding * rows * ((columns @ owners) @ felt.T)
-        return found
 
 
 def _damage_per_weight(

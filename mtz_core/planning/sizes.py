@@ -71,18 +71,13 @@ class _Table:
     def bytes(self, counts: Counts, meet: Int64[np.ndarray, "owners owners"], bits: Bits) -> Any:
         if self.layer is None:
             return self.itemsize * (self.rows.length(counts) * (self.columns.length(counts) @ meet)).sum(axis=-1)
-        return self.by_owners(counts, meet, bits[self.layer]).sum(axis=-1)
-
-    def by_owners(self, counts: Counts, meet: Int64[np.ndarray, "owners owners"], bits: Any) -> Any:
-        """The bytes of a layer's rows of each set of owners: packed block by block, with a scale for every row."""
-        rows, columns = self.rows.length(counts), self.columns.length(counts)
-        full = 8 * self.itemsize
-        rounded = np.asarray(bits) < full
+        rows, columns, own = self.rows.length(counts), self.columns.length(counts), bits[self.layer]
+        rounded = own < 8 * self.itemsize
         if not rounded.any():
-            return self.itemsize * rows * (columns @ meet + self.bias)
-        blocks = rows[..., :, None] * columns[..., None, :] * meet
-        packed = -(-blocks * np.broadcast_to(bits, rows.shape[-1:])[:, None] // 8)
-        return packed.sum(axis=-1) + rows * (rounded * SCALES.itemsize + self.bias * self.itemsize)
+            return self.itemsize * (rows * (columns @ meet + self.bias)).sum(axis=-1)
+        blocks = rows[..., :, None] * columns[..., None, :] * meet  # each is packed by itself
+        packed = -(-blocks * own[:, None] // 8)
+        return packed.sum(axis=(-2, -1)) + rows @ (rounded * SCALES.itemsize + self.bias * self.itemsize)
 
 
 class Sizes:
@@ -98,6 +93,7 @@ class Sizes:
         widths: For every task, the number of neurons of each hidden group; 0 of those that other tasks have.
         layers: The layers.
         full_bits: The bits of a weight that is not rounded.
+        meet: Whether each two sets of owners have a task in common.
     """
 
     def __init__(self, networks: Mapping[str, Network], sets: Iterable[tuple[bool, ...]] = ()) -> None:
@@ -114,7 +110,7 @@ class Sizes:
         graphs = [network.graph for network in networks.values()]
         names = hidden_groups(graphs)
         self.widths = [{name: graph.hidden_widths.get(name, 0) for name in names} for graph in graphs]
-        self._meet = (self.owners[:, None] & self.owners[None]).any(axis=2).astype(np.int64)
+        self.meet = (self.owners[:, None] & self.owners[None]).any(axis=2).astype(np.int64)
         self.layers = tuple(dict.fromkeys(node.name for graph in graphs for node in graph.layers))
         self._by_layer = {name: self._layer(networks, name) for name in self.layers}
         self.full_bits = 8 * next(iter(self._by_layer.values())).itemsize
@@ -171,7 +167,7 @@ class Sizes:
             The size in bytes.
         """
         bits = self._unrounded if bits is None else bits
-        return int(sum(table.bytes(counts, self._meet, bits) for table in self._tables))
+        return int(sum(table.bytes(counts, self.meet, bits) for table in self._tables))
 
     def around(self, group: str, counts: Counts, bits: Bits | None = None) -> Any:
         """Compute the part of the stored bytes that depends on one group.
@@ -185,7 +181,7 @@ class Sizes:
             The size in bytes; an array over states if there are any.
         """
         bits = self._unrounded if bits is None else bits
-        return sum(table.bytes(counts, self._meet, bits) for table in self._touching[group])
+        return sum(table.bytes(counts, self.meet, bits) for table in self._touching[group])
 
     def layers_around(self, group: str) -> tuple[str, ...]:
         """The layers whose bytes depend on a group."""
@@ -196,9 +192,15 @@ class Sizes:
         table = self._by_layer[layer]
         return table.rows.length(counts), table.columns.length(counts)
 
-    def bytes_by_owners(self, layer: str, counts: Counts, bits: int) -> Any:
-        """The bytes of a layer's rows of each set of owners if their weights have so many bits."""
-        return self._by_layer[layer].by_owners(counts, self._meet, bits)
+    def bias_bytes(self, layer: str) -> int:
+        """The bytes of the bias of one of a layer's rows."""
+        table = self._by_layer[layer]
+        return table.bias * table.itemsize
+
+    def fixed_around(self, group: str, counts: Counts) -> Any:
+        """The stored bytes that depend on one group and are no layer's weights or biases; see `around`."""
+        others = [table for table in self._touching[group] if table.layer is None]
+        return sum((table.bytes(counts, self.meet, {}) for table in others), start=np.zeros(1, dtype=np.int64))
 
     def _layer(self, networks: Mapping[str, Network], name: str) -> _Table:
         graphs = [network.graph for network in networks.values()]
