@@ -38,7 +38,7 @@ from mtz_core.network.tracing import check_paths, evaluation_mode
 from mtz_core.planning.planner import Planner
 from mtz_core.planning.search import BudgetSearch, FloorSearch, Validation
 from mtz_core.retraining import Retraining, RetrainStep, Targets
-from mtz_core.settings import Budget, Move, RetrainConfig, ZipConfig
+from mtz_core.settings import MOVES, Budget, Move, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batch, as_batches, has_several
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
@@ -550,7 +550,7 @@ def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Batch]:
 
 def _enough(traced: Mapping[str, Traced], config: ZipConfig) -> str:
     """Say which size is expected to keep all tasks."""
-    moves: tuple[Move, ...] = ("share",) if config.method == "paper" else ("share", "drop")
+    moves: tuple[Move, ...] = ("share",) if config.method == "paper" else MOVES
     whole = replace(config, share=None, budget=Budget(size=1.0, moves=moves))
     size = Planner(traced, whole, moves).size_for(_HARDLY)
     if size is None:

@@ -308,8 +308,8 @@ class ZipConfig:
                 )
             if self.share is not None:
                 raise InvalidConfig("share: a budget decides what is shared. Give either share or budget.")
-            if self.method == "paper" and "drop" in self.budget.moves:
-                raise InvalidConfig("budget.moves: method 'paper' does not drop neurons. Allowed: [share].")
+            if self.method == "paper" and {*self.budget.moves} != {"share"}:
+                raise InvalidConfig("budget.moves: method 'paper' neither drops neurons nor rounds. Allowed: [share].")
         elif isinstance(self.share, Mapping):
             for layer, count in self.share.items():
                 if not isinstance(layer, str):

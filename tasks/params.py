@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mtz_core.errors import MtzError
-from mtz_core.settings import METRIC_NAMES, Budget, Kind, Output, RetrainConfig, ZipConfig, names_outputs
+from mtz_core.settings import METRIC_NAMES, MOVES, Budget, Kind, Move, Output, RetrainConfig, ZipConfig, names_outputs
 
 
 class InvalidParams(MtzError):
@@ -310,8 +310,9 @@ class BudgetParams(_Block):
     """Percentage points of error that each task may lose on validation data: one number, or `{task: points}`. A floor
     for a task holds for each of several outputs; that of one is called `task.output`. The smallest network that keeps
     it is searched for. Allowed: 0 to 100."""
-    moves: list[Literal["share", "drop"]] = ["share", "drop"]
-    """What may be done to save bytes: share neurons across networks, drop neurons within one."""
+    moves: list[Move] = list(MOVES)
+    """What may be done to save bytes: `share` neurons across networks, `drop` neurons within one, `round` weights to a
+    few bits."""
     retrain: RetrainParams | None = None
     """With a floor: the light retraining of the search. It must be equal to the block `retrain`."""
 

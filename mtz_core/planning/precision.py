@@ -32,19 +32,19 @@ SAMPLED = 128
 
 @dataclass(frozen=True, eq=False)
 class Around:
-    """What depends on one group, as sums over the rows of every set of owners in the layers around it.
+    """What depends on one group: the rows of every set of owners in each of the layers around it.
 
     Attributes:
-        fixed: The bytes of what is never rounded, in every state of the group.
+        fixed: The bytes of what is never rounded, in every state of the group; one number if it is the same in all.
         rows: The number of rows.
         values: The number of weights in these rows.
-        felt: The number of these weights that each task has.
+        felt: The number of these weights that each task has; of none where nothing is to be rounded.
     """
 
-    fixed: Int64[np.ndarray, " states"]
-    rows: Float64[np.ndarray, "states layers*owners"]
-    values: Float64[np.ndarray, "states layers*owners"]
-    felt: Float64[np.ndarray, "tasks states layers*owners"]
+    fixed: Int64[np.ndarray, " _states"]
+    rows: Float64[np.ndarray, "states sets"]
+    values: Float64[np.ndarray, "states sets"]
+    felt: Float64[np.ndarray, "tasks states _sets"]
 
 
 class Precisions:

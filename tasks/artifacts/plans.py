@@ -63,6 +63,7 @@ class Matched:
         descent: The predicted cost of all groups before coordinate descent, and after every pairing that it took.
         keep: With a budget, the neurons that each task keeps.
         damping: With a budget, the relative ``λ`` of the fits of some tasks.
+        bits: With a budget, the number of bits to which weights are rounded, by the names of their scales.
         search: With a budget, how it was spent.
     """
 
@@ -72,6 +73,7 @@ class Matched:
     descent: Sequence[float] = ()
     keep: Mapping[str, Keep] = field(default_factory=dict)
     damping: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
     search: Search | None = None
 
 
@@ -94,6 +96,7 @@ def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) ->
             "descent": list(found.descent),
             "keep": {t: {name: own.tolist() for name, own in kept.items()} for t, kept in found.keep.items()},
             "damping": dict(found.damping),
+            "bits": dict(found.bits),
             "search": None if search is None else asdict(search),
         },
     )
@@ -109,31 +112,44 @@ def write_matched(workspace: Workspace, tasks: Sequence[str], found: Matched) ->
     )
 
 
-def read_pairings(workspace: Workspace) -> tuple[dict[str, Pairing], list[float], dict[str, Keep], dict[str, float]]:
+@dataclass(frozen=True, eq=False)
+class Pairings:
+    """What `merge` needs of the result of `match`; the fields are those of `Matched`."""
+
+    pairings: Mapping[str, Pairing]
+    descent: Sequence[float]
+    keep: Mapping[str, Keep]
+    damping: Mapping[str, float]
+    bits: Mapping[str, int]
+
+
+def read_pairings(workspace: Workspace) -> Pairings:
     """Read what `merge` needs of the result of `match`.
 
     Args:
         workspace: The workspace of the group.
 
     Returns:
-        The pairing of every neuron group, the predicted costs during coordinate descent, the neurons that each task
-        keeps if neurons are dropped, and the damping of the tasks that have one of their own.
+        The pairings, and what else the plan says.
 
     Raises:
         InvalidArtifact: The file is missing or damaged.
     """
     content = read_json(workspace.pairing)
     try:
-        pairings = {
-            name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
-            for name, group in content["groups"].items()
-        }
-        keep: dict[str, Keep] = {
-            task: {name: np.array(neurons, dtype=np.int64) for name, neurons in kept.items()}
-            for task, kept in content["keep"].items()
-        }
-        damping = {task: float(own) for task, own in content.get("damping", {}).items()}  # older plans have none
-        return pairings, [float(cost) for cost in content["descent"]], keep, damping
+        return Pairings(
+            {
+                name: Pairing(tuple(content["tasks"]), np.array(group["members"], dtype=np.int64))
+                for name, group in content["groups"].items()
+            },
+            [float(cost) for cost in content["descent"]],
+            {
+                task: {name: np.array(neurons, dtype=np.int64) for name, neurons in kept.items()}
+                for task, kept in content["keep"].items()
+            },
+            {task: float(own) for task, own in content.get("damping", {}).items()},  # older plans have none
+            {name: int(own) for name, own in content.get("bits", {}).items()},
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArtifact(f"{workspace.pairing} does not hold a pairing: {error!r}. Run match again.") from error
 

@@ -15,7 +15,7 @@ from mtz_core.network.graph import Network, given_name, inputs_of
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.search import Validation
 from mtz_core.planning.sizes import Sizes, owner_sets
-from mtz_core.settings import Budget
+from mtz_core.settings import BITS, Budget
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from mtz_core.zipped.structure import hidden_groups
 from tasks.artifacts.paths import Workspace
@@ -57,7 +57,7 @@ def check_budget(params: Params, workspace: Workspace, networks: Mapping[str, Ne
 
 
 def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget) -> None:
-    """Compare the size with the fewest bytes: least neurons in every group, as many of them shared as possible."""
+    """Compare the size with the fewest bytes: least neurons, as many of them shared as possible, of least bits."""
     graphs = [network.graph for network in networks.values()]
     most = shared_counts(networks, params.zip_config())
     units = {}
@@ -72,7 +72,8 @@ def _check_size(params: Params, networks: Mapping[str, Network], budget: Budget)
                 tuple(networks), kept.tolist(), np.zeros((0, len(kept)), np.int64)
             ).members
     sizes = Sizes(networks, owner_sets(units.values()))
-    stored = sizes.stored({group: sizes.count(own) for group, own in units.items()})
+    bits = sizes.bits_of(min(BITS)) if "round" in budget.moves else None
+    stored = sizes.stored({group: sizes.count(own) for group, own in units.items()}, bits)
     least = stored / sum(network.bytes for network in networks.values())
     if budget.size is not None and least > budget.size:
         raise InvalidConfig(

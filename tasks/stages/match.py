@@ -164,6 +164,8 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
             if name in plan.keep[task]
         )
         show_progress(f"{name}: {kept} neurons kept, {pairing.shared} shared")
+    if plan.bits:
+        show_progress(f"weights are rounded to {min(plan.bits.values())} to {max(plan.bits.values())} bits")
     show_progress(f"stored {100 * stored:.1f} % of the bytes, predicted damage {plan.damage:.4g}; limit: {limit}")
     return Matched(
         plan.pairings,
@@ -171,6 +173,7 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
         list(_curves(budget_search)),
         keep=plan.keep,
         damping=plan.damping,
+        bits=plan.bits,
         search=Search(limit, plan.bytes, stored, plan.damage, tried),
     )
 

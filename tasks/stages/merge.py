@@ -48,8 +48,11 @@ def run(params: Params, workspace: Workspace) -> None:
         for model, network in networks.items()
     }
     started = time.perf_counter()
-    pairings, descent, keep, damping = read_pairings(workspace)
-    for step in walk.merge(traced, pairings, params.zip_config(), descent, keep, damping):
+    plan = read_pairings(workspace)
+    merging = walk.merge(
+        traced, plan.pairings, params.zip_config(), plan.descent, plan.keep, plan.damping, plan.bits
+    )
+    for step in merging:
         if isinstance(step, ZippedNetwork):
             zipped = step
             break

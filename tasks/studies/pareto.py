@@ -24,7 +24,7 @@ from mtz_core.merging.compatibility import common_part
 from mtz_core.network.graph import run as run_network
 from mtz_core.planning.search import BudgetSearch, Candidate
 from mtz_core.retraining import Targets, retrain_steps
-from mtz_core.settings import Budget, Method, Move
+from mtz_core.settings import MOVES, Budget, Method, Move
 from mtz_core.zipped.module import ZippedNetwork
 from tasks.artifacts.paths import Workspace
 from tasks.artifacts.statistics import read_traced
@@ -41,7 +41,8 @@ from tasks.storage import s3
 from tasks.studies.charts import Curve, Panel, draw_curves
 
 METHODS: Mapping[str, tuple[Method, Sequence[Move]]] = {
-    "mixture": ("refit", ("share", "drop")),
+    "mixture": ("refit", MOVES),
+    "round": ("refit", ("round",)),
     "drop": ("refit", ("drop",)),
     "share": ("refit", ("share",)),
     "paper": ("paper", ("share",)),
@@ -51,7 +52,7 @@ METHODS: Mapping[str, tuple[Method, Sequence[Move]]] = {
 SIZES = (0.15, 0.25, 0.35, 0.5, 0.75)
 """Stored bytes, relative to the originals' bytes."""
 
-NAMES = {"mixture": "mixture", "drop": "drop only", "share": "share only", "paper": "paper"}
+NAMES = {"mixture": "mixture", "round": "round only", "drop": "drop only", "share": "share only", "paper": "paper"}
 """Names of the methods in tables and figures."""
 
 

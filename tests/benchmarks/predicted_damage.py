@@ -83,7 +83,7 @@ def plans(search: BudgetSearch) -> Iterator[tuple[float, float, float, Plan]]:
     first, second = search.traced
     for size, sharing, towards in product(SIZES, SHARING, TOWARDS):
         counted = {first: 1.0, second: towards}
-        if sharing == NEVER and not search.planner.reaches(size, "drop"):
+        if sharing == NEVER and not search.planner.reaches(size, {"drop"}):
             continue
         try:
             plan = search.planner.plan(size, sharing, counted=counted)

@@ -141,7 +141,7 @@ class Case:
 
     def best(self, size: float, names: str = "") -> Candidate:
         """The best of the plans whose names begin so. Raises `InvalidConfig` if there are none."""
-        if names == DROP and not self.search.planner.reaches(size, "drop"):
+        if names == DROP and not self.search.planner.reaches(size, {"drop"}):
             raise InvalidConfig(f"dropping alone does not reach {100 * size:g} % of the bytes.")
         return self.search.best_of(one for one in self.candidates(size) if one.name.startswith(names))
 

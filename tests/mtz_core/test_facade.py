@@ -111,7 +111,7 @@ def test_the_former_place_of_a_budget_works_and_warns_of_its_end() -> None:
     with pytest.warns(FutureWarning, match=r"share=Budget.*is deprecated.*Write ZipConfig\(budget=Budget"):
         config = mtz.ZipConfig(share=budget)  # type: ignore[arg-type]
     assert config == mtz.ZipConfig(budget=budget)
-    with pytest.warns(FutureWarning), pytest.raises(mtz.InvalidConfig, match="'paper' does not drop"):
+    with pytest.warns(FutureWarning), pytest.raises(mtz.InvalidConfig, match="'paper' neither drops"):
         mtz.ZipConfig(method="paper", share=budget)  # type: ignore[arg-type]
 
 

@@ -154,9 +154,9 @@ def test_plans_with_one_move_do_nothing_else(name: str) -> None:
 @on_some_fleets
 def test_a_move_that_is_never_worth_it_is_made_only_where_it_costs_nothing(name: str) -> None:
     own = planner(name)
-    if own.reaches(0.7, "drop"):
+    if own.reaches(0.7, {"drop"}):
         assert sum(own.plan(0.7, sharing=NEVER).sharing.values()) == pytest.approx(0, abs=1e-12)
-    if own.reaches(0.7, "share"):
+    if own.reaches(0.7, {"share"}):
         assert sum(own.plan(0.7, dropping=NEVER).dropping.values()) == pytest.approx(0, abs=1e-12)
 
 
@@ -190,7 +190,7 @@ def test_impossible_budgets_are_refused_with_the_least_possible_size(name: str, 
 def test_what_can_be_reached_by_one_move_alone(name: str, move: Move) -> None:
     own, alone = planner(name), planner(name, (move,))
     for size in np.linspace(0.05, 1, 20):
-        assert own.reaches(float(size), move) == possible(alone, float(size))
+        assert own.reaches(float(size), {move}) == possible(alone, float(size))
 
 
 # Against all plans

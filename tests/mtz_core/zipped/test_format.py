@@ -69,7 +69,7 @@ def test_the_manifest_is_plain_json_with_the_digest_of_the_weights(folder: Path)
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["weights_sha256"] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     assert list(manifest["networks"]) == list(TASKS)
-    assert (manifest["format"], manifest["version"]) == ("mtz-zipped-network", 4)
+    assert (manifest["format"], manifest["version"]) == ("mtz-zipped-network", 5)
 
 
 def test_the_same_network_gives_the_same_bytes(zipped: ZippedNetwork, folder: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_manifest_that_is_not_json_is_refused(folder: Path, content: bytes) ->
 @pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"format": "mtz-zipped-network", "version": 2}'])
 def test_other_formats_and_versions_are_refused(folder: Path, content: str) -> None:
     (folder / MANIFEST).write_text(content)
-    assert_refused(folder, r"not a zipped network of format version 4 or 3")
+    assert_refused(folder, r"not a zipped network of format version 3 to 5")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_settings_that_make_no_sense_are_refused(folder: Path, name: str) -> Non
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [('"stride":[2,', '"stride":[1,'), ('"version":4,', '"version":4,"note":1,')],
+    [('"stride":[2,', '"stride":[1,'), ('"version":5,', '"version":5,"note":1,')],
     ids=["stride", "surplus key"],
 )
 def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, before: str, after: str) -> None:

@@ -224,22 +224,22 @@ def test_without_a_budget_nothing_is_searched(project: Path) -> None:
 def test_what_is_kept_is_read_back(project: Path) -> None:
     spend(project, size=0.4)
     run("match")
-    pairings, descent, keep, damping = read_pairings(Workspace(Path()))
-    assert descent == [] and set(keep) == {"a", "b"} >= set(damping)
-    for name, pairing in pairings.items():
+    plan = read_pairings(Workspace(Path()))
+    assert plan.descent == [] and set(plan.keep) == {"a", "b"} >= set(plan.damping)
+    for name, pairing in plan.pairings.items():
         for t, task in enumerate(pairing.tasks):
             own = pairing.members[:, t]
-            assert sorted(own[own >= 0]) == list(range(len(keep[task][name])))
-            assert (np.diff(keep[task][name]) > 0).all()
+            assert sorted(own[own >= 0]) == list(range(len(plan.keep[task][name])))
+            assert (np.diff(plan.keep[task][name]) > 0).all()
     file = Path("pairing/pairing.json")
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"damping": {"b": 0.08}}))
-    assert read_pairings(Workspace(Path()))[3] == {"b": 0.08}
+    assert read_pairings(Workspace(Path())).damping == {"b": 0.08}
     run("merge")
     damped = mtz_core.load("merged").tensors()
     del content["damping"]
     file.write_text(json.dumps(content))
-    assert read_pairings(Workspace(Path()))[3] == {}, "plans of older versions have none"
+    assert read_pairings(Workspace(Path())).damping == {}, "plans of older versions have none"
     run("merge")
     plain = mtz_core.load("merged").tensors()
     changed = {name for name in plain if not torch.equal(plain[name], damped[name])}
