@@ -42,7 +42,7 @@ from mtz_core.settings import Budget, Move, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batch, as_batches, has_several
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
-from mtz_core.zipped.report import LayerReport, ZipReport
+from mtz_core.zipped.report import LayerReport, ZipReport, noted_in_brief
 
 Given = Tensor | Mapping[str, Tensor] | Iterable[Any]
 """Examples: a tensor; of several inputs, a dict by name, or a tuple in the network's order; or batches of such."""
@@ -561,18 +561,10 @@ def _enough(traced: Mapping[str, Traced], config: ZipConfig) -> str:
 def _warn(report: ZipReport, wanted: bool) -> None:
     """Warn of what the report notes, once for each kind: it has the details. Sharing may not have been `wanted`."""
     notes = {layer.layer: layer.note for layer in report.layers if wanted and layer.note not in ("", KEPT_SEPARATE)}
-    for what, noted in (
-        (("stays separate", "stay separate"), notes),
-        (
-            ("is fitted to few rows", "are fitted to few rows"),
-            {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows},
-        ),
+    few_rows = {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows}
+    for noted, does, do in (
+        (notes, "stays separate", "stay separate"),
+        (few_rows, "is fitted to few rows", "are fitted to few rows"),
     ):
         if noted:
-            first = next(iter(noted))
-            more = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
-            warnings.warn(
-                f"{first!r}{more} {what[len(noted) > 1]}: {noted[first]} (report.layers has all).",
-                ZipWarning,
-                stacklevel=3,
-            )
+            warnings.warn(f"{noted_in_brief(noted, does, do)} (report.layers has all).", ZipWarning, stacklevel=3)

@@ -139,6 +139,13 @@ def test_everything_is_told_as_it_is_found_right(project: Path, registries: list
     assert registries == ["embedded"]
 
 
+def test_layers_that_will_stay_separate_are_told(
+    project: Path, registries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "check_networks", lambda *_: {"0": "only a has it", "2": "only b has it"})
+    assert everything(project, ["good"])[2] == "  '0' and 1 more stay separate: only a has it"
+
+
 def test_weights_may_be_a_folder(project: Path, registries: list[str]) -> None:
     (project / "networks" / "many").mkdir()
     (project / "networks" / "b.safetensors").rename(project / "networks" / "many" / "model-1-of-1.safetensors")

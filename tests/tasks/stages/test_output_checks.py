@@ -67,6 +67,19 @@ def project(root: Path, shape: str = "classes", labels: Any = None, **changes: A
     return root
 
 
+class Streamed(nn.Module):
+    """Adds its input to what it has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores."""
+        scores: Tensor = self.last(x + self.second(self.first(x).relu()))
+        return scores
+
+
 def check(root: Path) -> None:
     check_networks(root, load_params(root / "params.yaml"))
 
@@ -173,3 +186,11 @@ def test_examples_that_a_network_yet_to_be_trained_does_not_accept_are_refused(t
     pq.write_table(pa.table({"input": [[1.0] * 7] * EXAMPLES}), tmp_path / "data" / "a" / "test.parquet")
     with pytest.raises(MtzError, match=r"test examples have shape \[7\]"):
         check_outputs(params, workspace, "a", network, trained=False)
+
+
+def test_layers_that_will_stay_separate_are_told(tmp_path: Path) -> None:
+    root = project(tmp_path, match={"share": 1.0}, model={"network": f"{__name__}:Streamed", "arguments": {}})
+    save_file(Streamed().state_dict(), root / "networks" / "a.safetensors")
+    ((layer, why),) = check_networks(root, load_params(root / "params.yaml")).items()
+    assert layer == "second"
+    assert why.startswith("its neurons meet the input one by one, in 'add.Tensor:")
