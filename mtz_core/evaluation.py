@@ -202,6 +202,37 @@ Metrics = Metric | str | Function | Mapping[str, Metric | str | Function]
 """A metric, or one for each of several outputs by their names; an empty name stands for all of them together."""
 
 
+def metrics_by_task(
+    given: Metrics | Mapping[str, Metrics], measured: Sequence[str], tasks: Sequence[str]
+) -> dict[str, Metrics]:
+    """Take metrics in any form: for all tasks that are measured, or for each of them.
+
+    Args:
+        given: The metrics. A dict is by task where a key is one of the tasks, or where a value is a dict.
+        measured: The tasks that are measured.
+        tasks: All tasks of the zipped network.
+
+    Returns:
+        The metrics of each task that is measured.
+
+    Raises:
+        InvalidConfig: A dict is empty, or does not name exactly the tasks that are measured.
+    """
+    by_task: dict[str, Any] = dict.fromkeys(measured, given)
+    if isinstance(given, Mapping) and (
+        given.keys() & {*tasks} or any(isinstance(own, Mapping) for own in given.values())
+    ):
+        if given.keys() != {*measured}:
+            raise InvalidConfig(
+                f"metric: names {sorted(given)}, but the tasks that are measured are {sorted(measured)}."
+            )
+        by_task = dict(given)
+    for task, own in by_task.items():
+        if isinstance(own, Mapping) and not own:
+            raise InvalidConfig(f"the metric of {task!r} names no output. Give one metric, or {{output: metric}}.")
+    return by_task
+
+
 def measured(case: Case, metrics: Metrics, task: str) -> dict[str, tuple[Metric, Case]]:
     """Say what is measured of a task.
 
