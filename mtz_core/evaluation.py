@@ -411,13 +411,32 @@ def _check_are_classes(labels: Shaped[Tensor, "..."], examples: int, classes: in
         )
     if len(labels) != examples:
         raise InvalidCalibration(f"{task!r} has {len(labels)} labels for {examples} examples. Give one for each.")
-    allowed = f"Allowed: whole numbers from 0 to {classes - 1}."
     if labels.is_floating_point():
         raise InvalidCalibration(
-            f"the labels of {task!r} are {labels.dtype}, and its metric compares classes. {allowed} {_NO_CLASSES}"
+            f"the labels of {task!r} are {labels.dtype}, and its metric compares classes. {_allowed(classes)} "
+            f"{_NO_CLASSES}"
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+    check_classes(int(labels.min()), int(labels.max()), classes, f"the labels of {task!r}")
+
+
+def check_classes(least: int, most: int, classes: int, labels: str) -> None:
+    """Check that a network has the classes that labels name.
+
+    Args:
+        least: The least class number.
+        most: The largest.
+        classes: How many classes the network has.
+        labels: What the labels are called, for errors.
+
+    Raises:
+        InvalidCalibration: It has not.
+    """
+    if least < 0 or most >= classes:
         raise InvalidCalibration(
-            f"the labels of {task!r} go from {labels.min()} to {labels.max()}, but its network has {classes} "
-            f"class{'es' * (classes != 1)}. {allowed}"
+            f"{labels} go from {least} to {most}, but the network has {classes} class{'es' * (classes != 1)}. "
+            f"{_allowed(classes)}"
         )
+
+
+def _allowed(classes: int) -> str:
+    return f"Allowed: whole numbers from 0 to {classes - 1}."

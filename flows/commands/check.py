@@ -235,7 +235,7 @@ def check_networks(project: Path, params: Params) -> dict[str, str]:
             network = load_network(params, workspace, name) if pretrained else build_network(params, name)
             traced[name] = trace_on_own_image(params, workspace, name, network)
             check_tokens(params, workspace, name, traced[name])
-            check_splits(params, workspace, name, traced[name])
+            check_splits(params, workspace, name, traced[name], ["validation"])
             check_outputs(params, workspace, name, traced[name], pretrained)
     problems.raise_all()
     if len(traced) < 2:

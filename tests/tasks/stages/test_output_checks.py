@@ -86,7 +86,12 @@ def check(root: Path) -> None:
 
 NUMBERS = np.arange(EXAMPLES) % CLASSES
 WRONG: dict[str, tuple[str, Any, str | None, str]] = {
-    "from one": ("classes", NUMBERS + 1, None, r"labels of test examples go up to 5, .* 5 classes\. Allowed: 0 to 4"),
+    "from one": (
+        "classes",
+        NUMBERS + 1,
+        None,
+        r"labels of test examples go from 1 to 5, .* 5 classes\. Allowed: .* 4",
+    ),
     "fractions": ("classes", NUMBERS + 0.5, None, r"have shape \[2\], but its outputs \[2, 5\]"),
     "fractions as classes": ("classes", NUMBERS + 0.5, "error", "whole numbers from 0 to 4"),
     "classes as indicators": ("classes", NUMBERS, "average_precision", "Give a number for each"),
@@ -130,7 +135,7 @@ def test_labels_that_evaluation_reads_otherwise_are_left_alone(
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_labels_that_light_retraining_would_refuse_are_refused(tmp_path: Path, split: str) -> None:
     project(tmp_path, labels={"train": NUMBERS, "validation": NUMBERS, split: NUMBERS + 1}, retrain={"labels": 0.5})
-    with pytest.raises(MtzError, match=rf"labels of {split} examples go up to 5.* Allowed: 0 to 4"):
+    with pytest.raises(MtzError, match=rf"labels of {split} examples go from 1 to 5.* Allowed: .* 4"):
         check(tmp_path)
 
 
