@@ -176,6 +176,8 @@ def _bound(
     for name in names:
         own = [(node, inputs) for node, inputs, labels in meeting if labels & {*rows[name].tolist()}]
         behind = [pair for pair in own if places[pair[0].name] > places[name]]
+        if not own:
+            continue
         node, inputs = (behind or own)[0]
         which = " and ".join(f"{given_name(value)!r}" for value in sorted(inputs)) if inputs != {INPUT} else ""
         bound[name] = (
@@ -186,7 +188,7 @@ def _bound(
 
 
 def _meetings(found: Labelling, nodes: Sequence[Node]) -> Iterator[tuple[Node, set[str], set[int]]]:
-    """The nodes in which what a layer has computed meets an input, which inputs these are, and all labels there."""
+    """The nodes in which what a layer has computed meets an input, which inputs these are, and all labels that it reads."""
     raw: dict[str, set[str]] = {name: {name} for name in found.values if name.startswith(INPUT)}
     computed: set[str] = set()
     for node in nodes:
@@ -196,9 +198,9 @@ def _meetings(found: Labelling, nodes: Sequence[Node]) -> Iterator[tuple[Node, s
         elif inputs:
             raw[node.name] = inputs
         if inputs and node.name in computed and not node.is_layer and node.kind != OUTPUTS:
-            value = found.values[node.name]
-            parts = [part.labels for part in (value if isinstance(value, list) else [value])]
-            yield node, inputs, {label for part in parts for label in found.ties.resolve(part).flatten().tolist()}
+            given = [found.values[source] for source in node.sources]
+            parts = [part for value in given for part in (value if isinstance(value, list) else [value])]
+            yield node, inputs, {n for part in parts for n in found.ties.resolve(part.labels).flatten().tolist()}
 
 
 def _name_groups(
