@@ -188,7 +188,7 @@ def _bound(
 
 
 def _meetings(found: Labelling, nodes: Sequence[Node]) -> Iterator[tuple[Node, set[str], set[int]]]:
-    """The nodes in which what a layer has computed meets an input, which inputs these are, and all labels that it reads."""
+    """The nodes in which what a layer has computed meets an input, which inputs these are, and all labels there."""
     raw: dict[str, set[str]] = {name: {name} for name in found.values if name.startswith(INPUT)}
     computed: set[str] = set()
     for node in nodes:
