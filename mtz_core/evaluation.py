@@ -202,6 +202,37 @@ Metrics = Metric | str | Function | Mapping[str, Metric | str | Function]
 """A metric, or one for each of several outputs by their names; an empty name stands for all of them together."""
 
 
+def metrics_by_task(
+    given: Metrics | Mapping[str, Metrics], measured: Sequence[str], tasks: Sequence[str]
+) -> dict[str, Metrics]:
+    """Take metrics in any form: for all tasks that are measured, or for each of them.
+
+    Args:
+        given: The metrics. A dict is by task where a key is one of the tasks, or where a value is a dict.
+        measured: The tasks that are measured.
+        tasks: All tasks of the zipped network.
+
+    Returns:
+        The metrics of each task that is measured.
+
+    Raises:
+        InvalidConfig: A dict is empty, or does not name exactly the tasks that are measured.
+    """
+    by_task: dict[str, Any] = dict.fromkeys(measured, given)
+    if isinstance(given, Mapping) and (
+        given.keys() & {*tasks} or any(isinstance(own, Mapping) for own in given.values())
+    ):
+        if given.keys() != {*measured}:
+            raise InvalidConfig(
+                f"metric: names {sorted(given)}, but the tasks that are measured are {sorted(measured)}."
+            )
+        by_task = dict(given)
+    for task, own in by_task.items():
+        if isinstance(own, Mapping) and not own:
+            raise InvalidConfig(f"the metric of {task!r} names no output. Give one metric, or {{output: metric}}.")
+    return by_task
+
+
 def measured(case: Case, metrics: Metrics, task: str) -> dict[str, tuple[Metric, Case]]:
     """Say what is measured of a task.
 
@@ -380,13 +411,32 @@ def _check_are_classes(labels: Shaped[Tensor, "..."], examples: int, classes: in
         )
     if len(labels) != examples:
         raise InvalidCalibration(f"{task!r} has {len(labels)} labels for {examples} examples. Give one for each.")
-    allowed = f"Allowed: whole numbers from 0 to {classes - 1}."
     if labels.is_floating_point():
         raise InvalidCalibration(
-            f"the labels of {task!r} are {labels.dtype}, and its metric compares classes. {allowed} {_NO_CLASSES}"
+            f"the labels of {task!r} are {labels.dtype}, and its metric compares classes. {_allowed(classes)} "
+            f"{_NO_CLASSES}"
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+    check_classes(int(labels.min()), int(labels.max()), classes, f"the labels of {task!r}")
+
+
+def check_classes(least: int, most: int, classes: int, labels: str) -> None:
+    """Check that a network has the classes that labels name.
+
+    Args:
+        least: The least class number.
+        most: The largest.
+        classes: How many classes the network has.
+        labels: What the labels are called, for errors.
+
+    Raises:
+        InvalidCalibration: It has not.
+    """
+    if least < 0 or most >= classes:
         raise InvalidCalibration(
-            f"the labels of {task!r} go from {labels.min()} to {labels.max()}, but its network has {classes} "
-            f"class{'es' * (classes != 1)}. {allowed}"
+            f"{labels} go from {least} to {most}, but the network has {classes} class{'es' * (classes != 1)}. "
+            f"{_allowed(classes)}"
         )
+
+
+def _allowed(classes: int) -> str:
+    return f"Allowed: whole numbers from 0 to {classes - 1}."

@@ -28,7 +28,17 @@ from mtz_core.batches import (
     tensors_of,
 )
 from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarning
-from mtz_core.evaluation import Case, Function, Metrics, Model, measure, measured, metric_of, outputs_of
+from mtz_core.evaluation import (
+    Case,
+    Function,
+    Metrics,
+    Model,
+    measure,
+    measured,
+    metric_of,
+    metrics_by_task,
+    outputs_of,
+)
 from mtz_core.merging.compatibility import KEPT_SEPARATE, common_part, shared_counts
 from mtz_core.merging.judging import HELD_OUT, RUINED, hold_out, judge, warn_of_ruin
 from mtz_core.merging.matching import descent, match
@@ -42,7 +52,7 @@ from mtz_core.settings import MOVES, Budget, Move, RetrainConfig, ZipConfig
 from mtz_core.statistics.calibration import as_batch, as_batches, has_several
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
-from mtz_core.zipped.report import LayerReport, ZipReport
+from mtz_core.zipped.report import LayerReport, ZipReport, noted_in_brief
 
 Given = Tensor | Mapping[str, Tensor] | Iterable[Any]
 """Examples: a tensor; of several inputs, a dict by name, or a tuple in the network's order; or batches of such."""
@@ -219,12 +229,16 @@ def retrain(
     return tuple(_Steps(on_progress).count("retrain", run.steps(), None, _iteration))
 
 
+OneMetric = str | Function
+"""A name from `mtz_core.evaluation.METRICS`, or a function of outputs and labels."""
+
+
 def evaluate(
     zipped: ZippedNetwork,
     test: Mapping[str, Labelled | Given],
     *,
     originals: Mapping[str, nn.Module] | None = None,
-    metric: str | Function | Mapping[str, str | Function] = "error",
+    metric: OneMetric | Mapping[str, OneMetric | Mapping[str, OneMetric]] = "error",
 ) -> dict[str, Evaluation]:
     """Measure the errors of a zipped network.
 
@@ -234,8 +248,8 @@ def evaluate(
         originals: The original network of each of these tasks, to compare with.
         metric: A name from `mtz_core.evaluation.METRICS`, such as ``error`` (of the likeliest class), ``agreement`` or
             ``mean_absolute_error``; or a function of outputs and labels that returns an error, the less the better. Of
-            several outputs, ``{name: metric}``. It holds for all tasks in `test`: measure those with another metric in
-            a call of their own.
+            several outputs, ``{output: metric}``. Either holds for all tasks in `test`, or is given for each:
+            ``{task: metric}``. A dict with the name of a task is by task.
 
     Returns:
         What was measured, for each task in `test`; with a metric for each output, for each ``task.output``.
@@ -247,9 +261,8 @@ def evaluate(
     """
     _check_type("zipped", zipped, ZippedNetwork)
     _check_by_task(test=test, originals=originals or {})
-    if isinstance(metric, Mapping) and not metric:
-        raise InvalidConfig("metric names no output. Give one metric, or {output: metric}.")
-    needs_labels, may_read_labels, needs_originals = _needs(metric)
+    metrics = metrics_by_task(metric, tuple(test), zipped.tasks)
+    needs = {task: _needs(own) for task, own in metrics.items()}
     for task in test:
         if task not in zipped.tasks:
             raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(zipped.tasks)}.")
@@ -260,6 +273,7 @@ def evaluate(
         for task, data in test.items():
             taken = zipped.signature(task)
             given, labelled = _opened(data, taken)
+            needs_labels, may_read_labels, needs_originals = needs[task]
             read = needs_labels or (labelled and may_read_labels)
             inputs, labels = _labelled(given, task, taken) if read else (_examples(given, task, taken), None)
             batches = divided(inputs, _BATCH)
@@ -269,10 +283,12 @@ def evaluate(
                 with evaluation_mode(originals[task]):
                     before = _outputs(partial(call, originals[task]), batches, task)
             elif needs_originals:
-                raise InvalidConfig(f"the metric {metric!r} compares with the original networks. Give originals.")
+                raise InvalidConfig(
+                    f"the metric {metrics[task]!r} compares with the original networks. Give originals."
+                )
             targets = outputs if before is None else before
             case = Case(outputs, labels, targets, zipped.loss_of(task, targets))
-            for name, (own, part) in measured(case, metric, task).items():
+            for name, (own, part) in measured(case, metrics[task], task).items():
                 error = measure(own, part, name)
                 found[name] = Evaluation(error.value, (error.low, error.high))
                 if before is not None:
@@ -561,18 +577,10 @@ def _enough(traced: Mapping[str, Traced], config: ZipConfig) -> str:
 def _warn(report: ZipReport, wanted: bool) -> None:
     """Warn of what the report notes, once for each kind: it has the details. Sharing may not have been `wanted`."""
     notes = {layer.layer: layer.note for layer in report.layers if wanted and layer.note not in ("", KEPT_SEPARATE)}
-    for what, noted in (
-        (("stays separate", "stay separate"), notes),
-        (
-            ("is fitted to few rows", "are fitted to few rows"),
-            {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows},
-        ),
+    few_rows = {layer.layer: layer.few_rows for layer in report.layers if layer.few_rows}
+    for noted, does, do in (
+        (notes, "stays separate", "stay separate"),
+        (few_rows, "is fitted to few rows", "are fitted to few rows"),
     ):
         if noted:
-            first = next(iter(noted))
-            more = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
-            warnings.warn(
-                f"{first!r}{more} {what[len(noted) > 1]}: {noted[first]} (report.layers has all).",
-                ZipWarning,
-                stacklevel=3,
-            )
+            warnings.warn(f"{noted_in_brief(noted, does, do)} (report.layers has all).", ZipWarning, stacklevel=3)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from datetime import date
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_type_hints
 from urllib.parse import urlsplit
@@ -208,7 +209,7 @@ class ModelParams(ModelTraits):
     network: Annotated[str, AfterValidator(importable_name)]
     """The function that builds the network, as `package.module:function`. It returns a `torch.nn.Module`."""
     arguments: dict[str, Any] = {}
-    """Keyword arguments for that function."""
+    """Keyword arguments for that function. YAML takes `1e-3` for text: write `0.001` or `1.0e-3`."""
     weights: Annotated[str, AfterValidator(_below("networks"))]
     """The weights, a `state_dict` as safetensors: a file, or a folder of several with or without an index. Allowed: a
     path below `networks/`."""
@@ -550,13 +551,13 @@ def load_params(path: Path) -> Params:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises `InvalidParams`."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidParams(
             f"{path}: {error.strerror}. Name the file to read, or run mtz in the folder of the project."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidParams(f"{path} is not valid YAML: {_yaml_problem(error)}.") from error
+        raise InvalidParams(f"{path} is not valid YAML: {yaml_problem(error)}.") from error
     if content is None:
         raise InvalidParams(f"{path} is empty, and should hold a mapping of blocks.")
     if not isinstance(content, dict):
@@ -564,8 +565,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _yaml_problem(error: Exception) -> str:
-    """Say in one line where a file is no YAML, and why."""
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text. Raises `yaml.YAMLError`, see `yaml_problem`."""
+    return yaml.load(text, _Loader)
+
+
+def yaml_problem(error: Exception) -> str:
+    """Say in one line where a text is no YAML, and why."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     context = f" {error.context}," if error.context else ""
@@ -575,7 +581,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key is given twice, and nothing contains itself."""
+    """YAML in which no key is given twice, nothing contains itself, and no comma cuts a number in two."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -588,6 +594,13 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for (key, value), (rest, nothing) in pairwise(node.value):
+            if value.tag == rest.tag == "tag:yaml.org,2002:int" and nothing.value == "":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value}: {value.value},{rest.value} is no number; the decimal sign is a point: "
+                    f"{value.value}.{rest.value}",
+                    problem_mark=value.start_mark,
+                )
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
@@ -631,13 +644,37 @@ def validate(content: Mapping[str, Any], name: str) -> Params:
     try:
         return _PARAMS.validate_python(with_present_names(content, name))
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
+        problems = "; ".join(_describe(problem) for problem in likeliest(error, _path))
         raise InvalidParams(f"{name}: {problems}") from error
+
+
+def likeliest(error: ValidationError, path: Callable[[Any], list[str]]) -> list[Any]:
+    """Return `pydantic`'s findings without those on other forms of a value that is a number in a wrong spelling.
+
+    Args:
+        error: The findings.
+        path: Returns the path of the key that a finding is about.
+
+    Returns:
+        The findings, in their order.
+    """
+    problems = error.errors(include_url=False)
+    numbers = [path(problem) for problem in problems if _respelt(problem)]
+    return [
+        problem
+        for problem in problems
+        if _respelt(problem) or not any(number[: len(own)] == own for own in [path(problem)] for number in numbers)
+    ]
+
+
+def _path(problem: Any) -> list[str]:
+    """The path of the key that a finding is about."""
+    return [str(p) for p in problem["loc"] if p not in ("float", "constrained-int") and "[" not in str(p)]
 
 
 def _describe(problem: Any) -> str:
     """One line of `pydantic`'s findings: the key's path, what is wrong with it, what is allowed."""
-    parts = [str(part) for part in problem["loc"] if str(part) != "float" and "[" not in str(part)]
+    parts = _path(problem)
     path, message = ".".join(parts), problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = ", ".join(_known_keys(parts[:-1]))
@@ -661,11 +698,27 @@ def in_words(problem: Any) -> str:
         A clause without the key's path.
     """
     given = problem["input"]
+    if respelt := _respelt(problem):
+        return f"{given!r} is no {'whole ' if problem['type'] == 'int_parsing' else ''}number; {respelt}"
     message = problem["msg"].partition(", unable to parse")[0].partition(" after validation")[0]
     if problem["type"] == "string_type" and isinstance(given, (bool, int, float, date)):
         return not_text(given, "a name" if "[key]" in problem["loc"] else "the value")
     message = message.replace("a valid dictionary", "a mapping, {key: value}")
     return f"{message[0].lower()}{message[1:]}, not {given!r}"
+
+
+def _respelt(problem: Any) -> str:
+    """How to spell a number that was meant by a text, in words; empty if none was."""
+    given, whole = problem["input"], problem["type"] == "int_parsing"
+    if not isinstance(given, str) or not (whole or problem["type"] == "float_parsing"):
+        return ""
+    if whole and re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+", given):
+        return f"write digits alone, as in {given.replace(',', '')}"
+    if whole and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d", given) and float(given).is_integer():
+        return f"write digits alone, as in {float(given):.0f}"
+    if re.fullmatch(r"[-+]?\d*,\d+([eE][-+]?\d+)?", given):
+        return "whole numbers alone are allowed" if whole else f"the decimal sign is a point: {given.replace(',', '.')}"
+    return ""
 
 
 def not_text(given: object, what: str = "the value") -> str:

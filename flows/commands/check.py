@@ -174,11 +174,15 @@ def _check_declared(
 
 
 def _check_group(folder: Path, plan: GroupPlan, on_progress: Callable[[str], None]) -> None:
+    from mtz_core.zipped.report import noted_in_brief
+
     try:
-        check_networks(folder, plan.params)
+        separate = check_networks(folder, plan.params)
     except MtzError as error:
         raise NotReady(*(f"{plan.name}: {text}" for text in _texts(error))) from error
     on_progress(f"networks of {plan.name}: {', '.join(plan.params.models)}")
+    if separate:
+        on_progress(f"  {noted_in_brief(separate, 'stays separate', 'stay separate')}")
 
 
 def _check_files(project: Path, plan: GroupPlan) -> None:
@@ -199,7 +203,7 @@ def _check_files(project: Path, plan: GroupPlan) -> None:
         raise NotReady(*missing)
 
 
-def check_networks(project: Path, params: Params) -> None:
+def check_networks(project: Path, params: Params) -> dict[str, str]:
     """Trace each network and check that the networks can be zipped as configured.
 
     Networks of a pretrain stage are traced untrained; all others have their weights.
@@ -208,11 +212,14 @@ def check_networks(project: Path, params: Params) -> None:
         project: The folder of the project.
         params: The parameters of the group.
 
+    Returns:
+        Why layers will stay separate that nobody has listed, by the layer's name.
+
     Raises:
         MtzError: Networks, their weights or their data cannot be used, or zipped as configured. If there are several
             such networks, a `NotReady` tells all of them.
     """
-    from mtz_core.merging.compatibility import common_part, shared_counts
+    from mtz_core.merging.compatibility import common_part, separate_layers, shared_counts
     from tasks.artifacts.paths import Workspace
     from tasks.models.factories import build_network
     from tasks.models.load import check_tokens, load_network, trace_on_own_image
@@ -228,10 +235,12 @@ def check_networks(project: Path, params: Params) -> None:
             network = load_network(params, workspace, name) if pretrained else build_network(params, name)
             traced[name] = trace_on_own_image(params, workspace, name, network)
             check_tokens(params, workspace, name, traced[name])
-            check_splits(params, workspace, name, traced[name])
+            check_splits(params, workspace, name, traced[name], ["validation"])
             check_outputs(params, workspace, name, traced[name], pretrained)
     problems.raise_all()
-    if len(traced) > 1:
-        traced = common_part(traced)
-        shared_counts(traced, params.zip_config())
-        check_budget(params, workspace, traced)
+    if len(traced) < 2:
+        return {}
+    traced = common_part(traced)
+    shared_counts(traced, params.zip_config())
+    check_budget(params, workspace, traced)
+    return separate_layers(traced)

@@ -185,7 +185,8 @@ class FleetRun:
         """Return the groups that the file lists and those that the planner chooses.
 
         Args:
-            names: Names of the wanted groups; all if empty. If the file lists them all, the planner is not needed.
+            names: Names of the wanted groups; all if empty. If the file lists them all, the planner is not needed, nor
+                is it if there are no two models to compare.
 
         Returns:
             The groups, and the models that the planner left out.
@@ -196,6 +197,11 @@ class FleetRun:
         listed = self.fleet.explicit_groups()
         check_names(listed)
         if self.fleet.file.auto is None or (names and {plan.name for plan in listed}.issuperset(names)):
+            return FleetPlan(listed)
+        free = self.fleet.file.free_models()
+        if len(free) < 2:
+            for name in free:
+                progress.current.get().note(_PLANNER, f"{name} stays alone: no other model is to be grouped")
             return FleetPlan(listed)
         from flows.fleet.choose import choose  # imports torch, which no other part of a run needs
 

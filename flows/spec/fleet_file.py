@@ -30,6 +30,7 @@ from tasks.params import (
     Params,
     importable_name,
     in_words,
+    likeliest,
     not_text,
     read_yaml,
     validate,
@@ -86,7 +87,7 @@ class Model(ModelTraits):
     """An exported program in place of `network`: a path, `s3://BUCKET/KEY` or `models:/NAME@ALIAS`. It holds the
     weights, too; a `source` replaces them."""
     arguments: dict[str, Any] = Field(default={})
-    """Keyword arguments for `network`."""
+    """Keyword arguments for `network`. YAML takes `1e-3` for text: write `0.001` or `1.0e-3`."""
     data: str | Splits | Factory
     """A folder with `train`, `validation` and `test`, local or `s3://…`; or a file for each split; or a function."""
     floor: Annotated[float, Field(ge=0)] | None = None
@@ -420,11 +421,16 @@ def _validated(content: Mapping[str, Any], file: Path) -> FleetFile:
         raise InvalidFleet(f"{file}: {'; '.join(_problems(error))}") from error
 
 
+def _path(problem: Any) -> list[str]:
+    """The path of the key that a finding is about."""
+    return [str(p) for p in problem["loc"] if p not in ("str", "Splits", "Factory") and "[" not in str(p)]
+
+
 def _problems(error: ValidationError) -> list[str]:
     """One line for each finding: the key's path, what is wrong, what is allowed. Of a union, the likeliest member's."""
     lines = []
-    for problem in error.errors(include_url=False):
-        path = [str(p) for p in problem["loc"] if p not in ("str", "Splits", "Factory") and "[" not in str(p)]
+    for problem in likeliest(error, _path):
+        path = _path(problem)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             block = _BLOCKS.get(path[0], FleetFile) if len(path) > 1 else FleetFile

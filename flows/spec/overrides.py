@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from mtz_core.errors import MtzError
+from tasks.params import parse_yaml, yaml_problem
 
 
 class InvalidFleet(MtzError):
@@ -44,9 +45,9 @@ def parse_setting(setting: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise InvalidFleet(f"--set {setting}: write it as key.path=value, for example --set retrain.iterations=50")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise InvalidFleet(f"--set {setting}: the value is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise InvalidFleet(f"--set {setting}: the value is not valid YAML: {yaml_problem(error)}.") from error
     for key in reversed(keys):
         value = {key: value}
     assert isinstance(value, dict)

@@ -114,6 +114,13 @@ def writers_of(networks: Mapping[str, Network], group: str) -> list[Node]:
     return list(found.values())
 
 
+def separate_layers(networks: Mapping[str, Network]) -> dict[str, str]:
+    """Tell which layers stay task-specific although nobody has listed them, and why, by the layer's name."""
+    layers = {node.name: node for network in networks.values() for node in network.graph.layers}
+    reasons = {name: why_separate(networks, node) for name, node in layers.items()}
+    return {name: reason for name, reason in reasons.items() if reason and reason != KEPT_SEPARATE}
+
+
 def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
     """Tell why the rows of a layer stay task-specific, whatever is shared around it.
 
@@ -129,9 +136,9 @@ def why_separate(networks: Mapping[str, Network], layer: Node) -> str | None:
         return next((network.unlike for network in networks.values() if network.unlike), KEPT_SEPARATE)
     if len(graphs) < len(networks):
         return f"only {', '.join(graphs)} has it"
-    mixing = [analysis_of(network).labels.reasons.get(layer.name) for network in networks.values()]
-    if any(mixing):
-        return next(reason for reason in mixing if reason)
+    for analysis in map(analysis_of, networks.values()):
+        if reason := analysis.labels.reasons.get(layer.name) or analysis.bound.get(layer.name):
+            return reason
     if not same_kernels(layer.name, networks.values()):
         return "its kernels or convolution groups differ in size"
     rows, columns = ([getattr(n.graph, side)[layer.name] for n in networks.values()] for side in ("rows", "columns"))

@@ -6,7 +6,7 @@ occur equally often in the same rows and columns of the same layers form a group
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,19 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mtz_core.network.graph import FIXED, INPUT, KERNEL, Axis, Inputs, LayerGraph, Network, NeuronGroup, Node
+from mtz_core.network.graph import (
+    FIXED,
+    INPUT,
+    KERNEL,
+    OUTPUTS,
+    Axis,
+    Inputs,
+    LayerGraph,
+    Network,
+    NeuronGroup,
+    Node,
+    given_name,
+)
 from mtz_core.network.labelling import Labelling, label_network
 from mtz_core.network.operations import Value
 from mtz_core.network.ties import THE_KERNEL
@@ -35,6 +47,7 @@ class Analysis:
             other.
         labels: The labels of all values.
         members: For every group, the labels of its neurons.
+        bound: Why all neurons of a layer stay in their places that meet an input, in words, by the layer's name.
     """
 
     graph: LayerGraph
@@ -44,6 +57,7 @@ class Analysis:
     classes: Mapping[str, Int64[np.ndarray, " _neurons"]]
     labels: Labelling
     members: Mapping[str, Sequence[int]]
+    bound: Mapping[str, str]
 
 
 def analyse(
@@ -144,7 +158,49 @@ def _collect(found: Labelling, nodes: Sequence[Node], output: str) -> Analysis:
         if value.actual is None
     }
     rows, columns = ({name: axis for (name, s), axis in axes.items() if s == side} for side in ("rows", "columns"))
-    return Analysis(graph, rows, columns, constants, _classes(found, nodes, members, constants), found, members)
+    classes = _classes(found, nodes, members, constants)
+    bound = _bound(found, nodes, {node.name: tables[node.name, "rows"] for node in layers}, entries - ends)
+    return Analysis(graph, rows, columns, constants, classes, found, members, bound)
+
+
+def _bound(
+    found: Labelling, nodes: Sequence[Node], rows: Mapping[str, np.ndarray], entries: Collection[int]
+) -> dict[str, str]:
+    """Tell which layers have no neurons of their own, as theirs meet an input one by one, and where that is."""
+    names = [name for name, labels in rows.items() if np.isin(labels, [*entries]).all()]
+    if not names:
+        return {}
+    meeting = list(_meetings(found, nodes))
+    places = {node.name: place for place, node in enumerate(nodes)}
+    bound = {}
+    for name in names:
+        own = [(node, inputs) for node, inputs, labels in meeting if labels & {*rows[name].tolist()}]
+        behind = [pair for pair in own if places[pair[0].name] > places[name]]
+        if not own:
+            continue
+        node, inputs = (behind or own)[0]
+        which = " and ".join(f"{given_name(value)!r}" for value in sorted(inputs)) if inputs != {INPUT} else ""
+        bound[name] = (
+            f"its neurons meet the input{f' {which}' if which else ''} one by one, in {node.name!r}, and stay in their "
+            "places. A mask does not bind them if it is an input of its own, of booleans (torch.bool)"
+        )
+    return bound
+
+
+def _meetings(found: Labelling, nodes: Sequence[Node]) -> Iterator[tuple[Node, set[str], set[int]]]:
+    """The nodes in which what a layer has computed meets an input, which inputs these are, and all labels there."""
+    raw: dict[str, set[str]] = {name: {name} for name in found.values if name.startswith(INPUT)}
+    computed: set[str] = set()
+    for node in nodes:
+        inputs = {name for source in node.sources for name in raw.get(source, ())}
+        if node.is_layer or computed & {*node.sources}:
+            computed.add(node.name)
+        elif inputs:
+            raw[node.name] = inputs
+        if inputs and node.name in computed and not node.is_layer and node.kind != OUTPUTS:
+            given = [found.values[source] for source in node.sources]
+            parts = [part for value in given for part in (value if isinstance(value, list) else [value])]
+            yield node, inputs, {n for part in parts for n in found.ties.resolve(part.labels).flatten().tolist()}
 
 
 def _name_groups(

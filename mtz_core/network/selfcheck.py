@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,25 @@ MEASURABLE = 1e-3
 """The largest effect of rounding, relative to outputs, by which a difference may be explained."""
 
 Permutations = Mapping[str, Int64[np.ndarray, " _neurons"]]
-InDouble = Callable[[], Batch | None]
-"""Computes a module's outputs in double precision; None if the module cannot."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a module computes.
+
+    Attributes:
+        examples: A batch of inputs.
+        expected: The module's outputs for these inputs.
+        in_double: Computes them in double precision; returns None if the module cannot.
+    """
+
+    examples: Batch
+    expected: Batch
+    in_double: Callable[[], Batch | None] = lambda: None
 
 
 @torch.no_grad()
-def check(
-    network: Network, analysis: Analysis, examples: Batch, expected: Batch, in_double: InDouble | None = None
-) -> None:
+def check(network: Network, analysis: Analysis, reference: Reference) -> None:
     """Compare the graph with the module, then the graph with itself, its neurons permuted.
 
     Some networks amplify rounding, so that the order of sums alone changes float32 outputs. Where these differ, double
@@ -44,14 +55,12 @@ def check(
     Args:
         network: The traced network.
         analysis: Its analysis.
-        examples: A batch of inputs.
-        expected: The module's outputs for these inputs.
-        in_double: Computes them in double precision.
+        reference: What the module computes.
 
     Raises:
         UnsupportedModule: If the outputs differ. The message names the neuron group at fault.
     """
-    same = compare(network, analysis, examples, expected, in_double)
+    same, examples = compare(network, analysis, reference), reference.examples
     generator = np.random.default_rng(0)
     permutations = {
         group.name: _permutation(analysis.classes[group.name], generator)
@@ -75,17 +84,13 @@ def check(
 
 
 @torch.no_grad()
-def compare(
-    network: Network, analysis: Analysis, examples: Batch, expected: Batch, in_double: InDouble | None = None
-) -> Batch:
+def compare(network: Network, analysis: Analysis, reference: Reference) -> Batch:
     """Compare the graph with the module.
 
     Args:
         network: The traced network.
         analysis: Its analysis.
-        examples: A batch of inputs.
-        expected: The module's outputs for these inputs.
-        in_double: Computes them in double precision.
+        reference: What the module computes.
 
     Returns:
         The graph's outputs.
@@ -94,12 +99,12 @@ def compare(
         UnsupportedModule: If they differ from the module's.
     """
     try:
-        same = _run(network, analysis, examples, {})
+        same = _run(network, analysis, reference.examples, {})
     except (RuntimeError, IndexError, ValueError, TypeError) as error:  # another number of examples is one of its sizes
-        raise UnsupportedModule(_other(examples)) from error
-    differs = _distance(same, mapped(Tensor.cpu, expected))
+        raise UnsupportedModule(_other(reference.examples)) from error
+    differs = _distance(same, mapped(Tensor.cpu, reference.expected))
     if differs > TOLERANCE:
-        _check_in_double(network, analysis, examples, same, differs, in_double)
+        _check_in_double(network, analysis, reference, same, differs)
     return same
 
 
@@ -113,24 +118,21 @@ def _other(examples: Batch) -> str:
     )
 
 
-def _check_in_double(
-    network: Network, analysis: Analysis, examples: Batch, same: Batch, differs: float, in_double: InDouble | None
-) -> None:
+def _check_in_double(network: Network, analysis: Analysis, reference: Reference, same: Batch, differs: float) -> None:
     """Tell whether a graph's outputs differ from its module's by rounding alone.
 
     Args:
         network: The traced network.
         analysis: Its analysis.
-        examples: A batch of inputs.
+        reference: What the module computes.
         same: The graph's outputs.
         differs: How far the module's lie from them.
-        in_double: Computes the module's outputs in double precision.
 
     Raises:
         UnsupportedModule: If they differ by more, or if that cannot be told.
     """
+    examples, wide = reference.examples, reference.in_double()
     exact = _run_in_double(network, analysis, examples)
-    wide = in_double() if in_double else None
     if exact is not None and wide is not None and _distance(exact, mapped(Tensor.cpu, wide)) <= TOLERANCE:
         return
     rounding = 0.0 if exact is None else _distance(same, exact)

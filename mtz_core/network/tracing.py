@@ -47,7 +47,7 @@ from mtz_core.network.groups import analyse, remember
 from mtz_core.network.layers import LAYERS
 from mtz_core.network.operations import operation_of
 from mtz_core.network.rewriting import rewrite
-from mtz_core.network.selfcheck import TOLERANCE, InDouble, check, compare, distance
+from mtz_core.network.selfcheck import TOLERANCE, Reference, check, compare, distance
 
 CHECKED_SIZE = 5
 """The batch size that the graph is checked with. A formula that fits the exported sizes by chance fails here."""
@@ -107,7 +107,7 @@ def trace(
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
     passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
     references = [
-        (given, one_or_named(found), partial(_in_double, module, given))
+        Reference(given, one_or_named(found), partial(_in_double, module, given))
         for given, found in ((examples, expected), (examples[:1], alone))
         if found is not None
     ]
@@ -151,7 +151,7 @@ def _analysed(
     example: Batch,
     non_persistent: frozenset[str],
     unused: Mapping[str, int],
-    references: Sequence[tuple[Batch, Batch, InDouble]],
+    references: Sequence[Reference],
 ) -> Network:
     """Find the neuron groups, and check them.
 
@@ -163,7 +163,7 @@ def _analysed(
         example: A batch of its inputs.
         non_persistent: The names of the tensors that a ``state_dict`` leaves out.
         unused: The parameters that are no part of the network, and their bytes.
-        references: Inputs to check with, the module's outputs for them, and what computes these in double precision.
+        references: What the module computes, to check with.
 
     Returns:
         The network.
@@ -177,13 +177,13 @@ def _analysed(
         analysis = analyse(nodes, program.output, *entry)
         network = Network(analysis.graph, *entry, non_persistent, unused=unused)
         try:
-            check(network, analysis, *references[0])
+            check(network, analysis, references[0])
             break
         except UnsupportedModule:
             if nodes == opaque:
                 raise
     for reference in references[1:]:
-        compare(network, analysis, *reference)
+        compare(network, analysis, reference)
     remember(network, analysis)
     return network
 

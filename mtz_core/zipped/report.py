@@ -17,6 +17,22 @@ _NONE = "–"
 _NAMED = 3  # for so many tasks a table has each one's value, for more their range
 
 
+def noted_in_brief(notes: Mapping[str, str], does: str, do: str) -> str:
+    """Return the first of the notes on layers, with the layer's path and how many more there are.
+
+    Args:
+        notes: What is noted, by the layer's path; at least one note.
+        does: What is noted of one layer, as ``stays separate``.
+        do: The same of several.
+
+    Returns:
+        The note in words.
+    """
+    first = next(iter(notes))
+    more = f" and {len(notes) - 1} more" if len(notes) > 1 else ""
+    return f"{first!r}{more} {do if more else does}: {notes[first]}"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What zipping did to one layer.

@@ -151,25 +151,27 @@ def read_batches(folder: Path, split: str, size: int, labelled: bool = True) -> 
         yield _tensors(*_together(held))
 
 
-def largest_labels(folder: Path, split: str) -> dict[str, int]:
-    """Find the largest class number of a split; inputs stay unread.
+def class_ranges(folder: Path, split: str) -> dict[str, tuple[int, int]]:
+    """Find the least and the largest class number of a split; inputs stay unread.
 
     Args:
         folder: The data set's folder.
         split: `train`, `validation` or `test`.
 
     Returns:
-        The largest for each output that has class numbers, by its name; by ``""`` if there is one output.
+        Both for each output that has class numbers, by its name; by ``""`` if there is one output.
 
     Raises:
         InvalidData: The split is missing, unreadable or empty, or labels are less than 0.
     """
-    table, found = _Table.of(folder, split), dict[str, int]()
+    table, found = _Table.of(folder, split), dict[str, tuple[int, int]]()
     classes = [name for name in table.labels if pa.types.is_integer(table.schema.field(name).type)]
     for batch in table._batches(classes) if classes else ():
         for name in classes:
             output = "" if name == LABEL else name.removeprefix(LABEL_OF)
-            found[output] = max(found.get(output, 0), int(table._labels(batch.column(name), name).max()))
+            labels = table._labels(batch.column(name), name)
+            seen = (*found.get(output, ()), int(labels.min()), int(labels.max()))
+            found[output] = min(seen), max(seen)
     return found
 
 

@@ -69,7 +69,9 @@ def outputs_for(model: str, split: str, network: Network, inputs: Batch) -> Mapp
         ) from error
 
 
-def check_splits(params: Params, workspace: Workspace, model: str, network: Network) -> None:
+def check_splits(
+    params: Params, workspace: Workspace, model: str, network: Network, splits: Sequence[str] = SPLITS[1:]
+) -> None:
     """Check that a network, traced on training examples, accepts those of the other splits, too.
 
     Args:
@@ -77,11 +79,12 @@ def check_splits(params: Params, workspace: Workspace, model: str, network: Netw
         workspace: The workspace with the data.
         model: The model's name.
         network: The model's network, traced.
+        splits: The splits; all but that for training by default.
 
     Raises:
         InvalidData: A split is missing or cannot be read, or the network does not accept its examples.
     """
     folder = workspace.root / params.models[model].data
-    for split in SPLITS[1:]:
+    for split in splits:
         inputs, _ = next(read_batches(folder, split, _TRIED, labelled=False))
         outputs_for(model, split, network, inputs)

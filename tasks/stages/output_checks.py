@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mtz_core.batches import tensors_of
-from mtz_core.evaluation import check_labels
+from mtz_core.evaluation import check_classes, check_labels
 from mtz_core.network.graph import Network
 from mtz_core.settings import floors_by_name
 from mtz_core.statistics.calibration import as_batches
 from tasks.artifacts.paths import Workspace
-from tasks.data.examples import InvalidData, largest_labels, read_batches, read_examples
+from tasks.data.examples import class_ranges, read_batches, read_examples
 from tasks.models.metrics import find_metrics, names_of
 from tasks.models.outputs import loss_of_outputs, outputs_for
 from tasks.params import InvalidParams, Params, task_of
@@ -34,11 +34,11 @@ def check_outputs(params: Params, workspace: Workspace, model: str, network: Net
 
     Raises:
         InvalidCalibration: The settings declare an output that the network has not, or a kind that does not fit. Or
-            labels are not what the metric compares.
+            labels are not what the metric compares, or name classes that the network has not.
         InvalidConfig: A metric compares classes, and the outputs have none.
         InvalidParams: The settings name a metric or a floor of an output that is not there.
-        InvalidData: A metric or light retraining needs labels, and there are none, or labels are for other outputs or
-            classes. Or the network does not accept the test examples.
+        InvalidData: A metric or light retraining needs labels, and there are none, or labels are for other outputs. Or
+            the network does not accept the test examples.
     """
     outputs, folder = network.graph.outputs, workspace.root / params.models[model].data
     declared = params.models[model].declared_output
@@ -66,11 +66,9 @@ def check_outputs(params: Params, workspace: Workspace, model: str, network: Net
 
 
 def _check_classes(model: str, folder: Path, split: str, put_out: Mapping[str, Tensor]) -> None:
-    """Raises `InvalidData` if a split has class numbers that the network has not."""
-    largest = largest_labels(folder, split) if put_out else {}
+    """Raises `InvalidCalibration` if a split has class numbers that the network has not."""
+    ranges = class_ranges(folder, split) if put_out else {}
     for output, own in put_out.items():
-        if own.ndim > 1 and largest.get(output, 0) >= own.shape[1]:
-            raise InvalidData(
-                f"models.{model}.data: labels of {split} examples go up to {largest[output]}, but the network has "
-                f"{own.shape[1]} classes{f' in {output}' if output else ''}. Allowed: 0 to {own.shape[1] - 1}."
-            )
+        if own.ndim > 1 and output in ranges:
+            title = f"models.{model}.data: labels of {split} examples{f' for {output}' if output else ''}"
+            check_classes(*ranges[output], own.shape[1], title)

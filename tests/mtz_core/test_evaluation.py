@@ -1,6 +1,7 @@
 """Error rates, agreement and other metrics, counted by hand, with intervals."""
 
 from math import log
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from mtz_core.errors import InvalidCalibration, InvalidConfig
-from mtz_core.evaluation import METRICS, Case, Measured, error_rate, measure, metric_of, predict
+from mtz_core.evaluation import METRICS, Case, Measured, error_rate, measure, metric_of, metrics_by_task, predict
 from mtz_core.settings import METRIC_NAMES, Kind, Output
 from mtz_core.task_loss import TaskLoss
 
@@ -112,6 +113,35 @@ def test_the_interval_of_a_rate_is_wilsons() -> None:
     assert (found.low, found.high) == pytest.approx((100 * expected.low, 100 * expected.high), rel=1e-5)
     assert measured("error", outputs, labels * 0).high > 1, "no error in fifty examples proves little"
     assert measured("error", outputs, labels * 0).low == 0 and measured("error", outputs, labels * 0 + 1).high == 100
+
+
+BY_OUTPUT = {"logits": "error", "boxes": "correlation"}
+
+
+@pytest.mark.parametrize("metric", ["error", BY_OUTPUT, float])
+def test_metrics_hold_for_all_tasks(metric: Any) -> None:
+    assert metrics_by_task(metric, "ab", "abc") == {"a": metric, "b": metric}
+
+
+@pytest.mark.parametrize("metrics", [{"a": "error", "b": BY_OUTPUT}, {"b": "error", "a": float}])
+def test_metrics_may_be_given_for_each_task(metrics: Any) -> None:
+    assert metrics_by_task(metrics, "ab", "abc") == metrics
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"a": "error"}, r"^metric: names \['a'\], but the tasks that are measured are \['a', 'b'\]\.$"),
+        ({"a": "error", "b": "error", "c": "error"}, r"names \['a', 'b', 'c'\]"),
+        ({"a": "error", "x": "error"}, r"names \['a', 'x'\]"),
+        ({"x": BY_OUTPUT}, r"names \['x'\]"),
+        ({}, "the metric of 'a' names no output"),
+        ({"a": "error", "b": {}}, "the metric of 'b' names no output"),
+    ],
+)
+def test_metrics_of_other_tasks_or_of_none_are_refused(metrics: Any, message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        metrics_by_task(metrics, "ab", "abc")
 
 
 def test_a_function_of_ones_own() -> None:

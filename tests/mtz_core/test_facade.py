@@ -180,7 +180,7 @@ def test_what_is_no_dict_by_task_is_named(calibration: dict[str, Tensor]) -> Non
         mtz.retrain(zipped, networks(), calibration, mtz.RetrainConfig())  # type: ignore[arg-type]
     with pytest.raises(mtz.InvalidConfig, match=r"^test is a Tensor\. Give a dict by task"):
         mtz.evaluate(zipped, calibration["a"])  # type: ignore[arg-type]
-    with pytest.raises(mtz.InvalidConfig, match=r"^metric names no output\. Give one metric"):
+    with pytest.raises(mtz.InvalidConfig, match=r"the metric of .a. names no output\. Give one metric"):
         mtz.evaluate(zipped, calibration, metric={})
 
 
@@ -535,6 +535,9 @@ def test_evaluate_compares_with_the_originals(zipped: mtz.ZippedNetwork) -> None
         assert found[task].interval[0] <= found[task].error + 1e-9 < found[task].interval[1]
     assert mtz.evaluate(zipped, {"a": test["a"]}) == {"a": mtz.Evaluation(found["a"].error, found["a"].interval)}
     assert mtz.evaluate(zipped, test, metric="top5_error")["a"].error == 0.0
+    mixed = mtz.evaluate(zipped, test, originals=originals, metric={"a": "error", "b": "output_error"})
+    assert mixed["a"] == found["a"]
+    assert mixed["b"] == mtz.evaluate(zipped, {"b": x}, originals=originals, metric="output_error")["b"]
 
 
 @pytest.mark.parametrize(

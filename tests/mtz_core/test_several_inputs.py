@@ -13,9 +13,11 @@ from torch import Tensor, nn
 import mtz_core as mtz
 from mtz_core.batches import NamedTensors, concatenated, signature_of
 from mtz_core.errors import InvalidCalibration
+from mtz_core.merging.compatibility import separate_layers
 from mtz_core.network.graph import INPUT, Network
 from mtz_core.network.tracing import trace
 from mtz_core.statistics.calibration import as_batches
+from mtz_core.zipped.report import noted_in_brief
 from tests.support.networks import zip_traced
 from tests.support.several import FEATURES, encoder, masked, numbers, read_again
 
@@ -115,6 +117,84 @@ def test_neurons_that_meet_an_input_one_by_one_are_tied_to_it() -> None:
     assert network.graph.hidden_widths == {"first": 9}
     assert network.graph.columns["more"].groups == (INPUT,)
     assert not network.graph.columns["first"].groups
+
+
+class Masked(nn.Module):
+    """A mask over neurons, over the positions that attention sees, or over those that are averaged."""
+
+    def __init__(self, over: str) -> None:
+        super().__init__()
+        self.first, self.last, self.over = nn.Linear(5, 8), nn.Linear(8, 3), over
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            x, mask = x.split([5, 1], -1)
+        h = self.first(x).relu()
+        if self.over == "neurons":
+            h = h * mask
+        elif self.over == "positions":
+            h = self.attention(h, h, h, key_padding_mask=mask, need_weights=False)[0]
+        else:
+            h = h * (mask if mask.ndim == 3 else mask[..., None])
+        out: Tensor = self.last(h.mean(1) if h.ndim == 3 else h)
+        return out
+
+
+def kept(*shape: int) -> Tensor:
+    return torch.arange(40 * torch.Size(shape).numel()).reshape(40, *shape) % 3 != 1
+
+
+BOUND: dict[str, tuple[str, Any, Data, str]] = {
+    "neurons": (
+        "neurons",
+        {"x": torch.randn(40, 5), "mask": kept(8).float()},
+        {"x": torch.randn(40, 5), "mask": kept(8)},
+        "'first' stays separate: its neurons meet the input 'mask' one by one, in 'mul.Tensor:",
+    ),
+    "padding": (
+        "positions",
+        {"x": torch.randn(40, 4, 5), "mask": -1e9 * kept(4).float()},
+        {"x": torch.randn(40, 4, 5), "mask": kept(4)},
+        "'attention.in_proj' stays separate: its neurons meet the input 'mask' one by one, in 'scaled_dot_product",
+    ),
+    "part of the one input": (
+        "averaged",
+        torch.cat([torch.randn(40, 4, 5), kept(4, 1).float()], -1),
+        {"x": torch.randn(40, 4, 5), "mask": kept(4)},
+        "'first' stays separate: its neurons meet the input one by one, in 'mul.Tensor:",
+    ),
+}
+
+
+@pytest.mark.parametrize(("over", "given", "remedied", "told"), BOUND.values(), ids=BOUND)
+def test_neurons_that_a_mask_binds_are_told_with_a_remedy_that_works(
+    over: str, given: Any, remedied: Data, told: str
+) -> None:
+    networks = {"a": Masked(over), "b": Masked(over)}
+    bound = {task: trace(network, given) for task, network in networks.items()}
+    separate = separate_layers(bound)
+    layer = told.split("'")[1]
+    assert noted_in_brief(separate, "stays separate", "stay separate").startswith(told)
+    assert "of its own, of booleans (torch.bool)" in separate[layer]
+    zipped = zip_traced(bound, dict.fromkeys(networks, given), mtz.ZipConfig(share=1.0))
+    assert {own.layer: own.note for own in zipped.report.layers if own.note} == separate
+    free = {task: trace(network, remedied) for task, network in networks.items()}
+    assert not separate_layers(free)
+    assert layer in free["a"].graph.hidden_widths
+
+
+def test_outputs_that_meet_an_input_are_outputs() -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.last(self.first(x).relu())
+            return out
+
+    assert not separate_layers({task: trace(Denoiser(), torch.randn(4, 6)) for task in "ab"})
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.spec.overrides import merge
 from mtz_core.evaluation import METRICS
 from mtz_core.settings import Budget, Output, RetrainConfig, ZipConfig
 from tasks.params import InvalidParams, load_params, read_yaml, validate
@@ -49,6 +52,60 @@ def test_defaults_are_those_of_the_core(content: dict[str, Any]) -> None:
     params = validate(content, "shipped")
     assert params.zip_config() == ZipConfig(share=1.0, outputs=dict.fromkeys(params.models, Output("logits")))
     assert params.retrain.config() == RetrainConfig()
+
+
+def numbers(block: dict[str, Any], path: str = "") -> Iterator[tuple[str, type]]:
+    """The paths and types of all numbers in a block of settings, and of those that it leaves open."""
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{path}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{path}{key}", type(value)
+    if not path:
+        yield from [("match.budget.size", float), ("match.budget.floor", float), ("match.balance.digits", float)]
+        yield from [("match.budget.floor.digits", float), ("match.share.fc1", int), ("register.floors.digits", float)]
+        yield from [("flow.workers", int), ("flow.heavy", int), ("flow.memory", float)]
+        yield from [("models.digits.output.tolerance", float), ("models.digits.output.boxes.tolerance", float)]
+
+
+def test_a_number_with_a_comma_is_told_with_its_key_and_how_to_write_it(content: dict[str, Any]) -> None:
+    content["models"] = {"digits": next(iter(content["models"].values()))}
+    content["pretrain"] = {}
+    found = dict(numbers(validate(content, "p").model_dump()))
+    assert len(found) > 25
+    for path, kind in found.items():
+        for given in ("0,5", "1,000"):
+            wrong: Any = copy.deepcopy(content)
+            changes: Any = given
+            for key in reversed(path.split(".")):
+                changes = {key: changes}
+            if "output" in path:
+                changes["models"]["digits"]["output"] = nested_kind(changes["models"]["digits"]["output"])
+            with pytest.raises(InvalidParams) as told:
+                validate(merge(wrong, changes), "p")
+            remedy = f"the decimal sign is a point: {given.replace(',', '.')}"
+            if kind is int:
+                remedy = "write digits alone, as in 1000" if given == "1,000" else "whole numbers alone are allowed"
+            number = "number" if kind is float else "whole number"
+            assert str(told.value) == f"p: {path}: {given!r} is no {number}; {remedy}"
+
+
+def nested_kind(output: dict[str, Any]) -> dict[str, Any]:
+    """A declared output, or several, with a kind beside the tolerance."""
+    if "tolerance" in output:
+        return {"kind": "regression", **output}
+    return {name: nested_kind(own) for name, own in output.items()}
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path, content: dict[str, Any]) -> None:
+    text = SHIPPED.read_text()
+    assert "damping: 5e-3" in text or "damping: 0.005" in text
+    file = tmp_path / "params.yaml"
+    file.write_text(re.sub(r"damping: \S+", "damping: 5e-3", text))
+    assert read_yaml(file)["match"]["damping"] == "5e-3"
+    assert load_params(file) == load_params(SHIPPED)
+    with pytest.raises(InvalidParams, match=r"retrain\.iterations: '1e2' is no whole number; .*, as in 100$"):
+        validate(changed(content, "retrain.iterations", "1e2"), "p")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +300,8 @@ def test_missing_keys_are_named(content: dict[str, Any]) -> None:
     [
         ("- a\n- b\n", "a mapping of blocks"),
         ("", "is empty, and should"),
+        ("a: {b: 1, damping: 0,001}", "line 1, column 20: damping: 0,001 is no number; .* a point: 0.001"),
+        ("a: {b: 0,5, c: 0,5}", "b: 0,5 is no number"),
         ("a: [", "not valid YAML: line 1, column 5: "),
         ("a: 1\n\tb: 2\n", r"line 2, column 1: .* character '\\t' .*; indent with spaces\.$"),
         ("a: 1\n  b: 2\n", r"line 2, column 4: mapping values are not allowed here\.$"),

@@ -139,6 +139,13 @@ def test_everything_is_told_as_it_is_found_right(project: Path, registries: list
     assert registries == ["embedded"]
 
 
+def test_layers_that_will_stay_separate_are_told(
+    project: Path, registries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "check_networks", lambda *_: {"0": "only a has it", "2": "only b has it"})
+    assert everything(project, ["good"])[2] == "  '0' and 1 more stay separate: only a has it"
+
+
 def test_weights_may_be_a_folder(project: Path, registries: list[str]) -> None:
     (project / "networks" / "many").mkdir()
     (project / "networks" / "b.safetensors").rename(project / "networks" / "many" / "model-1-of-1.safetensors")
@@ -188,7 +195,9 @@ def test_labels_that_are_counted_from_one_are_told(project: Path, registries: li
     labels = pa.array([1 + label % 10 for label in range(len(table))], table.schema.field("label").type)
     place = table.schema.get_field_index("label")
     pq.write_table(table.set_column(place, "label", labels), project / "data" / "b" / "test.parquet")
-    with pytest.raises(MtzError, match=r"models\.b\.data: labels of test .* up to 10, .* 10 classes\. Allowed: 0 to 9"):
+    with pytest.raises(
+        MtzError, match=r"models\.b\.data: labels of test .* from 1 to 10, .* 10 classes\. Allowed: .* 9"
+    ):
         everything(project, ["good"])
     assert everything(project, ["good"], "models.b.metric=agreement")
 

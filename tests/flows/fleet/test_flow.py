@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from flows.fleet import choose, flow
 from flows.fleet.flow import FleetBusy, FleetRun, zip_fleet
 from flows.jobs.executor import Done
 from flows.processes import servers
-from flows.results import webhook
+from flows.results import progress, webhook
 from flows.results.fleet_result import FleetFailed, last_run
 from flows.results.group_report import GroupReport
 from flows.spec.fleet_file import read_fleet
@@ -234,6 +236,17 @@ class TestPlanner:
             ("b", "model", "refused"),
         ]
         assert "a.safetensors" in plan.failed[0].reason
+
+    def test_a_model_that_there_is_no_other_for_is_not_measured_but_told(
+        self, run: FleetRun, root: Path, store: Storage, jobs: Jobs, compared: list[Any]
+    ) -> None:
+        listed = textwrap.dedent(DECLARED).replace("groups: auto", "groups: {pair: {models: [a, b]}}\nauto: {size: 2}")
+        (root / "fleet.yaml").write_text(listed)
+        told = io.StringIO()
+        with progress.shown(Console(file=told, width=100)):
+            plan = opened(root, store, jobs).plan()
+        assert ([group.name for group in plan.groups], plan.choice, compared, jobs.jobs) == (["pair"], None, [], [])
+        assert told.getvalue() == "[planner] c stays alone: no other model is to be grouped\n"
 
     def test_groups_that_the_file_lists_need_no_planner(
         self, run: FleetRun, root: Path, store: Storage, jobs: Jobs, compared: list[Any]

@@ -172,6 +172,11 @@ def test_a_group_that_yaml_takes_for_something_else_is_refused(files: tuple[Path
         ),
         (f"version: 2\nname: 1.10\n{MODELS}\ngroups: auto", "name: YAML takes the value for 1.1, which is no text"),
         (f"version: 2\n{MODELS}\ngroups: {{x: {{models: [a]}}}}", "list should have at least 2 items, not ['a']"),
+        (
+            f"version: 2\n{MODELS}\ngroups: auto\nauto:\n  similarity: 0,5",
+            "auto.similarity: '0,5' is no number; the decimal",
+        ),
+        (f"version: 2\n{MODELS}\ngroups: auto\nauto: {{similarity: 0,5}}", "similarity: 0,5 is no number; the decimal"),
         ("- x", "should hold a mapping"),
         (": [", "is not valid YAML"),
     ],

@@ -78,6 +78,11 @@ def test_a_value_that_is_no_yaml_is_told() -> None:
         parse_setting("a=[")
 
 
+def test_a_number_with_a_comma_is_told() -> None:
+    with pytest.raises(InvalidFleet, match=r"damping: 0,001 is no number; the decimal sign is a point: 0\.001"):
+        parse_setting("match={damping: 0,001}")
+
+
 def test_a_likely_name_is_suggested() -> None:
     assert suggest("lenet", ["vgg", "lenet5"]) == "; did you mean 'lenet5'?"
     assert suggest("zzz", ["vgg", "lenet5"]) == suggest("zzz", []) == "."

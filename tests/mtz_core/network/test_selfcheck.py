@@ -16,7 +16,7 @@ from mtz_core.errors import UnsupportedModule
 from mtz_core.network.graph import Network
 from mtz_core.network.groups import Analysis, analyse
 from mtz_core.network.operations import OPERATIONS, Operation, pointwise
-from mtz_core.network.selfcheck import TOLERANCE, check
+from mtz_core.network.selfcheck import TOLERANCE, Reference, check
 from mtz_core.network.ties import Ties, compress
 from mtz_core.network.tracing import trace
 from tests.support.written import Apply
@@ -118,11 +118,11 @@ def test_the_check_compares_with_the_module() -> None:
     network, analysis = traced(module, x)
     y = module(x).detach()
     state, before = copy.deepcopy(dict(network.state)), x.clone()
-    check(network, analysis, x, y)
-    check(network, analysis, x, y * (1 + TOLERANCE / 10))
+    check(network, analysis, Reference(x, y))
+    check(network, analysis, Reference(x, y * (1 + TOLERANCE / 10)))
     for wrong in (y + 0.1, y[:, :2], torch.full_like(y, torch.nan), -y):
         with pytest.raises(UnsupportedModule, match="does not compute what the module does"):
-            check(network, analysis, x, wrong)
+            check(network, analysis, Reference(x, wrong))
     assert torch.equal(x, before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state.items())
 
@@ -189,7 +189,7 @@ def test_neurons_that_are_mistaken_are_found_in_spite_of_rounding() -> None:
 def test_a_network_that_passes_at_once_is_not_run_in_double_precision() -> None:
     network, analysis = traced(residual(), torch.randn(5, 4))
     x = torch.randn(5, 4)
-    check(network, analysis, x, residual_of(network, x), lambda: pytest.fail("the module is run again"))
+    check(network, analysis, Reference(x, residual_of(network, x), lambda: pytest.fail("the module is run again")))
 
 
 def test_neurons_of_different_classes_are_left_in_their_places() -> None:
@@ -200,7 +200,7 @@ def test_neurons_of_different_classes_are_left_in_their_places() -> None:
     x = torch.randn(5, 4)
     with torch.no_grad():
         y = residual_of(network, x)
-    check(network, unpermuted, x, y)
+    check(network, unpermuted, Reference(x, y))
 
 
 def residual_of(network: Network, x: Tensor) -> Tensor:
@@ -214,9 +214,9 @@ def test_infinite_outputs_are_compared_by_their_place() -> None:
     x = torch.randn(5, 4)
     network, analysis = traced(module, x)
     y = module(x).detach()
-    check(network, analysis, x, y)
+    check(network, analysis, Reference(x, y))
     with pytest.raises(UnsupportedModule, match="does not compute"):
-        check(network, analysis, x, y.flip(1))
+        check(network, analysis, Reference(x, y.flip(1)))
 
 
 def masked(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tasks.data import examples
-from tasks.data.examples import InvalidData, largest_labels, read_batches, read_examples, read_images, read_labelled
+from tasks.data.examples import InvalidData, class_ranges, read_batches, read_examples, read_images, read_labelled
 
 
 @pytest.fixture(autouse=True)
@@ -228,15 +228,15 @@ def test_folders_that_are_not_whole(tmp_path: Path, values: np.ndarray) -> None:
         read_images(tmp_path, "train")
 
 
-def test_the_largest_labels_are_found_without_inputs(tmp_path: Path) -> None:
+def test_the_range_of_class_numbers_is_found_without_inputs(tmp_path: Path) -> None:
     unreadable = pa.array([{"bytes": b"no image"}] * 4, pa.struct({"bytes": pa.binary()}))
-    pq.write_table(pa.table({"image": unreadable, "label": [3, 0, 7, 1]}), tmp_path / "test.parquet")
-    assert largest_labels(tmp_path, "test") == {"": 7}
+    pq.write_table(pa.table({"image": unreadable, "label": [3, 0, 1, 7]}), tmp_path / "test.parquet")
+    assert class_ranges(tmp_path, "test") == {"": (0, 7)}
     columns = {"image": unreadable, "label.kind": [1, 0, 1, 1], "label.place": [0.5, 1.5, 2.0, 0.0]}
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
-    assert largest_labels(tmp_path, "train") == {"kind": 1}
+    assert class_ranges(tmp_path, "train") == {"kind": (0, 1)}
     pq.write_table(pa.table({"image": unreadable}), tmp_path / "validation.parquet")
-    assert largest_labels(tmp_path, "validation") == {}
+    assert class_ranges(tmp_path, "validation") == {}
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 10, 99])
@@ -281,15 +281,15 @@ PEAK = """
 import sys
 from pathlib import Path
 from tasks.data.examples import read_batches, read_images
-from tests.support.memory import peak_kilobytes
+from tasks.progress import peak_memory
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
 read_images(folder, "validation")
 list(read_batches(folder, "validation", 100))
-before = peak_kilobytes()
+before = peak_memory()
 rows = len(read_images(folder, "train", 50)) if how == "sample" else 0
 rows = rows or sum(len(batch) for batch, _ in read_batches(folder, "train", 500))
-print(rows, peak_kilobytes() - before)
+print(rows, (peak_memory() - before) // 1024)
 """
 
 

@@ -305,7 +305,7 @@ def test_a_floor_without_validation_data(project: Path, capsys: pytest.CaptureFi
     images, labels = np.zeros((3, 6, 6), np.uint8), np.array([0, 1, 2])
     write_images(Path("data/a/validation.parquet"), images, labels + CLASSES)
     message = refused(capsys, "match")
-    assert "the labels of 'a' go from 6 to 8, but its network has 6 classes" in message
+    assert "the labels of 'a' go from 6 to 8, but the network has 6 classes" in message
     write_images(Path("data/a/validation.parquet"), np.zeros((3, 5, 5), np.uint8), labels)
     assert "models.a.data: validation images have shape [1, 5, 5], training images [1, 6, 6]" in refused(
         capsys, "match"
@@ -330,7 +330,7 @@ def test_errors_are_measured_as_the_model_says(project: Path, capsys: pytest.Cap
     assert tasks["a"]["error_zipped"] == pytest.approx(100 * float(wrong))
     assert "a: top5_error " in capsys.readouterr().out
     write_images(Path("data/b/test.parquet"), np.zeros((2, 6, 6), np.uint8), np.array([0, CLASSES]))
-    assert "the labels of 'b' go from 0 to 6, but its network has 6 classes" in refused(capsys, "evaluate")
+    assert "the labels of 'b' go from 0 to 6, but the network has 6 classes" in refused(capsys, "evaluate")
 
 
 def test_few_calibration_rows_are_warned_of(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[3]
 
 EVALUATE = """
 from tasks.__main__ import main
-from tests.support.memory import peak_kilobytes
+from tasks.progress import peak_memory
 
 assert main(["evaluate"]) == 0
-print(peak_kilobytes())
+print(peak_memory() // 1024)
 """
 
 

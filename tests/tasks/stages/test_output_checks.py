@@ -67,13 +67,31 @@ def project(root: Path, shape: str = "classes", labels: Any = None, **changes: A
     return root
 
 
+class Streamed(nn.Module):
+    """Adds its input to what it has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores."""
+        scores: Tensor = self.last(x + self.second(self.first(x).relu()))
+        return scores
+
+
 def check(root: Path) -> None:
     check_networks(root, load_params(root / "params.yaml"))
 
 
 NUMBERS = np.arange(EXAMPLES) % CLASSES
 WRONG: dict[str, tuple[str, Any, str | None, str]] = {
-    "from one": ("classes", NUMBERS + 1, None, r"labels of test examples go up to 5, .* 5 classes\. Allowed: 0 to 4"),
+    "from one": (
+        "classes",
+        NUMBERS + 1,
+        None,
+        r"labels of test examples go from 1 to 5, .* 5 classes\. Allowed: .* 4",
+    ),
     "fractions": ("classes", NUMBERS + 0.5, None, r"have shape \[2\], but its outputs \[2, 5\]"),
     "fractions as classes": ("classes", NUMBERS + 0.5, "error", "whole numbers from 0 to 4"),
     "classes as indicators": ("classes", NUMBERS, "average_precision", "Give a number for each"),
@@ -117,7 +135,7 @@ def test_labels_that_evaluation_reads_otherwise_are_left_alone(
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_labels_that_light_retraining_would_refuse_are_refused(tmp_path: Path, split: str) -> None:
     project(tmp_path, labels={"train": NUMBERS, "validation": NUMBERS, split: NUMBERS + 1}, retrain={"labels": 0.5})
-    with pytest.raises(MtzError, match=rf"labels of {split} examples go up to 5.* Allowed: 0 to 4"):
+    with pytest.raises(MtzError, match=rf"labels of {split} examples go from 1 to 5.* Allowed: .* 4"):
         check(tmp_path)
 
 
@@ -173,3 +191,11 @@ def test_examples_that_a_network_yet_to_be_trained_does_not_accept_are_refused(t
     pq.write_table(pa.table({"input": [[1.0] * 7] * EXAMPLES}), tmp_path / "data" / "a" / "test.parquet")
     with pytest.raises(MtzError, match=r"test examples have shape \[7\]"):
         check_outputs(params, workspace, "a", network, trained=False)
+
+
+def test_layers_that_will_stay_separate_are_told(tmp_path: Path) -> None:
+    root = project(tmp_path, match={"share": 1.0}, model={"network": f"{__name__}:Streamed", "arguments": {}})
+    save_file(Streamed().state_dict(), root / "networks" / "a.safetensors")
+    ((layer, why),) = check_networks(root, load_params(root / "params.yaml")).items()
+    assert layer == "second"
+    assert why.startswith("its neurons meet the input one by one, in 'add.Tensor:")

@@ -305,7 +305,7 @@ def test_test_labels_are_needed(project: Path, capsys: pytest.CaptureFixture[str
     Path("params.yaml").write_text(yaml.safe_dump(params))
     assert "models.b.metric: error needs labels" in refused(capsys)
     write_images(path, np.zeros((2, 4, 4), np.uint8), np.array([0, CLASSES]))
-    assert "the labels of 'b' go from 0 to 4, but its network has 4 classes" in refused(capsys)
+    assert "the labels of 'b' go from 0 to 4, but the network has 4 classes" in refused(capsys)
 
 
 def test_earlier_stages_are_needed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
