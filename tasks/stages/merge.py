@@ -49,9 +49,7 @@ def run(params: Params, workspace: Workspace) -> None:
     }
     started = time.perf_counter()
     plan = read_pairings(workspace)
-    merging = walk.merge(
-        traced, plan.pairings, params.zip_config(), plan.descent, plan.keep, plan.damping, plan.bits
-    )
+    merging = walk.merge(traced, plan.pairings, params.zip_config(), plan.descent, plan.keep, plan.damping, plan.bits)
     for step in merging:
         if isinstance(step, ZippedNetwork):
             zipped = step

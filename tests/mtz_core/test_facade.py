@@ -264,7 +264,7 @@ def test_every_step_is_reported_in_order(calibration: dict[str, Tensor], caplog:
 
 def test_plans_of_a_budget_are_reported(calibration: dict[str, Tensor]) -> None:
     steps: list[mtz.Progress] = []
-    config = mtz.ZipConfig(budget=mtz.Budget(size=0.7), refit_rounds=0)
+    config = mtz.ZipConfig(budget=mtz.Budget(size=0.7, moves=("share", "drop")), refit_rounds=0)
     found = mtz.zip_networks(networks(), calibration, config, on_progress=steps.append)
     assert found.report.stored_bytes <= 0.7 * found.report.original_bytes
     assert {"drop only", "share only"} <= {step.what for step in steps if step.stage == "plan"}
