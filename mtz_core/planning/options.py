@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -121,6 +122,11 @@ class Options:
         common = sizes.owners.sum(axis=1) > 1
         kept, shared = (counts @ sizes.owners).T, counts[:, common].sum(axis=1)
         return cls(paths, path_, gone_, counts, kept, shared, sharing.T, dropping.T, starts)
+
+    @cached_property
+    def numbers(self) -> Float64[np.ndarray, "states owners"]:
+        """The counts as floating-point numbers, whose products are faster."""
+        return self.counts.astype(np.float64)
 
     def damage(self, prices: Prices) -> Float64[np.ndarray, " states"]:
         """Compute the weighted damage of every state, over all tasks."""

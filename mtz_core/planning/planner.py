@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, exp, log
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from mtz_core.errors import InvalidConfig
 from mtz_core.merging.compatibility import check_compatible
@@ -23,7 +23,7 @@ from mtz_core.network.narrowing import Dropper, Keep
 from mtz_core.planning.dropping import Reader, readers
 from mtz_core.planning.families import ways_to_share
 from mtz_core.planning.options import Options, Prices, options
-from mtz_core.planning.precision import Around, Precisions
+from mtz_core.planning.precision import Precisions
 from mtz_core.planning.sizes import Bits, Counts, Sizes, owner_sets
 from mtz_core.settings import Move, ZipConfig
 from mtz_core.statistics.traced import Traced
@@ -157,7 +157,8 @@ class Planner:
             self.options[name] = options(name, ways, reading, self.sizes, name in droppable, self._balance)
         self.precisions = Precisions(list(traced.values()), self.sizes, config.fixed_damping, "round" in moves)
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
-        self._known: dict[tuple[str, tuple[int, ...]], Around] = {}
+        self._priced: Prices | None = None
+        self._damages: dict[str, Float64[np.ndarray, " states"]] = {}
 
     @property
     def original_bytes(self) -> int:
@@ -314,38 +315,33 @@ class Planner:
 
     def _descend(self, states: States, price: float, prices: Prices) -> Choice:
         states = dict(states)
-        damage = {name: table.damage(prices) for name, table in self.options.items()}
         while True:
-            bits = self.precisions.best(self._counts(states), price, prices)
+            choice = Choice(states, self.precisions.best(self._counts(states), price, prices))
             changed = False
             for name in self.options:
-                bytes_, rounding = self.precisions.costs_around(self._around(name, states), name, bits, prices)
-                cost = damage[name] + rounding + price * bytes_
-                choice = int(np.argmin(cost))
-                if cost[choice] < cost[states[name]] - 1e-12 * abs(cost[states[name]]):
-                    states[name], changed = choice, True
+                bytes_, damage = self._around(name, choice, prices)
+                cost = damage + price * bytes_
+                best = int(np.argmin(cost))
+                if cost[best] < cost[states[name]] - 1e-12 * abs(cost[states[name]]):
+                    states[name], changed = best, True
             if not changed:
-                return Choice(states, bits)
+                return choice
 
     def _fill(self, choice: Choice, budget: float, prices: Prices) -> Choice:
         """Spend what is left of the budget where it saves most damage."""
         while True:
             best, most = choice, 0.0
             spare = budget - self._bytes(choice)
-            for name, table in self.options.items():
-                bytes_, damage = self.precisions.costs_around(
-                    self._around(name, choice.states), name, choice.bits, prices
-                )
-                damage, now = table.damage(prices) + damage, choice.states[name]
+            for name, now in choice.states.items():
+                bytes_, damage = self._around(name, choice, prices)
                 gain = np.where(bytes_ - bytes_[now] <= spare, damage[now] - damage, -np.inf)
                 found = int(np.argmax(gain))
                 if gain[found] > most + 1e-12 * damage[now]:
                     other = replace(choice, states={**choice.states, name: found})
                     if self._bytes(other) <= budget:  # packing may round up
                         best, most = other, gain[found]
-            for layer, owners, more, saved in self.precisions.finer(
-                self._counts(choice.states), choice.bits, spare, prices
-            ):
+            counts = self._counts(choice.states)
+            for layer, owners, more, saved in self.precisions.finer(counts, choice.bits, spare, prices):
                 if saved > most * (1 + 1e-12):
                     own = choice.bits[layer].copy()
                     own[owners] = more
@@ -356,14 +352,22 @@ class Planner:
                 return choice
             choice = best
 
-    def _around(self, name: str, states: States) -> Around:
-        """What depends on a group, given the states of the others; kept, since the same is asked for again."""
-        near = {other: states[other] for other in self._near[name]}
-        key = name, tuple(near.values())
-        if key not in self._known:
-            counts = {**self._counts(near), name: self.options[name].counts}
-            self._known[key] = self.precisions.around(name, counts)
-        return self._known[key]
+    def _around(
+        self, name: str, choice: Choice, prices: Prices
+    ) -> tuple[Float64[np.ndarray, " states"], Float64[np.ndarray, " states"]]:
+        """The bytes and the damage that depend on a group, in each of its states."""
+        near = self._counts({other: choice.states[other] for other in self._near[name]})
+        counts = {**near, name: self.options[name].numbers}
+        bytes_, damage = self.precisions.around(name, counts, choice.bits, prices)
+        return bytes_, self._damage(name, prices) + damage
+
+    def _damage(self, name: str, prices: Prices) -> Float64[np.ndarray, " states"]:
+        """The damage of sharing and dropping in every state of a group; kept while prices are the same."""
+        if self._priced is not prices:
+            self._priced, self._damages = prices, {}
+        if name not in self._damages:
+            self._damages[name] = self.options[name].damage(prices)
+        return self._damages[name]
 
     def _counts(self, states: States) -> dict[str, Int64[np.ndarray, " owners"]]:
         """How many neurons each set of owners has in each of these groups."""
@@ -373,7 +377,7 @@ class Planner:
         return self.sizes.stored(self._counts(choice.states), choice.bits)
 
     def _objective(self, choice: Choice, price: float, prices: Prices) -> float:
-        damage = sum(float(table.damage(prices)[choice.states[name]]) for name, table in self.options.items())
+        damage = sum(float(self._damage(name, prices)[state]) for name, state in choice.states.items())
         rounding = self.precisions.damage(self._counts(choice.states), choice.bits, prices)
         return damage + rounding + price * self._bytes(choice)
 

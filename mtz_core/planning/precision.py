@@ -9,7 +9,6 @@ along, and a row that several tasks share does its damage to each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
@@ -28,23 +27,6 @@ from mtz_core.zipped.structure import scale_name
 
 SAMPLED = 128
 """The number of a layer's rows on which the damage of rounding is measured."""
-
-
-@dataclass(frozen=True, eq=False)
-class Around:
-    """What depends on one group: the rows of every set of owners in each of the layers around it.
-
-    Attributes:
-        fixed: The bytes of what is never rounded, in every state of the group; one number if it is the same in all.
-        rows: The number of rows.
-        values: The number of weights in these rows.
-        felt: The number of these weights that each task has; of none where nothing is to be rounded.
-    """
-
-    fixed: Int64[np.ndarray, " _states"]
-    rows: Float64[np.ndarray, "states sets"]
-    values: Float64[np.ndarray, "states sets"]
-    felt: Float64[np.ndarray, "tasks states _sets"]
 
 
 class Precisions:
@@ -137,51 +119,41 @@ class Precisions:
             best = int(saved[layer, owners].argmax())
             yield self._sizes.layers[layer], owners, self.offered[best], float(saved[layer, owners, best])
 
-    def around(self, group: str, counts: Counts) -> Around:
-        """Prepare what depends on a group.
+    def around(
+        self, group: str, counts: Counts, bits: Bits, prices: Prices
+    ) -> tuple[Float64[np.ndarray, " states"], Float64[np.ndarray, " states"]]:
+        """Compute the bytes and the weighted damage of rounding that depend on a group, in each of its states.
+
+        A layer's rows and columns are linear in the counts of their groups. So is the rest, but in layers that both
+        read and write the group.
 
         Args:
             group: The group.
             counts: How many neurons each set of owners has, of the group in every state, of its neighbours in one.
-
-        Returns:
-            What it is.
-        """
-        states, owners = len(counts[group]), self._sizes.owners
-        parts = [self._extents(layer, counts) for layer in self._sizes.layers_around(group)]
-        wide = [[np.broadcast_to(own, (states, own.shape[-1])) for own in part] for part in parts]
-        rows = np.concatenate([own for own, _, _ in wide], axis=1).astype(np.float64)
-        values = np.concatenate([own for _, own, _ in wide], axis=1).astype(np.float64)
-        felt = np.zeros((owners.shape[1], states, 0))
-        if self.rounds:
-            each = [(own.T[:, None] * columns.T * owners[:, :, None]).transpose(1, 2, 0) for own, _, columns in wide]
-            felt = np.concatenate(each, axis=2).astype(np.float64)
-        return Around(self._sizes.fixed_around(group, counts), rows, values, felt)
-
-    def costs_around(
-        self, around: Around, group: str, bits: Bits, prices: Prices
-    ) -> tuple[Float64[np.ndarray, " states"], Float64[np.ndarray, " states"]]:
-        """Compute the bytes and the weighted damage of rounding around a group, in each of its states.
-
-        Args:
-            around: What depends on the group.
-            group: The group.
             bits: The bits of every layer.
             prices: How damage counts.
 
         Returns:
             The bytes, but for what packing rounds up, and the damage.
         """
-        layers = [self._number[layer] for layer in self._sizes.layers_around(group)]
-        chosen = [self._index(bits[self._sizes.layers[layer]]) for layer in layers]
-        per_row = np.concatenate([self._per_row[layer, own] for layer, own in zip(layers, chosen, strict=True)])
-        per_value = self._per_value[np.concatenate(chosen)]
-        bytes_ = around.fixed + around.rows @ per_row + around.values @ per_value
-        if not self.rounds:
-            return bytes_, np.zeros(len(bytes_))
-        each = np.concatenate([self._each[layer][:, own] for layer, own in zip(layers, chosen, strict=True)], axis=1)
-        weighed = prices.rounding * prices.tasks[:, None] * each
-        return bytes_, (around.felt @ weighed[:, :, None]).sum(axis=0)[:, 0]
+        states, owners = counts[group], self._sizes.owners
+        slopes, total = np.zeros((2, len(owners))), np.zeros((2, 1))
+        here = {**counts, group: 0 * states[:1]}
+        for layer in self._sizes.layers_around(group):
+            number, chosen = self._number[layer], self._index(bits[layer])
+            per_row, per_value = self._per_row[number, chosen], self._per_value[chosen]
+            felt = prices.rounding * owners * (prices.tasks[:, None] * self._each[number][:, chosen]).T
+            row_slots, column_slots = self._sizes.slots(layer, group)
+            rows, columns = self._sizes.extents(layer, here if row_slots is None or column_slots is None else counts)
+            of_row = np.stack([per_row + per_value * (columns @ self._sizes.meet), (columns @ owners) @ felt.T])
+            total = total + (rows * of_row).sum(axis=-1).reshape(2, -1)
+            if column_slots is None:
+                slopes += of_row.reshape(2, -1) @ row_slots.T
+            elif row_slots is None:
+                own = rows.reshape(-1)
+                slopes += np.stack([self._sizes.meet @ (own * per_value), owners @ (own @ felt)]) @ column_slots.T
+        bytes_, damage = total + (states @ slopes.T).T
+        return bytes_ + self._sizes.fixed_around(group, counts), damage
 
     def _index(self, bits: Int64[np.ndarray, " owners"]) -> Int64[np.ndarray, " owners"]:
         return np.searchsorted(-np.array(self.offered), -bits)

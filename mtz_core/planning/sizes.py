@@ -192,6 +192,11 @@ class Sizes:
         table = self._by_layer[layer]
         return table.rows.length(counts), table.columns.length(counts)
 
+    def slots(self, layer: str, group: str) -> tuple[Any, Any]:
+        """How a layer's rows and columns grow with the counts of a group, ``[owners, owners]``; None if they do not."""
+        table = self._by_layer[layer]
+        return table.rows.slots.get(group), table.columns.slots.get(group)
+
     def bias_bytes(self, layer: str) -> int:
         """The bytes of the bias of one of a layer's rows."""
         table = self._by_layer[layer]
