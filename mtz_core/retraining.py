@@ -7,6 +7,8 @@ tasks at once. A running average of the weights is validated on held-out data,
 and the best one is kept. The merged network itself is the first candidate, so retraining never makes it worse there.
 After a validation without improvement training goes on from the best network at a lower learning rate: a network that
 is nearly as good as its originals needs smaller steps than one that has lost much.
+
+Rounded weights learn, too, with rounding in the loop (`mtz_core.zipped.latent`): every pass sees them rounded.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from mtz_core.network.graph import free_unused, given_name, input_values, run_no
 from mtz_core.network.tracing import evaluation_mode
 from mtz_core.settings import RetrainConfig
 from mtz_core.task_loss import Distillation
+from mtz_core.zipped.latent import LatentNetwork
 from mtz_core.zipped.module import ZippedNetwork
 
 WARM_UP = 5
@@ -167,9 +170,10 @@ class Retraining:
         outputs: Targets | None = None,
     ) -> None:
         tasks = zipped.tasks
-        self._zipped, self._config = zipped, config
-        self._balance = dict(zip(tasks, config.balance_of(tasks), strict=True))
         zipped.eval()  # dropout stays off: the originals' outputs are those without it
+        self._given, self._config = zipped, config
+        self._zipped = LatentNetwork(zipped) if zipped.structure.bits else zipped
+        self._balance = dict(zip(tasks, config.balance_of(tasks), strict=True))
         splits = {"training": training, "validation": validation}
         own: dict[tuple[str, str], Batch] = {}
         for split, examples in splits.items():
@@ -207,8 +211,8 @@ class Retraining:
                 )
         for task in tasks:
             _check_same_outputs(task, *(self._data[split][task].labels for split in splits))
-        self._optimiser = torch.optim.Adam(zipped.parameters(), lr=config.learning_rate)
-        self._average, self._best = _snapshot(zipped), _snapshot(zipped)
+        self._optimiser = torch.optim.Adam(self._zipped.parameters(), lr=config.learning_rate)
+        self._average, self._best = _snapshot(self._zipped), _snapshot(self._zipped)
         self._curve: list[RetrainStep] = []
 
     @property
@@ -227,7 +231,7 @@ class Retraining:
     def steps(self) -> Iterator[RetrainStep]:
         """Go on from here; when exhausted, or after an error, the network is the best one that was seen.
 
-        Until then the network holds the weights that are being trained.
+        Until then the network holds the weights that are being trained, or, if some are rounded, those it had.
 
         Yields:
             Each further validation.
@@ -238,9 +242,15 @@ class Retraining:
             while not self.finished:
                 yield self._validate(*self._train())
         except Exception:
-            self._zipped.load_state_dict(self._best)
+            self._settle()
             raise
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let the network be the best one that was seen."""
         self._zipped.load_state_dict(self._best)
+        if isinstance(self._zipped, LatentNetwork):
+            self._given.load_state_dict(self._zipped.rounded(self._best))
 
     def state(self) -> RetrainState:
         """Return a copy of everything that changes, at the validation that `steps` has just yielded."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from mtz_core.merging.difference import weigh_by_sensitivity
-from mtz_core.merging.rounding import Rounder, choose_scales, nearest
+from mtz_core.merging.rounding import Rounder, choose_scales
 from mtz_core.network.graph import Network, Node, blank_run
 from mtz_core.network.layers import from_rows
 from mtz_core.network.narrowing import Reduced
@@ -21,6 +21,7 @@ from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import layer_rows, sample_positions
 from mtz_core.statistics.linalg import CHUNK, DenseHessian, Elimination, Hessian, chunks, weighted_sum
 from mtz_core.statistics.moments import Moments
+from mtz_core.zipped.codes import nearest
 from mtz_core.zipped.ownership import Arrangement, Owners, Segment
 
 HELD_OUT = 5

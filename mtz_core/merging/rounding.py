@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mtz_core.statistics.linalg import Hessian, RowsHessian, factorise
-from mtz_core.zipped.codes import SCALES, middle
+from mtz_core.zipped.codes import SCALES, middle, nearest
 
 WIDEST = 4096
 """The most inputs whose Hessian is factorised as a whole; a wider one is held as its rows, and taken in strips."""
@@ -174,13 +174,6 @@ class Rounder:
             left = half.T @ half
             left.diagonal().add_(damping)
             yield strip, own, inner, factorise(left.flip(0, 1)).flip(0, 1)
-
-
-def nearest(values: Float[Tensor, "..."], scales: Float[Tensor, "..."], bits: int) -> Float[Tensor, "..."]:
-    """The levels nearest to values; 0 where a scale is 0."""
-    half = middle(bits)
-    steps = torch.where(scales == 0, 1.0, scales)
-    return ((values / steps + half).round_().clamp_(0, 2**bits - 1) - half) * scales
 
 
 def choose_scales(

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from mtz_core.merging.rounding import Rounder, choose_scales, nearest
+from mtz_core.merging.rounding import Rounder, choose_scales
 from mtz_core.planning.options import Prices
 from mtz_core.planning.sizes import Bits, Counts, Sizes
 from mtz_core.settings import BITS
 from mtz_core.statistics.linalg import DenseHessian
 from mtz_core.statistics.traced import Traced
-from mtz_core.zipped.codes import SCALES
+from mtz_core.zipped.codes import SCALES, nearest
 from mtz_core.zipped.structure import scale_name
 
 SAMPLED = 128

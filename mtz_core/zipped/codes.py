@@ -114,6 +114,13 @@ def codes_of(
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
+def nearest(values: Float[Tensor, "..."], scales: Float[Tensor, "..."], bits: int) -> Float[Tensor, "..."]:
+    """The levels nearest to values; 0 where a scale is 0."""
+    half = middle(bits)
+    steps = torch.where(scales == 0, 1.0, scales)
+    return ((values / steps + half).round_().clamp_(0, 2**bits - 1) - half) * scales
+
+
 def middle(bits: int) -> float:
     """The code that would stand for 0, between two codes."""
     return (2**bits - 1) / 2

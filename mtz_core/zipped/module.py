@@ -62,9 +62,9 @@ class ZippedNetwork(nn.Module):
         learning |= (structure.block_shapes().keys() | structure.scale_shapes().keys()) - structure.bits.keys()
         for name, tensor in tensors.items():
             if name in learning:
-                self.register_parameter(_attribute(name), nn.Parameter(tensor))
+                self.register_parameter(attribute(name), nn.Parameter(tensor))
             else:
-                self.register_buffer(_attribute(name), tensor)
+                self.register_buffer(attribute(name), tensor)
         self.register_load_state_dict_pre_hook(_read_former_names)  # type: ignore[no-untyped-call]
         self._prefix: Prefix | None = None
         self._orders: dict[tuple[str, str], tuple[Tensor | None, Tensor | None]] = {}
@@ -332,7 +332,7 @@ class ZippedNetwork(nn.Module):
         """One task's dense matrix of a layer, put together from the blocks."""
         rows, columns = self.structure.rows[node.name], self.structure.columns[node.name]
         strips = [
-            _join([self._block(node.name, row, column) for column in columns.of(task)], 1) for row in rows.of(task)
+            _join([self.block(node.name, row, column) for column in columns.of(task)], 1) for row in rows.of(task)
         ]
         weight = _join(strips, 0)
         row_order, column_order = self._order(task, node, weight.device)
@@ -340,8 +340,8 @@ class ZippedNetwork(nn.Module):
             weight = weight.index_select(1, column_order)
         return weight if row_order is None else weight.index_select(0, row_order)
 
-    def _block(self, layer: str, rows: Segment, columns: Segment) -> Float[Tensor, "rows columns"]:
-        """The values of one block."""
+    def block(self, layer: str, rows: Segment, columns: Segment) -> Float[Tensor, "rows columns"]:
+        """Return the values of one block."""
         name = block_name(layer, rows.owners, columns.owners)
         bits, stored = self.structure.bits.get(name), self._get(name)
         if bits is None:
@@ -382,7 +382,7 @@ class ZippedNetwork(nn.Module):
         return rows if rows is None else rows.to(device), columns if columns is None else columns.to(device)
 
     def _get(self, name: str) -> Tensor:
-        found: Tensor = getattr(self, _attribute(name))
+        found: Tensor = getattr(self, attribute(name))
         return found
 
     def _check_task(self, task: str) -> None:
@@ -453,7 +453,8 @@ def _formed(graph: LayerGraph, outputs: Batch) -> Any:
     return formed(graph.form, list(tensors_of(outputs).values()))
 
 
-def _attribute(name: str) -> str:
+def attribute(name: str) -> str:
+    """The name of a stored tensor in ``state_dict``."""
     return name.replace(".", "|")  # torch keeps the dot for paths of submodules
 
 
