@@ -17,7 +17,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run run-real ui test test-long test-core bench bench-full bench-fleet bench-residual bench-vgg16 bench-real bench-damage bench-keywords bench-architectures faults lint types imports check format docs docs-serve lock data clean
+.PHONY: help setup run run-real ui test test-long test-core bench bench-full bench-fleet bench-residual bench-vgg16 bench-bytes bench-real bench-damage bench-keywords bench-architectures faults lint types imports check format docs docs-serve lock data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ bench-residual: setup ## zip networks with batch normalisation trained on the fu
 
 bench-vgg16: setup ## zip two VGG-16 of full size: time and memory of every step
 	@$(WITH_ENV) python -m tests.benchmarks.vgg16_full_size
+
+bench-bytes: setup ## rounding, deltas, dropping and sharing in real bytes, three seeds, in hours; writes docs/benchmarks
+	@$(WITH_ENV) MTZ_FULL_DATA="$(FULL_DATA)" python -m tests.benchmarks.real_bytes
 
 bench-real: setup ## zip real networks beside every other way of making them small; needs npm and a network; an hour
 	@$(WITH_ENV) python -m examples.real

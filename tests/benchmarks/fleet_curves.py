@@ -83,7 +83,7 @@ def measure(fleet: str, count: int, seed: int, data: Mapping[str, Split], record
         return float(np.mean([test_error(partial(zipped, task=task), test[task]) for task in networks]))
 
     before = float(np.mean([test_error(network, test[task]) for task, network in networks.items()]))
-    ours = budget_search(networks, calibration, ZipConfig(budget=Budget(size=1.0), seed=seed))
+    ours = budget_search(networks, calibration, ZipConfig(budget=Budget(size=1.0, moves=("share", "drop")), seed=seed))
     published = budget_search(
         networks, calibration, ZipConfig(method="paper", budget=Budget(size=1.0, moves=("share",)), seed=seed)
     )
