@@ -1,4 +1,4 @@
-"""A zipped network in training: rounded weights are held as floating-point numbers, and every pass sees them rounded."""
+"""A zipped network in training: rounded weights are held as floating-point numbers; every pass sees them rounded."""
 
 from __future__ import annotations
 

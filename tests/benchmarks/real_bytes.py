@@ -91,17 +91,19 @@ def to_nearest(state: Mapping[str, Tensor], bits: Callable[[str], int]) -> tuple
 def rounded_alone(case: Case, bits: int) -> tuple[Networks, int]:
     """Each network rounded to nearest by itself, without data."""
     found = {task: to_nearest(network.state_dict(), lambda _: bits) for task, network in case.networks.items()}
-    networks = {task: partial(functional_call, case.networks[task], state) for task, (state, _) in found.items()}
+    networks: Networks = {
+        task: partial(functional_call, case.networks[task], state) for task, (state, _) in found.items()
+    }
     return networks, sum(stored for _, stored in found.values())
 
 
 def mean_and_deltas(case: Case, bits: int) -> tuple[Networks, int]:
-    """The mean of the hidden layers in 8 bits, and each network's difference from it in few; output layers in 8 bits."""
+    """The mean of the hidden layers in 8 bits, each network's difference from it in few; output layers in 8 bits."""
     states = {task: network.state_dict() for task, network in case.networks.items()}
     *hidden, _, _ = next(iter(states.values()))
     mean = {name: torch.stack([state[name] for state in states.values()]).mean(dim=0) for name in hidden}
     base, stored = to_nearest({name: own for name, own in mean.items() if own.ndim > 1}, lambda _: 8)
-    networks = {}
+    networks: Networks = {}
     for task, state in states.items():
         rest = {name: own - base[name] if name in base else own for name, own in state.items()}
         delta, more = to_nearest(rest, lambda name: bits if name in base else 8)
@@ -211,11 +213,11 @@ def page(records: Records) -> Path:
         "# Real bytes: rounding, deltas, dropping and sharing",
         "",
         "Rise of the mean test error over the originals', in points, without retraining and without labels. Bytes are",
-        "all that is stored (weights or codes, scales, biases), relative to *one* original for related networks, to all",
-        "originals for pairs. Networks and calibration images are those of [fleets](fleets.md) and",
-        "[accuracy](accuracy.md). Means over the seeds that are named. Bold: the least rise at that size. Ways whose size",
-        "cannot be chosen are listed below with theirs; at the same size or less, one that rises less than all moves",
-        "together is marked with *ahead*.",
+        "all that is stored (weights or codes, scales, biases), relative to *one* original for related networks, and to",
+        "all originals for pairs. Networks and calibration images are those of [fleets](fleets.md) and",
+        "[accuracy](accuracy.md). Means over the seeds that are named. Bold: the least rise at that size. Ways whose",
+        "size cannot be chosen are listed below with theirs; one that is *ahead* rises less than all moves together do",
+        "at the next larger size.",
         "",
         "Made by `make bench-bytes`.",
         "",
