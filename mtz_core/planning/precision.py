@@ -155,7 +155,7 @@ class Precisions:
         bytes_, damage = total + (states @ slopes.T).T
         return bytes_ + self._sizes.fixed_around(group, counts), damage
 
-    def _index(self, bits: Int64[np.ndarray, " owners"]) -> Int64[np.ndarray, " owners"]:
+    def _index(self, bits: Int64[np.ndarray, "*some"]) -> Int64[np.ndarray, "*some"]:
         return np.searchsorted(-np.array(self.offered), -bits)
 
     def _indices(self, bits: Bits) -> Int64[np.ndarray, "layers owners"]:

@@ -213,7 +213,7 @@ def page(records: Records) -> Path:
         "# Real bytes: rounding, deltas, dropping and sharing",
         "",
         "Rise of the mean test error over the originals', in points, without retraining and without labels. Bytes are",
-        "all that is stored (weights or codes, scales, biases), relative to *one* original for related networks, and to",
+        "all that is stored (weights or codes, scales, biases), relative to *one* original for related networks, to",
         "all originals for pairs. Networks and calibration images are those of [fleets](fleets.md) and",
         "[accuracy](accuracy.md). Means over the seeds that are named. Bold: the least rise at that size. Ways whose",
         "size cannot be chosen are listed below with theirs; one that is *ahead* rises less than all moves together do",
