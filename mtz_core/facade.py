@@ -186,7 +186,7 @@ def zip_networks(
         zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
     if any(judged.worst[1] > RUINED for judged in zipped.report.tasks.values()):
-        warn_of_ruin(zipped.report.tasks, _enough(traced, config), stacklevel=2)
+        warn_of_ruin(zipped.report.tasks, _enough(traced, config, zipped.report), stacklevel=2)
     return zipped
 
 
@@ -564,11 +564,15 @@ def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Batch]:
     return inputs, mapped(lambda own: own if own.is_floating_point() else own.long(), labels)
 
 
-def _enough(traced: Mapping[str, Traced], config: ZipConfig) -> str:
-    """Say which size is expected to keep all tasks."""
+def _enough(traced: Mapping[str, Traced], config: ZipConfig, report: ZipReport) -> str:
+    """Say which size is expected to keep all tasks. Beyond a budget it must be larger than what was stored."""
+    silent = ", ".join(repr(task) for task, own in traced.items() if not (own.loss.tells and own.responds))
+    if silent:
+        return f"No size can be proposed: small changes do not show in the outputs of {silent}"
     moves: tuple[Move, ...] = ("share",) if config.method == "paper" else MOVES
     whole = replace(config, share=None, budget=Budget(size=1.0, moves=moves))
-    size = Planner(traced, whole, moves).size_for(_HARDLY)
+    stored = 0.0 if config.budget is None else report.stored_bytes / report.original_bytes
+    size = Planner(traced, whole, moves).size_for(_HARDLY, above=stored)
     if size is None:
         return "These networks have too little in common: leave one out"
     return f"Store more: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"
