@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from flows.spec.overrides import InvalidFleet, merge, parse_setting, suggest
 from tasks.files import whole_file
@@ -323,7 +332,10 @@ def _name_of_group(base: Mapping[str, Any], origin: str) -> str:
     name = base.get("group", "group")
     if not isinstance(name, str):
         raise InvalidParams(f"{origin}: group: {not_text(name)}.")
-    return name
+    try:
+        return TypeAdapter(Name).validate_python(name)
+    except ValidationError as error:
+        raise InvalidParams(f"{origin}: group: {error.errors()[0]['ctx']['error']}") from error
 
 
 def fleet_name(fleet_file: Path) -> str:

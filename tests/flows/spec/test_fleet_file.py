@@ -9,6 +9,7 @@ import yaml
 from flows.spec.fleet_file import check_names, read_fleet, select, upgrade_file
 from flows.spec.overrides import InvalidFleet
 from mtz_core.errors import MtzError
+from tasks.params import InvalidParams
 
 PARAMS = """
 group: example
@@ -122,6 +123,13 @@ def test_a_fleet_file_of_a_name_of_its_own_must_exist(files: tuple[Path, Path]) 
 def test_a_group_that_yaml_takes_for_something_else_is_refused(files: tuple[Path, Path]) -> None:
     files[0].write_text(files[0].read_text().replace("group: example", "group: on"))
     with pytest.raises(MtzError, match=r"group: YAML takes the value for True, which is no text; put it in quotes"):
+        read_fleet(files[0], files[1].with_name("fleet.yaml"))
+
+
+@pytest.mark.parametrize("name", ["", "my group", "a/b", "-x"])
+def test_a_group_that_cannot_have_its_name_is_refused(files: tuple[Path, Path], name: str) -> None:
+    files[0].write_text(files[0].read_text().replace("group: example", f"group: '{name}'"))
+    with pytest.raises(InvalidParams, match=rf"group: '{name}' is impossible\. Allowed: letters, digits"):
         read_fleet(files[0], files[1].with_name("fleet.yaml"))
 
 
