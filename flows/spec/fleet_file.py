@@ -166,6 +166,10 @@ class FleetFile(_Block):
     def _consistent(self) -> "FleetFile":
         if not self.groups and self.auto is None:
             raise ValueError("groups: list at least one group, such as 'lenet5: {}', or write 'groups: auto'")
+        if not self.groups and not self.models:
+            raise ValueError(
+                "models: are missing, and groups are to be found among them. Declare models, or list groups"
+            )
         for name, group in self.groups.items():
             for model in group.models or ():
                 if model not in self.models:

@@ -139,6 +139,7 @@ def test_a_group_that_cannot_have_its_name_is_refused(files: tuple[Path, Path], 
         ("version: 3\ngroups: {x: {}}", "version: 3 is not known here. Allowed: 2; a newer mtz has written it"),
         ("models: {}\ngroups: {x: {models: [a, b]}}", "version: is missing. Write 'version: 2' above all else."),
         ("version: 2\ngroups: {}", "groups: list at least one group"),
+        ("version: 2\ngroups: auto", "models: are missing, and groups are to be found among them. Declare models"),
         ("version: 2\ngroups: {x: {}}\ngruops: {}", "gruops: unknown key; allowed here: version, name, models"),
         ("version: 2\ngroups: {x: {retrain: {}}}", "groups.x.retrain: unknown key; allowed here: models, params"),
         (
