@@ -244,7 +244,7 @@ def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tenso
         if isinstance(module, fx.GraphModule):
             remedy += (
                 f" {_ANY_NUMBER}, and is given several inputs as it was when it was exported: a tuple by position, a "
-                "dict by name."
+                "dict by name; all in one of these ways."
             )
         raise InvalidCalibration(
             f"{type(module).__name__} does not accept an input of {_in_words(example)}: {str(error).rstrip('.')}. "
