@@ -428,6 +428,6 @@ def _guess(targets: Float[Tensor, "examples ..."], ending: str) -> tuple[Output,
     if told >= _TELLING * log(min(logs.shape)):
         soft = torch.softmax(targets.movedim(1, -1).flatten(0, -2) / TEMPERATURE, dim=-1)
         if float(((soft == 0) | (soft == 1)).all(dim=-1).double().mean()) > _CERTAIN:
-            return Output("regression"), "their softmax has no doubt about any, as no classifier's"
+            return Output("regression"), "their softmax is certain, so they are no scores"
         return Output("logits"), "their softmax tells inputs apart"
     return Output("regression"), "their softmax hardly tells inputs apart"
