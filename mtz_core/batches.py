@@ -187,6 +187,11 @@ def labels_of(given: Any, where: str) -> Any:
 def _check_lengths(tensors: Mapping[str, Any], where: str) -> None:
     """Raises `InvalidCalibration` unless there are tensors, and these have as many entries."""
     for name, value in tensors.items():
+        if isinstance(value, (Mapping, list, tuple)):
+            raise InvalidCalibration(
+                f"{where}: {name!r} is a {type(value).__name__}. Wrap the network in a module whose forward pass takes "
+                "each tensor by a name of its own."
+            )
         if not isinstance(value, Tensor) or not value.ndim:
             raise InvalidCalibration(
                 f"{where}: {name!r} is no tensor of examples but {type(value).__name__}. Give a tensor with one entry "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, prod, sqrt
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -192,10 +195,23 @@ def metric_of(metric: Metric | str | Function) -> Metric:
     if isinstance(metric, Metric):
         return metric
     if callable(metric):
-        return Metric(lambda case: metric(_by_name(case.outputs), _by_name(case.truth)), unit="", joint=True)
-    if metric not in METRICS:
+        return Metric(partial(_called, metric), unit="", joint=True)
+    if not isinstance(metric, str) or metric not in METRICS:
         raise InvalidConfig(f"the metric {metric!r} is unknown. Metrics: {', '.join(METRICS)}.")
     return METRICS[metric]
+
+
+def _called(metric: Function, case: Case) -> Any:
+    """What a function returns. Raises `InvalidConfig` if it fails."""
+    try:
+        return metric(_copied(case.outputs), _copied(case.truth))
+    except Exception as error:
+        name = getattr(metric, "__name__", type(metric).__name__)
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise InvalidConfig(
+            f"the metric {name} fails ({type(error).__name__}: {reason}). "
+            "It is called with the outputs and the labels of all examples, or the original's outputs without labels."
+        ) from error
 
 
 Metrics = Metric | str | Function | Mapping[str, Metric | str | Function]
@@ -303,8 +319,11 @@ def _check_has_classes(outputs: Sequence[int], task: str) -> None:
         )
 
 
-def _by_name(values: Batch) -> Any:
-    return dict(values.tensors) if isinstance(values, NamedTensors) else values
+def _copied(values: Batch) -> Any:
+    """Values that may be written into, several as a dict by name."""
+    if isinstance(values, NamedTensors):
+        return {name: own.clone() for name, own in values.tensors.items()}
+    return values.clone()
 
 
 def error_of(metric: Metric, case: Case, task: str) -> float:
@@ -335,9 +354,9 @@ def measure(metric: Metric, case: Case, task: str, seed: int = 0) -> Measured:
     generator = torch.Generator().manual_seed(seed)
     again = []
     for _ in range(_RESAMPLES):
-        other = metric.of(case.part(torch.randint(count, (count,), generator=generator)))
-        if isfinite(float(other)):  # a sample may leave a class or a label out
-            again.append(float(other))
+        with suppress(InvalidConfig):  # a sample may leave a class or a label out
+            sample = case.part(torch.randint(count, (count,), generator=generator))
+            again.append(_number(metric.of(sample), task))
     spread = torch.tensor(again or [value], dtype=torch.float64)
     low, high = (float(spread.quantile(share)) for share in (0.025, 0.975))
     return Measured(factor * value, factor * min(low, value), factor * max(high, value))
@@ -355,7 +374,7 @@ def _computed(metric: Metric, case: Case, task: str) -> tuple[float, bool]:
 def _number(found: object, task: str) -> float:
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
-    if not isinstance(found, (int, float)) or isinstance(found, bool):
+    if isinstance(found, bool) or not isinstance(found, Real):
         raise InvalidConfig(f"the metric of {task!r} returns a {type(found).__name__}. Let it return a number.")
     if not isfinite(found):
         raise InvalidConfig(

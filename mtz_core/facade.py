@@ -31,6 +31,7 @@ from mtz_core.errors import InvalidCalibration, InvalidConfig, MtzError, ZipWarn
 from mtz_core.evaluation import (
     Case,
     Function,
+    Metric,
     Metrics,
     Model,
     measure,
@@ -166,6 +167,13 @@ def zip_networks(
     traced = _traced(networks, batches, config, steps)
     for task, own in traced.items():
         warn_of_unused(task, own.network, stacklevel=2)
+        if budget is None and not own.loss.tells and config.shared_fraction != 0:
+            warnings.warn(
+                f"the network of {task!r} puts out the same for all calibration examples, so that nothing tells what "
+                "it loses. Give examples as it meets them in use.",
+                ZipWarning,
+                stacklevel=2,
+            )
     if budget is None:
         zipped = _share(traced, config, steps)
     else:
@@ -186,7 +194,7 @@ def zip_networks(
         zipped.judged(judge(zipped, traced, held_out))
     _warn(zipped.report, wanted=budget is not None or config.shared_fraction is None or config.shared_fraction > 0)
     if any(judged.worst[1] > RUINED for judged in zipped.report.tasks.values()):
-        warn_of_ruin(zipped.report.tasks, _enough(traced, config), stacklevel=2)
+        warn_of_ruin(zipped.report.tasks, _enough(traced, config, zipped.report), stacklevel=2)
     return zipped
 
 
@@ -247,9 +255,10 @@ def evaluate(
         test: Examples of each task that is to be measured, with labels where the metric needs them.
         originals: The original network of each of these tasks, to compare with.
         metric: A name from `mtz_core.evaluation.METRICS`, such as ``error`` (of the likeliest class), ``agreement`` or
-            ``mean_absolute_error``; or a function of outputs and labels that returns an error, the less the better. Of
-            several outputs, ``{output: metric}``. Either holds for all tasks in `test`, or is given for each:
-            ``{task: metric}``. A dict with the name of a task is by task.
+            ``mean_absolute_error``; or a function of outputs and labels, or the original's outputs where there are no
+            labels, that returns an error, the less the better. Of several outputs, ``{output: metric}``. Either holds
+            for all tasks in `test`, or is given for each: ``{task: metric}``. A dict with the name of a task is by
+            task.
 
     Returns:
         What was measured, for each task in `test`; with a metric for each output, for each ``task.output``.
@@ -262,7 +271,7 @@ def evaluate(
     _check_type("zipped", zipped, ZippedNetwork)
     _check_by_task(test=test, originals=originals or {})
     metrics = metrics_by_task(metric, tuple(test), zipped.tasks)
-    needs = {task: _needs(own) for task, own in metrics.items()}
+    known = {task: _known(own) for task, own in metrics.items()}
     for task in test:
         if task not in zipped.tasks:
             raise InvalidConfig(f"task {task!r} is not in this zipped network. Tasks: {', '.join(zipped.tasks)}.")
@@ -273,8 +282,7 @@ def evaluate(
         for task, data in test.items():
             taken = zipped.signature(task)
             given, labelled = _opened(data, taken)
-            needs_labels, may_read_labels, needs_originals = needs[task]
-            read = needs_labels or (labelled and may_read_labels)
+            read, needs_originals = _needs(known[task], labelled)
             inputs, labels = _labelled(given, task, taken) if read else (_examples(given, task, taken), None)
             batches = divided(inputs, _BATCH)
             outputs = _outputs(partial(zipped, task=task), batches, task)
@@ -313,13 +321,19 @@ def _check_type(name: str, given: object, wanted: type) -> None:
         raise InvalidConfig(f"{name} is a {type(given).__name__}. Give a {wanted.__name__}.")
 
 
-def _needs(metrics: Metrics) -> tuple[bool, bool, bool]:
-    """Whether metrics need labels, read labels where there are some, and need the original's outputs."""
-    each = list(metrics.values()) if isinstance(metrics, Mapping) else [metrics]
-    known = [metric_of(metric) for metric in each if isinstance(metric, str)]
-    functions = len(known) < len(each)  # which are given labels
-    needs_labels = functions or any(metric.reads == "labels" for metric in known)
-    return needs_labels, any(metric.by_value for metric in known), any(metric.reads == "outputs" for metric in known)
+def _known(metrics: Metrics) -> list[Metric | Function]:
+    """Metrics instead of their names; functions as they are."""
+    each = metrics.values() if isinstance(metrics, Mapping) else [metrics]
+    return [own if callable(own) else metric_of(own) for own in each]
+
+
+def _needs(metrics: Sequence[Metric | Function], labelled: bool) -> tuple[bool, bool]:
+    """Whether metrics read labels, which there may be, and whether they need the original's outputs."""
+    known = [metric for metric in metrics if isinstance(metric, Metric)]
+    functions = len(known) < len(metrics)  # which are given labels where there are some
+    optional = functions or any(metric.by_value for metric in known)
+    read = any(metric.reads == "labels" for metric in known) or (labelled and optional)
+    return read, any(metric.reads == "outputs" for metric in known) or (functions and not read)
 
 
 _Item = TypeVar("_Item")
@@ -564,11 +578,15 @@ def _labelled(data: Any, task: str, taken: Signature) -> tuple[Batch, Batch]:
     return inputs, mapped(lambda own: own if own.is_floating_point() else own.long(), labels)
 
 
-def _enough(traced: Mapping[str, Traced], config: ZipConfig) -> str:
-    """Say which size is expected to keep all tasks."""
+def _enough(traced: Mapping[str, Traced], config: ZipConfig, report: ZipReport) -> str:
+    """Say which size is expected to keep all tasks. Beyond a budget it must be larger than what was stored."""
+    silent = ", ".join(repr(task) for task, own in traced.items() if not (own.loss.tells and own.responds))
+    if silent:
+        return f"No size can be proposed: small changes do not show in the outputs of {silent}"
     moves: tuple[Move, ...] = ("share",) if config.method == "paper" else MOVES
     whole = replace(config, share=None, budget=Budget(size=1.0, moves=moves))
-    size = Planner(traced, whole, moves).size_for(_HARDLY)
+    stored = 0.0 if config.budget is None else report.stored_bytes / report.original_bytes
+    size = Planner(traced, whole, moves).size_for(_HARDLY, above=stored)
     if size is None:
         return "These networks have too little in common: leave one out"
     return f"Store more: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"

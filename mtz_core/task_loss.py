@@ -45,13 +45,16 @@ _CATEGORICAL = ("logits", "probabilities")
 _TELLING = 0.1
 """Outputs are taken for logits if their softmax tells at least this share of what it could about the input."""
 
+_CERTAIN = 0.5
+"""Outputs are not taken for logits if their softmax is 0 or 1 for more than this share of the examples."""
+
 _CLOSE = 1e-3
 """How close to 1 a sum of probabilities or the length of a direction is."""
 
 _WITHIN = 0.1
 """Numbers agree within this share of their spread, unless a tolerance is declared."""
 
-_LEASTHAVE_TOLERANCE = 1e-2
+_LEAST_SPREAD = 1e-2
 """The least spread of an output, relative to the root mean square of all: an output that hardly varies is not all."""
 
 _LEAST_PROBABILITY = 1e-7
@@ -387,7 +390,7 @@ def _scale(output: Output, targets: Float[Tensor, "examples ..."]) -> Tensor | N
     axes = [axis for axis in range(targets.ndim) if axis == 0 or (axis > 1 and output.kind == "heatmap")]
     exact = targets.to(torch.float64)
     variance = (exact - exact.mean(dim=axes, keepdim=True)).square().mean(dim=axes, keepdim=True)
-    least = _LEASTHAVE_TOLERANCE * float(variance.mean()) ** 0.5
+    least = _LEAST_SPREAD * float(variance.mean()) ** 0.5
     return variance.sqrt().clamp_min(least or 1.0).to(targets.dtype)
 
 
@@ -423,5 +426,8 @@ def _guess(targets: Float[Tensor, "examples ..."], ending: str) -> tuple[Output,
     mean = torch.logsumexp(logs, dim=0) - log(len(logs))
     told = float((logs.exp() * (logs - mean)).sum()) / len(logs)
     if told >= _TELLING * log(min(logs.shape)):
+        soft = torch.softmax(targets.movedim(1, -1).flatten(0, -2) / TEMPERATURE, dim=-1)
+        if float(((soft == 0) | (soft == 1)).all(dim=-1).double().mean()) > _CERTAIN:
+            return Output("regression"), "their softmax is certain, so they are no scores"
         return Output("logits"), "their softmax tells inputs apart"
     return Output("regression"), "their softmax hardly tells inputs apart"

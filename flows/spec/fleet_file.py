@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from flows.spec.overrides import InvalidFleet, merge, parse_setting, suggest
 from tasks.files import whole_file
@@ -157,6 +166,10 @@ class FleetFile(_Block):
     def _consistent(self) -> "FleetFile":
         if not self.groups and self.auto is None:
             raise ValueError("groups: list at least one group, such as 'lenet5: {}', or write 'groups: auto'")
+        if not self.groups and not self.models:
+            raise ValueError(
+                "models: are missing, and groups are to be found among them. Declare models, or list groups"
+            )
         for name, group in self.groups.items():
             for model in group.models or ():
                 if model not in self.models:
@@ -323,7 +336,10 @@ def _name_of_group(base: Mapping[str, Any], origin: str) -> str:
     name = base.get("group", "group")
     if not isinstance(name, str):
         raise InvalidParams(f"{origin}: group: {not_text(name)}.")
-    return name
+    try:
+        return TypeAdapter(Name).validate_python(name)
+    except ValidationError as error:
+        raise InvalidParams(f"{origin}: group: {error.errors()[0]['ctx']['error']}") from error
 
 
 def fleet_name(fleet_file: Path) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mtz_core.batches import signature_of
-from mtz_core.errors import IncompatibleNetworks, InvalidConfig
+from mtz_core.errors import IncompatibleNetworks, InvalidCalibration, InvalidConfig
 from mtz_core.merging.compatibility import KEPT_SEPARATE, kept_separate
 from mtz_core.merging.fitting import LayerFit, following_clip
 from mtz_core.merging.judging import hold_out, judge, warn_of_ruin
@@ -32,6 +32,7 @@ from mtz_core.settings import ZipConfig
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.linalg import DenseHessian, Elimination, Hessian
 from mtz_core.statistics.moments import Moments
+from mtz_core.statistics.sensitivity import loss_of
 from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.module import ZippedNetwork
 from mtz_core.zipped.ownership import NOT_A_MEMBER, Segment, positions_of
@@ -72,6 +73,7 @@ def add_network(
 
     Raises:
         InvalidConfig: The task is in here already, or a setting is impossible.
+        InvalidCalibration: The calibration data, or what is declared of outputs, do not fit the network.
         MtzError: In its other kinds, as `zip_networks`.
 
     Warns:
@@ -84,7 +86,12 @@ def add_network(
     traced = trace_task(task, network, batches[0], config)
     warn_of_unused(task, traced, stacklevel=_CALLER)
     traced = _alike(zipped, task, traced)
-    structure = _match(zipped, task, traced, original_moments(traced, batches, config), config)
+    try:
+        loss = loss_of(traced, batches, config.output_of(task))
+        moments = original_moments(traced, batches, config)
+    except InvalidCalibration as refusal:
+        raise InvalidCalibration(f"the network of {task!r}: {refusal}") from refusal
+    structure = _match(zipped, task, traced, moments, config)
     whole = Reduced.whole(traced)
     stream = ActivationStream(whole, batches)
     tensors: dict[str, Tensor] = {}
@@ -130,7 +137,7 @@ def add_network(
     finished = structure.reported(tensors, reports)
     grown = ZippedNetwork(finished, {name: tensor.clone() for name, tensor in tensors.items()}).eval()
     if held_out:
-        original = Traced(traced, batches=batches, output=config.output_of(task))
+        original = Traced(traced, batches=batches, known_loss=loss)
         judged = judge(grown, {task: original}, {task: held_out})
         grown.judged(judged)
         warn_of_ruin(judged, "Share less of it: ZipConfig(share=0.0) keeps it as it is", stacklevel=_CALLER)

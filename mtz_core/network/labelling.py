@@ -90,7 +90,9 @@ def _input_label(ties: Ties, name: str, entry: Tensor) -> int:
 
 
 def _remedy(node: Node, trainable: frozenset[str]) -> str:
-    """The ways out for an operator that is not understood. Weights cannot be left to a rule."""
+    """The ways out for an operator that is not understood. Weights cannot be left to a rule, nor chance to anything."""
+    if _is_random(node):
+        return "Its outputs are left to chance: leave the network out."
     listed = f"the module, or {node.name!r} alone," if node.module else repr(node.name)
     separate = f"ist {listed} under `keep_separate` to leave it task-specific."
     if node.kind in LAYERS or trainable & {*node.state}:

@@ -308,7 +308,7 @@ class Dropper:
         if stays is None:
             return replace(node, arguments=arguments)
         if node.kind in SPLITS:
-            axis = arguments.get("dim", 0)
+            axis = _cut_axis(node)
             pieces = {"self": arguments["self"], "split_sizes": [shape[axis] for shape in shapes], "dim": axis}
             return replace(node, kind="split_with_sizes", arguments=pieces)
         place = [0, *stays.cumsum(0).tolist()]
@@ -330,7 +330,7 @@ class Dropper:
         if node.kind not in _CUTS or "value" not in node.arguments["self"]:
             return None
         value = self._analysis.labels.values[node.arguments["self"]["value"]]
-        axis = node.arguments.get("dim", 0) % value.labels.ndim
+        axis = _cut_axis(node) % value.labels.ndim
         dropped = _dropped(value.labels, gone).movedim(axis, 0).flatten(1).all(dim=1)
         return ~dropped if len(dropped) > 1 and bool(dropped.any()) else None
 
@@ -418,6 +418,13 @@ _SIZES = frozenset({"size", "shape", "sizes", "normalized_shape"})
 _SLICES = frozenset({"slice.Tensor", "slice_scatter"})
 _CUTS = SPLITS | _SLICES | {"narrow"}
 """Operators that cut an axis at given places, or put something between these."""
+
+
+def _cut_axis(node: Node) -> int:
+    """The axis that such an operator cuts: the one that it is given, or that it has its name from."""
+    named = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
+    axis: int = node.arguments.get("dim", named.get(node.kind.partition(".")[0], 0))
+    return axis
 
 
 def _is_across_neurons(node: Node) -> bool:

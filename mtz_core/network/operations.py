@@ -494,6 +494,9 @@ _MOVEMENT = (
     *("split_with_sizes", "chunk", "unbind", "cat", "concat", "stack", "hstack", "vstack", "repeat"),
     *("repeat_interleave", "roll", "flip", "tile", "index", "index_select", "gather", "pad", "constant_pad_nd"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "view_as", "reshape_as", "tensor_split", "unfold"),
+    *("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "hsplit", "vsplit", "dsplit", "diagonal"),
+    *("concatenate", "dstack", "column_stack", "moveaxis", "swapdims", "adjoint", "ravel", "broadcast_to"),
+    *("fliplr", "flipud", "take_along_dim"),
 )
 _REDUCTION = (
     "sum",

@@ -146,7 +146,13 @@ def _groups(graph: LayerGraph, whole: bool) -> Iterator[tuple[str, tuple[Node, .
         yield words, nodes
 
 
-SPLITS = frozenset({"chunk", "split.Tensor", "split_with_sizes"})
+SPLITS = frozenset(
+    {
+        *("chunk", "split.Tensor", "split_with_sizes", "unsafe_chunk", "unsafe_split.Tensor"),
+        *("unsafe_split_with_sizes", "tensor_split.sections", "tensor_split.indices"),
+        *(f"{axis}split.{pieces}" for axis in "hvd" for pieces in ("int", "array")),
+    }
+)
 """Ways of writing one and the same cut into pieces."""
 
 _SETTINGS = frozenset({"kernel_size", "stride", "padding", "dilation"})

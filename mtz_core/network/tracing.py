@@ -40,7 +40,7 @@ from mtz_core.batches import (
     tensors_of,
 )
 from mtz_core.errors import InvalidCalibration, InvalidWeights, UnsupportedModule
-from mtz_core.network.exported import SIZES, ProgramReader, counts_examples
+from mtz_core.network.exported import SIZES, ProgramReader, constants_of, counts_examples
 from mtz_core.network.folding import Program, fold_constants, fold_weights
 from mtz_core.network.graph import Network, Node, inputs_of
 from mtz_core.network.groups import analyse, remember
@@ -78,6 +78,8 @@ def trace(
     """
     module = as_module(module)
     example = _given(module, example)
+    if not len(example):
+        raise InvalidCalibration(f"{type(module).__name__} is given an empty batch as its example. Give one example.")
     if isinstance(example, Tensor) and example.ndim < 2:
         raise InvalidCalibration(
             f"an example of shape {list(example.shape[1:])} has no features for a network to read. Give a batch of "
@@ -105,7 +107,8 @@ def trace(
     used = {name for node in program.nodes for name in node.state}
     state = {name: program.state[name] for name in program.state if name in used}
     program = replace(program, nodes=_mark_layers(program, keep_separate), state=state)
-    passing = frozenset(name for name in programs[0].graph_signature.non_persistent_buffers if name in state)
+    carried = {*programs[0].graph_signature.non_persistent_buffers, *constants_of(programs[0])}
+    passing = frozenset(name for name in carried if name in state)
     references = [
         Reference(given, one_or_named(found), partial(_in_double, module, given))
         for given, found in ((examples, expected), (examples[:1], alone))
@@ -241,7 +244,7 @@ def _accepted(module: nn.Module, example: Batch) -> tuple[Batch, dict[str, Tenso
         if isinstance(module, fx.GraphModule):
             remedy += (
                 f" {_ANY_NUMBER}, and is given several inputs as it was when it was exported: a tuple by position, a "
-                "dict by name."
+                "dict by name; all in one of these ways."
             )
         raise InvalidCalibration(
             f"{type(module).__name__} does not accept an input of {_in_words(example)}: {str(error).rstrip('.')}. "
@@ -379,8 +382,10 @@ def _export(module: nn.Module, examples: Batch, keeps_one: bool) -> torch.export
     except Exception as error:
         if isinstance(module, fx.GraphModule):
             remedy = f"{_ANY_NUMBER}."
-        elif isinstance(module, torch.jit.ScriptModule):
-            remedy = "Give the module from which this TorchScript was made."
+        elif scripted := [path for path, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]:
+            remedy = (
+                f"Give the module from which the TorchScript {f'at {scripted[0]!r} ' if scripted[0] else ''}was made."
+            )
         else:
             remedy = (
                 "Control flow that depends on data cannot be zipped; make it independent of the data, or leave this "

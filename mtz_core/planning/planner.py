@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import ceil, exp, log
 
 import numpy as np
@@ -30,7 +31,7 @@ from mtz_core.statistics.traced import Traced
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 
 _PRICES, _CLOSE = (1e-16, 1e4), 1.0001
-"""Between which prices of a byte a plan is looked for, and how close to each other they come."""
+"""Between which prices of a byte a plan is looked for first, and how close to each other they come."""
 
 _ANY_PRICE = 1e30
 """A price per byte at which nothing but bytes counts."""
@@ -215,37 +216,40 @@ class Planner:
         weights = self._balance if counted is None else np.array([counted[task] for task in self.tasks])
         return self._plan(self._cheapest(size, Prices(weights, sharing, dropping, rounding)))
 
-    def size_for(self, lost: float) -> float | None:
+    def size_for(self, lost: float, above: float = 0.0) -> float | None:
         """Find the least size, in steps of 5 %, at which no task is expected to lose more than a share of information.
 
         Args:
             lost: The share.
+            above: A size that is too small, as has been seen.
 
         Returns:
             The size relative to the originals' bytes; None if only the originals themselves are large enough.
         """
         least = self.least_bytes / self.original_bytes
         for size in (step / 20 for step in range(1, 20)):
-            if size >= least and max(self.plan(size).lost.values()) <= lost:
+            if size >= least and size > above and max(self.plan(size).lost.values()) <= lost:
                 return size
         return None
 
     def _cheapest(self, size: float, prices: Prices) -> Choice:
         """The choice of least damage that fits a size. Raises `InvalidConfig` if none does."""
         budget = int(size * self.original_bytes + 1e-6)
-        low, high = _PRICES
         best: Choice | None = None
         tried: list[States] = []
-        while high > low * _CLOSE:
-            price = exp((log(low) + log(high)) / 2)
-            choice = min(self._descents(price, prices, tried), key=lambda one: self._objective(one, price, prices))
-            tried = [choice.states]
-            if self._bytes(choice) > budget:
-                low = price
-                continue
-            high = price
-            if best is None or self._objective(choice, 0.0, prices) < self._objective(best, 0.0, prices):
-                best = choice
+        for low, high in pairwise((*_PRICES, _ANY_PRICE)):
+            while high > low * _CLOSE:
+                price = exp((log(low) + log(high)) / 2)
+                choice = min(self._descents(price, prices, tried), key=lambda one: self._objective(one, price, prices))
+                tried = [choice.states]
+                if self._bytes(choice) > budget:
+                    low = price
+                    continue
+                high = price
+                if best is None or self._objective(choice, 0.0, prices) < self._objective(best, 0.0, prices):
+                    best = choice
+            if best is not None:
+                break
         if best is None:
             least = ceil(1000 * self.least_bytes / self.original_bytes) / 1000
             raise InvalidConfig(

@@ -92,6 +92,29 @@ class Candidate:
         return {task: report.lost for task, report in self.judged.items()}
 
 
+def check_informative(task: str, own: Traced) -> None:
+    """Check that the outputs of a network tell what it may lose.
+
+    Args:
+        task: The task's name.
+        own: The network, with its sensitivities and what they were measured on.
+
+    Raises:
+        InvalidCalibration: If its outputs depend neither on the calibration examples nor on small changes of layers.
+    """
+    if not own.loss.tells:
+        raise InvalidCalibration(
+            f"the network of {task!r} puts out the same for all calibration examples, so that nothing tells what it "
+            "may lose. Give examples as it meets them in use."
+        )
+    if not own.responds:
+        raise InvalidCalibration(
+            f"small changes do not show in the outputs of {task!r}, which are certain or come in steps, so nothing "
+            "tells what it may lose. Declare them as regression; if the network ends in a softmax, a sigmoid, a "
+            "threshold or the like, leave that out."
+        )
+
+
 class BudgetSearch:
     """Makes and verifies plans for one group of networks. Statistics are computed once for all sizes.
 
@@ -143,11 +166,7 @@ class BudgetSearch:
             self.fitting[task] = replace(own, batches=divided(examples[:-held], min(size, AT_ONCE)))
             self.held_out[task] = divided(examples[-held:], size)
         for task, own in traced.items():
-            if not own.loss.tells:
-                raise InvalidCalibration(
-                    f"the network of {task!r} puts out the same for all calibration examples, so that nothing tells "
-                    "what it may lose. Give examples as it meets them in use."
-                )
+            check_informative(task, own)
         self._targets = targets_of(traced, self.held_out)
         if config.method == "refit" and sum(map(_bytes_of_targets, traced.values())) <= MOST_TARGETS:
             self.fitting = {

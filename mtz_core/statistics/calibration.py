@@ -131,7 +131,8 @@ def _check_examples(tensor: Tensor, first: Tensor, whose: str, masks: bool) -> N
     if tensor.shape[1:] != first.shape[1:]:
         raise InvalidCalibration(
             f"the calibration data of {whose} mix examples of shape {list(first.shape[1:])} and "
-            f"{list(tensor.shape[1:])}. Give one shape."
+            f"{list(tensor.shape[1:])}. Give one shape; several inputs of a network as a dict by their names in its "
+            "forward pass."
         )
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidCalibration(f"the calibration data of {whose} have NaN or infinite values.")
@@ -254,7 +255,7 @@ def original_moments(network: Network, batches: Iterable[Batch], config: ZipConf
         The moments of each layer by the layer's name.
 
     Raises:
-        InvalidCalibration: If a layer's output is not finite.
+        InvalidCalibration: If a layer's output is not finite, or the square of what it reads.
     """
     moments = {
         node.name: Moments(network.columns(node), node.layer.conv_groups(node.arguments))
@@ -263,6 +264,12 @@ def original_moments(network: Network, batches: Iterable[Batch], config: ZipConf
     for rows in stream_rows(network, batches, config):
         for layer, layer_moments in moments.items():
             layer_moments.add(rows[layer])
+    for layer, layer_moments in moments.items():
+        if layer_moments.gram is not None and not _all_finite(layer_moments.gram):
+            raise InvalidCalibration(
+                f"layer {layer!r} reads values that are too large to be squared. Scale the data, or the weights of the "
+                "layers before it."
+            )
     return moments
 
 

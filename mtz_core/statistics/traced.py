@@ -66,6 +66,11 @@ class Traced:
         sensitivity = sensitivities(network, batches, config.seed, loss)
         return cls(network, moments, sensitivity, batches, output, loss)
 
+    @property
+    def responds(self) -> bool:
+        """Whether small changes of its layers change its outputs, so far as the data show."""
+        return self.sensitivity is None or any(bool(rows.any()) for rows in self.sensitivity.values())
+
     @cached_property
     def loss(self) -> Loss:
         """The loss of its task, made on its calibration data."""

@@ -49,6 +49,8 @@ def pixels_of(encoded: bytes | None) -> Float32[np.ndarray, "height width channe
             "in floating-point numbers from 0 to 1."
         )
     pixels = values.astype(np.float32).reshape(*values.shape[:2], -1)
+    if not bool(np.isfinite(pixels).all()):
+        raise InvalidImage("has values that are NaN or infinite. Replace them by numbers from 0 to 1.")
     if values.dtype.kind == "f" and not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise InvalidImage(
             f"has values from {pixels.min():g} to {pixels.max():g}, but images have values from 0 to 1. Scale it, or "

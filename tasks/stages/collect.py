@@ -36,6 +36,8 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     loss = loss_of_outputs(params, model, network, batches)
     if loss.guessed:
         show_progress(f"outputs are taken for {loss.kind}, as {loss.guessed}; models.{model}.output declares them")
+    if not loss.tells:
+        show_progress("the network puts out the same for all calibration examples, so nothing tells what it loses")
     with whole_folder(workspace.activations(model)) as folder, ExitStack() as stack:
         writers = {
             node.name: stack.enter_context(

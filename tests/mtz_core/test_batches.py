@@ -131,6 +131,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "too many": ((A, A, A), r"too many positional"),
     "unequal": ({"ids": A, "mask": B[:4]}, r"unequal lengths \(ids has 5, mask has 4\)"),
     "none": ({"ids": A, "mask": None}, r"'mask' is no tensor of examples but NoneType.*leave it out"),
+    "list": ({"ids": A, "mask": [A, A]}, r"'mask' is a list\. Wrap the network in a module whose forward pass"),
+    "dict": ({"ids": A, "mask": {"own": A}}, r"'mask' is a dict\. Wrap the network"),
     "no examples": ({"ids": A, "mask": torch.tensor(1.0)}, r"'mask' is no tensor of examples"),
 }
 

@@ -151,6 +151,36 @@ def test_a_function_of_ones_own() -> None:
     assert found.value == pytest.approx(float((outputs - truth).abs().max()))
 
 
+def test_a_function_may_write_into_what_it_is_given() -> None:
+    outputs, truth = draw(20, 2), draw(20, 2, seed=1)
+    case = Case(outputs.clone(), truth.clone(), outputs.clone(), TaskLoss.of(outputs, Output("regression")))
+    measure(metric_of(lambda found, given: float(found.sub_(given.zero_()).norm())), case, "a")
+    assert torch.equal(case.outputs, outputs) and torch.equal(case.labels, truth)
+
+
+def test_a_function_may_return_numbers_of_numpy() -> None:
+    outputs = draw(20, 2)
+    case = Case(outputs, None, outputs, TaskLoss.of(outputs, Output("regression")))
+    assert measure(metric_of(lambda found, _: found.numpy().max()), case, "a").value == float(outputs.max())
+
+
+def roc(found: Tensor, given: Tensor) -> float:
+    """A metric that needs both classes."""
+    if len(given.unique()) < 2:
+        raise ValueError("there is\none class")
+    return 0.25
+
+
+def test_a_function_that_fails_is_named_but_some_resamples_may() -> None:
+    outputs, truth = draw(20, 2), torch.zeros(20, dtype=torch.long)
+    case = Case(outputs, truth, outputs, TaskLoss.of(outputs, Output("regression")))
+    with pytest.raises(InvalidConfig, match=r"the metric roc fails \(ValueError: there is\)\. It is called with"):
+        measure(metric_of(roc), case, "a")
+    truth[0] = 1
+    found = measure(metric_of(roc), case, "a")
+    assert (found.low, found.value, found.high) == (0.25, 0.25, 0.25)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -176,3 +206,5 @@ def test_a_metric_that_needs_labels_says_so_and_its_remedy_works() -> None:
     assert measured("agreement", outputs).value == 0
     with pytest.raises(InvalidConfig, match="'eror' is unknown"):
         metric_of("eror")
+    with pytest.raises(InvalidConfig, match=r"\['error'\] is unknown"):
+        metric_of(["error"])  # type: ignore[arg-type]

@@ -343,6 +343,22 @@ def test_a_budget_needs_outputs_that_depend_on_the_inputs(calibration: dict[str,
     torch.nn.init.zeros_(pair["b"][4].weight)  # type: ignore[index]
     with pytest.raises(mtz.InvalidCalibration, match="the network of 'b' puts out the same for all"):
         mtz.zip_networks(pair, calibration, mtz.ZipConfig(budget=mtz.Budget(size=0.5)))
+    with pytest.warns(mtz.ZipWarning, match="'b' puts out the same for all .* nothing tells what it loses"):
+        mtz.zip_networks(pair, calibration)
+
+
+def test_a_function_compares_with_the_originals_where_there_are_no_labels(calibration: dict[str, Tensor]) -> None:
+    originals = networks()
+    zipped = mtz.zip_networks(originals, calibration, mtz.ZipConfig(share=0.0))
+
+    def distance(outputs: Tensor, truth: Tensor) -> float:
+        return float((outputs - truth).abs().max())
+
+    assert mtz.evaluate(zipped, calibration, originals=originals, metric=distance)["a"].error == 0.0
+    truth = zipped(calibration["a"], task="a").detach() + 1
+    assert mtz.evaluate(zipped, {"a": (calibration["a"], truth)}, metric=distance)["a"].error == pytest.approx(1.0)
+    with pytest.raises(mtz.InvalidConfig, match=r"compares with the original networks\. Give"):
+        mtz.evaluate(zipped, calibration, metric=distance)
 
 
 # Tables

@@ -157,6 +157,7 @@ def test_labels_agree_by_intersection_over_union() -> None:
         (112 * torch.linspace(0, 1, 136) + draw(40, 136), "linear", "regression"),  # the same in pixels
         (torch.nn.functional.normalize(draw(40, 6)), "div.Tensor", "embedding"),
         (0.01 * draw(40, 5), "linear", "regression"),  # of a network that cannot tell its inputs apart
+        (1e5 * draw(40, 5), "linear", "regression"),  # prices
     ],
 )
 def test_kinds_are_guessed_and_the_reason_is_told(targets: Tensor, ending: str, kind: Kind) -> None:

@@ -9,6 +9,7 @@ import yaml
 from flows.spec.fleet_file import check_names, read_fleet, select, upgrade_file
 from flows.spec.overrides import InvalidFleet
 from mtz_core.errors import MtzError
+from tasks.params import InvalidParams
 
 PARAMS = """
 group: example
@@ -125,12 +126,20 @@ def test_a_group_that_yaml_takes_for_something_else_is_refused(files: tuple[Path
         read_fleet(files[0], files[1].with_name("fleet.yaml"))
 
 
+@pytest.mark.parametrize("name", ["", "my group", "a/b", "-x"])
+def test_a_group_that_cannot_have_its_name_is_refused(files: tuple[Path, Path], name: str) -> None:
+    files[0].write_text(files[0].read_text().replace("group: example", f"group: '{name}'"))
+    with pytest.raises(InvalidParams, match=rf"group: '{name}' is impossible\. Allowed: letters, digits"):
+        read_fleet(files[0], files[1].with_name("fleet.yaml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("version: 3\ngroups: {x: {}}", "version: 3 is not known here. Allowed: 2; a newer mtz has written it"),
         ("models: {}\ngroups: {x: {models: [a, b]}}", "version: is missing. Write 'version: 2' above all else."),
         ("version: 2\ngroups: {}", "groups: list at least one group"),
+        ("version: 2\ngroups: auto", "models: are missing, and groups are to be found among them. Declare models"),
         ("version: 2\ngroups: {x: {}}\ngruops: {}", "gruops: unknown key; allowed here: version, name, models"),
         ("version: 2\ngroups: {x: {retrain: {}}}", "groups.x.retrain: unknown key; allowed here: models, params"),
         (

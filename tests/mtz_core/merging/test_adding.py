@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mtz_core
-from mtz_core.errors import IncompatibleNetworks, InvalidConfig, ZipWarning
+from mtz_core.errors import IncompatibleNetworks, InvalidCalibration, InvalidConfig, ZipWarning
 from mtz_core.settings import Budget, Output, ZipConfig
 from mtz_core.zipped.module import ZippedNetwork
 from tests.support.networks import mlp
@@ -138,6 +138,17 @@ def test_the_newcomer_is_judged_on_examples_that_are_held_out() -> None:
     assert judged.lost == pytest.approx(float(loss(after(held_out, task="c"), newcomer(held_out))), rel=1e-4)
     few = zipped.with_task("c", newcomer, x["c"][:4], ZipConfig(share=0.2))
     assert "c" not in few.report.tasks
+
+
+@torch.no_grad()
+def test_a_newcomer_that_does_not_fit_is_refused_by_name() -> None:
+    x = {task: torch.rand(100, 6, generator=torch.Generator().manual_seed(seed)) for seed, task in enumerate("abc")}
+    pair = {task: trained_apart(seed) for seed, task in enumerate("ab")}
+    zipped = mtz_core.zip_networks(pair, {task: x[task] for task in pair}, ZipConfig(share=0.2))
+    with pytest.raises(InvalidCalibration, match="the network of 'c': its outputs are declared as probabilities"):
+        zipped.with_task("c", trained_apart(2), x["c"][:4], ZipConfig(outputs={"c": "probabilities"}))
+    with pytest.raises(InvalidCalibration, match="the network of 'c': layer '0' reads values that are too large"):
+        zipped.with_task("c", trained_apart(2), 1e20 * x["c"])
 
 
 @torch.no_grad()

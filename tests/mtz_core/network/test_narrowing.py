@@ -368,8 +368,20 @@ class Halves(nn.Module):
         lambda x: x.split([6, 6], 1),
         lambda x: (x[:, :6], x[:, 6:]),
         lambda x: (x.narrow(1, 0, 6), x[:, -6:]),
+        lambda x: x.tensor_split(2, 1),
+        lambda x: x.tensor_split((6,), 1),
+        lambda x: x.hsplit(2),
+        lambda x: x.hsplit([6]),
+        lambda x: [part[:, 0] for part in x[:, None].dsplit(2)],
+        lambda x: [part.t() for part in x.t().vsplit([6])],
+        lambda x: x.unsafe_chunk(2, 1),
+        lambda x: x.unsafe_split(6, 1),
+        lambda x: x.unsafe_split_with_sizes([6, 6], 1),
     ],
-    ids=["chunk", "split", "sizes", "slices", "narrow"],
+    ids=[
+        *("chunk", "split", "sizes", "slices", "narrow", "tensor_split", "indices", "hsplit", "hsplit at", "dsplit"),
+        *("vsplit", "unsafe_chunk", "unsafe_split", "unsafe sizes"),
+    ],
 )
 def test_parts_lose_neurons_independently(cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
     x = torch.randn(4, 5)

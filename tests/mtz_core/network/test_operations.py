@@ -430,6 +430,33 @@ def test_rules_on_labels() -> None:
     assert Value(meta, torch.tensor([[7]])).everywhere.tolist() == [[7, 7, 7]]
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: torch.concatenate([x[:, 4:], x[:, :4]], 1),
+        lambda x: torch.dstack([x[:, :4], x[:, 4:]]),
+        lambda x: torch.column_stack([x[:, 4:], x[:, :4]]),
+        lambda x: x.view(-1, 2, 4).moveaxis(1, 2),
+        lambda x: x.view(-1, 2, 4).swapdims(1, 2),
+        lambda x: x.view(-1, 2, 4).adjoint(),
+        lambda x: x.view(-1, 2, 4).ravel().view(-1, 8),
+        lambda x: x[:, None].broadcast_to(x.shape[0], 2, 8)[:, 1],
+        lambda x: x[:, None, None].expand(-1, 2, 2, 8).diagonal(0, 1, 2)[..., 1],
+        lambda x: x.fliplr(),
+        lambda x: x.t().flipud().t(),
+        lambda x: x.take_along_dim(torch.arange(7, -1, -1)[None], 1),
+    ],
+    ids=[
+        *("concatenate", "dstack", "column_stack", "moveaxis", "swapdims", "adjoint", "ravel", "broadcast_to"),
+        *("diagonal", "fliplr", "flipud", "take_along_dim"),
+    ],
+)
+def test_what_only_moves_neurons_is_followed_by_any_name(move: Callable[[Tensor], Tensor]) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Apply(move), nn.Flatten(), nn.Linear(8, 3))
+    network = trace(module, torch.randn(3, 4))
+    assert [network.graph.widths[group.name] for group in network.graph.hidden_groups] == [8]
+
+
 class Cumulative(nn.Module):
     """A cumulative sum over time, between two convolutions."""
 

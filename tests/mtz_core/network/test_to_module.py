@@ -218,7 +218,7 @@ def test_a_plain_module_needs_nothing_of_ours(name: str) -> None:
 
 
 class Passing(nn.Module):
-    """Buffers that a state has, and others that it has not."""
+    """Buffers that a state has, and others, and tensors that it has not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,9 +227,13 @@ class Passing(nn.Module):
         self.register_buffer("mask", torch.rand(5), persistent=False)
         self.drop = nn.Dropout(0.0)
         self.drop.register_buffer("scale", torch.rand(5), persistent=False)
+        self.slope = torch.rand(5)
+        self.late: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last((self.first(x) * self.kept + self.mask).relu() * self.drop.scale)
+        if self.late is None:
+            self.late = self.get_buffer("mask") + 1
+        out: Tensor = self.last((self.first(x) * self.kept + self.late).relu() * self.drop.scale * self.slope)
         return out
 
 

@@ -144,6 +144,11 @@ def column(size: int) -> nn.Parameter:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    # chance
+    "noise": (
+        lambda: Written(lambda m, x: m.second(torch.rand_like(m.first(x)))),
+        r"operator rand_like cannot be zipped: .*Its outputs are left to chance: leave the network out\.$",
+    ),
     # control flow
     "data-dependent": (
         lambda: Written(lambda m, x: m.second(m.first(x)) if x.sum() > 0 else m.second(x)),
@@ -486,6 +491,7 @@ def test_buffers_that_are_no_numbers_are_refused_by_name() -> None:
         (torch.randn(3, 12, dtype=torch.float64), r"torch\.float64"),
         (torch.randn(3, 1, 4, 4), r"\[\d, 1, 4, 4\].*calibration data"),
         (torch.randn(3), r"no features"),
+        (torch.randn(0, 12), r"Sequential is given an empty batch"),
     ],
 )
 def test_an_input_that_does_not_fit_is_refused(example: Tensor, message: str) -> None:
@@ -514,6 +520,15 @@ def test_a_network_of_several_inputs_can_be_wrapped() -> None:
 
 def program(module: nn.Module, **dynamic: Any) -> nn.Module:
     return torch.export.export(module, (torch.randn(3, 4),), **dynamic).module()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_part_in_torchscript_is_named() -> None:
+    module = Written(lambda m, x: m.second(m.part(x)), part=torch.jit.script(nn.Linear(4, 4)))
+    with pytest.raises(UnsupportedModule, match="Give the module from which the TorchScript at 'part' was made"):
+        trace(module, torch.randn(3, 4))
+    with pytest.raises(UnsupportedModule, match="Give the module from which the TorchScript was made"):
+        trace(module.get_submodule("part"), torch.randn(3, 4))
 
 
 ANY_BATCH: Any = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}

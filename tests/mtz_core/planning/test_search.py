@@ -1,7 +1,7 @@
 """Spending a budget: sizes, verified plans, floors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mtz_core import Budget, MtzError, RetrainConfig, Validation, ZipConfig, ZippedNetwork, zip_networks
-from mtz_core.errors import InvalidCalibration, InvalidConfig
+from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.tracing import trace
 from mtz_core.planning.search import BudgetSearch, FloorCandidate, FloorSearch
-from mtz_core.settings import Move
+from mtz_core.settings import Kind, Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
 from tests.support.fleets import BOTH
@@ -63,6 +63,61 @@ def budget_search(found: Mapping[str, nn.Module], calibration: Mapping[str, Tens
 
 def stored(zipped: ZippedNetwork) -> float:
     return zipped.report.stored_bytes / zipped.report.original_bytes
+
+
+class Ending(nn.Module):
+    """A network whose outputs are large, and end in another operator."""
+
+    def __init__(self, network: nn.Module, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.end = network, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(1e6 * self.network(x))
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (lambda y: y.softmax(1), None),
+        (torch.sigmoid, None),
+        (torch.sign, None),
+        (lambda y: y, "logits"),
+        (lambda y: y, "multi-label"),
+    ],
+    ids=["softmax", "sigmoid", "sign", "logits", "labels"],
+)
+def test_no_plan_is_made_of_outputs_in_which_small_changes_do_not_show(
+    end: Callable[[Tensor], Tensor], kind: Kind | None
+) -> None:
+    found: dict[str, nn.Module] = {task: Ending(own, end) for task, own in networks().items()}
+    outputs = None if kind is None else dict.fromkeys(found, kind)
+    config = ZipConfig(budget=Budget(size=0.6), outputs=outputs)
+    with pytest.raises(InvalidCalibration, match=r"small changes do not show in the outputs of 'a'.*as regression"):
+        zip_networks(found, images(found), config)
+    with pytest.warns(ZipWarning, match="No size can be proposed: .* in the outputs of 'a', 'b'"):
+        zip_networks(found, images(found), ZipConfig(outputs=outputs))
+    remedy = {task: Ending(own, lambda y: y) for task, own in networks().items()}
+    zipped = zip_networks(remedy, images(found), ZipConfig(budget=Budget(size=0.6)))
+    assert 0.5 < stored(zipped) <= 0.6
+
+
+def test_a_size_is_reached_whatever_it_costs() -> None:
+    found = networks()
+    far = {task: 1e7 + x for task, x in images(found).items()}  # of which nothing is left but rounding
+    search = budget_search(found, far, ZipConfig(budget=Budget(size=0.1)))
+    plan = search.planner.plan(0.1)
+    assert max(plan.lost.values()) > 1e4
+    assert plan.bytes <= 0.1 * search.planner.original_bytes
+
+
+def test_a_size_is_proposed_above_one_that_was_too_small() -> None:
+    found = networks()
+    planner = budget_search(found, images(found), ZipConfig(budget=Budget(size=0.4))).planner
+    first = planner.size_for(math.inf)
+    assert first is not None
+    assert planner.size_for(math.inf, above=first) == pytest.approx(first + 0.05)
+    assert planner.size_for(math.inf, above=0.95) is None
 
 
 def test_plans_are_merged_alike_whether_the_originals_outputs_are_kept_or_computed_anew(

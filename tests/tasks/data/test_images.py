@@ -115,7 +115,7 @@ def test_values_of_eight_bits_are_what_they_were() -> None:
     [
         (Image.fromarray(GREY.astype(np.float32) * 255), r"values from 0 to 255, .*Scale it, or give"),
         (Image.fromarray(-GREY.astype(np.float32)), r"values from -1 to"),
-        (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "values from nan"),
+        (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN or infinite"),
         (Image.fromarray((GREY * 1e9).astype(np.int32)), "not known which of them is white"),
     ],
 )

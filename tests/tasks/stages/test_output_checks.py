@@ -40,6 +40,10 @@ class Shaped(nn.Module):
             return scores.flatten()
         if self.shape == "dense":
             return scores[..., None].expand(-1, -1, 4)
+        if self.shape == "steps":
+            return scores.sign()
+        if self.shape == "constant":
+            return scores * 0
         return scores[..., None].squeeze() if self.shape == "squeezed" else scores
 
 
@@ -137,6 +141,68 @@ def test_labels_that_light_retraining_would_refuse_are_refused(tmp_path: Path, s
     project(tmp_path, labels={"train": NUMBERS, "validation": NUMBERS, split: NUMBERS + 1}, retrain={"labels": 0.5})
     with pytest.raises(MtzError, match=rf"labels of {split} examples go from 1 to 5.* Allowed: .* 4"):
         check(tmp_path)
+
+
+def no_number(outputs: Tensor, labels: Tensor) -> str:
+    """No metric."""
+    return "0.5"
+
+
+def not_finite(outputs: Tensor, labels: Tensor) -> float:
+    """A metric that cannot be measured."""
+    return float("nan")
+
+
+def failing(outputs: Tensor, labels: Tensor) -> float:
+    """A metric that fails."""
+    return float(outputs[EXAMPLES])
+
+
+def ranking(outputs: Tensor, labels: Tensor) -> float:
+    """A metric that fails unless all classes are there."""
+    if len(labels.unique()) < CLASSES:
+        raise ValueError("only one class present")
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("no_number", "the metric of 'a' returns a str"),
+        ("not_finite", "the metric of 'a' is nan"),
+        ("failing", r"the metric failing fails \(IndexError: index 12 is out of bounds"),
+    ],
+)
+def test_metrics_that_evaluation_would_refuse_are_refused(tmp_path: Path, metric: str, told: str) -> None:
+    with pytest.raises(MtzError, match=told):
+        check(project(tmp_path, labels=NUMBERS, model={"metric": f"{__name__}:{metric}"}))
+
+
+def test_a_metric_may_fail_on_some_examples_if_it_does_not_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.stages.output_checks._TRIED", 2)
+    check(project(tmp_path, labels=np.sort(NUMBERS), model={"metric": f"{__name__}:ranking"}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [("constant", "'a' puts out the same for all"), ("steps", "small changes do not show in the outputs of 'a'")],
+)
+def test_outputs_that_tell_a_budget_nothing_are_refused(tmp_path: Path, shape: str, told: str) -> None:
+    project(tmp_path, shape, match={"budget": {"size": 0.6}})
+    with pytest.raises(MtzError, match=told):
+        check(tmp_path)
+    settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**settings, "match": {"share": 1.0}}))
+    check(tmp_path)
+
+
+def test_outputs_may_tell_nothing_for_some_examples_if_they_do_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.stages.output_checks._TRIED", 1)
+    check(project(tmp_path, match={"budget": {"size": 0.6}}))
 
 
 FLOOR: dict[str, Any] = {
