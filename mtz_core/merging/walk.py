@@ -368,5 +368,6 @@ def _merge_layer(
         original_parameters={t: sum(originals[t].state[n].numel() for n in node.state) for t, node in nodes.items()},
         note=why_separate(originals, node) or "",
         few_rows="; ".join(f"{task} has {what}" for task, what in few.items()),
+        bits="-".join(map(str, dict.fromkeys((min(bits.values()), max(bits.values()))))) if bits else "",
     )
     return report, blocks

@@ -49,6 +49,7 @@ class LayerReport:
         original_parameters: Values of the original layer, per task.
         note: Why nothing is shared, where that was not asked for.
         few_rows: By how much calibration data is too little to fit the layer well.
+        bits: To how many bits its weights are rounded, as ``4`` or ``3-8``; empty where none are.
     """
 
     layer: str
@@ -61,6 +62,7 @@ class LayerReport:
     original_parameters: Mapping[str, int]
     note: str = ""
     few_rows: str = ""
+    bits: str = ""
 
     def of(self, tasks: Sequence[str], shared: int, parameters: int) -> LayerReport:
         """Return the report when only these tasks are left."""
@@ -188,9 +190,12 @@ class ZipReport:
         """Return the report as a table."""
         tasks = list(dict.fromkeys(task for layer in self.layers for task in layer.neurons))
         head, *rows = _HEAD, *(_row(layer, tasks) for layer in self.layers)
+        if any(layer.bits for layer in self.layers):
+            rows = [(*row, layer.bits or _NONE) for row, layer in zip(rows, self.layers, strict=True)]
+            head = (*head, "bits")
         if len(rows) > ROWS:
             hidden = len(rows) - ROWS + 1
-            rows[ROWS // 2 : ROWS // 2 + hidden] = [(f"… {hidden} more layers …", "", "", "", "", "")]
+            rows[ROWS // 2 : ROWS // 2 + hidden] = [(f"… {hidden} more layers …", *[""] * (len(head) - 1))]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [_line(row, widths) for row in (head, tuple("─" * width for width in widths), *rows)]
         return "\n".join((*lines, *self._footer(tasks)))
@@ -222,7 +227,7 @@ class ZipReport:
             yield f"{_shortened(task)}: {judged.brief()}"
 
 
-_Row = tuple[str, str, str, str, str, str]
+_Row = tuple[str, ...]
 _HEAD: _Row = ("layer", "kind", "neurons", "shared", "stored", "output error")
 
 
