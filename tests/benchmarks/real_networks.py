@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any
@@ -26,18 +26,23 @@ from mtz_core import Budget, Output, RetrainConfig, ZipConfig, zip_networks
 from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import outputs_of
 from mtz_core.merging.judging import judge, targets_of
-from mtz_core.merging.walk import trace_task
+from mtz_core.merging.walk import finish, merge, trace_task
 from mtz_core.planning.search import BudgetSearch, Candidate
 from mtz_core.retraining import Retraining, Targets, original_outputs
+from mtz_core.settings import MOVES, Move
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
+from mtz_core.zipped.structure import scale_name
 from tasks.data.examples import read_images
 from tests.benchmarks import real_page
 from tests.benchmarks.records import Records
 from tests.benchmarks.rivals.library_pruning import Importance, pruned
 from tests.benchmarks.rivals.single_weights import Compressed, rounded, sparse
 
-SIZES = (0.9, 0.75, 0.5)
+SIZES = (0.9, 0.75, 0.5, 0.25, 0.125)
+LARGE = SIZES[:3]
+"""Sizes that are reached without rounding."""
+
 IMAGES = 300
 RETRAINING = RetrainConfig(iterations=80, batch_size=16, validate_every=10, patience=5)
 """As in `examples/real/fleet.yaml`."""
@@ -124,35 +129,54 @@ class Case:
             found[task] = Traced.measured(network, as_batches(inputs, task), ZipConfig(), self.outputs[task])
         return found
 
-    def search_with(self, balance: Mapping[str, float] | None = None) -> BudgetSearch:
-        """Makes plans, with what each task loses counted so much."""
-        budget = Budget(size=1.0)
+    def search_with(self, moves: Sequence[Move], balance: Mapping[str, float] | None = None) -> BudgetSearch:
+        """Makes plans with these moves, with what each task loses counted so much."""
+        budget = Budget(size=1.0, moves=moves)
         return BudgetSearch(self.measured, ZipConfig(budget=budget, outputs=self.outputs, balance=balance), budget)
 
     @cached_property
     def search(self) -> BudgetSearch:
-        """Makes plans for all sizes."""
-        return self.search_with()
+        """Makes plans with all moves, for all sizes."""
+        return self.search_with(MOVES)
+
+    @cached_property
+    def unrounded(self) -> BudgetSearch:
+        """Makes plans that round nothing."""
+        return self.search_with(("share", "drop"))
 
     @cache  # noqa: B019 -- there are two cases, and they live as long as the command
     def candidates(self, size: float) -> list[Candidate]:
-        """The plans that `zip_networks` tries for a size, merged and judged on calibration inputs that are held out."""
-        return list(self.search.candidates(size))
+        """Plans that round nothing, merged and judged on calibration inputs that are held out."""
+        return list(self.unrounded.candidates(size))
 
     def best(self, size: float, names: str = "") -> Candidate:
         """The best of the plans whose names begin so. Raises `InvalidConfig` if there are none."""
-        if names == DROP and not self.search.planner.reaches(size, {"drop"}):
+        if names == DROP and not self.unrounded.planner.reaches(size, {"drop"}):
             raise InvalidConfig(f"dropping alone does not reach {100 * size:g} % of the bytes.")
-        return self.search.best_of(one for one in self.candidates(size) if one.name.startswith(names))
+        return self.unrounded.best_of(one for one in self.candidates(size) if one.name.startswith(names))
 
-    def planned(self, size: float, names: str = "") -> Compressed:
-        """Zipped by this project, by the best of these plans."""
-        found = self.search.zip(self.best(size, names).plan)
+    def planned(self, size: float) -> Compressed:
+        """Zipped by this project, by the best plan."""
+        found = self.search.zip(self.search.best(size))
+        return Compressed(found, found.report.stored_bytes)
+
+    def quantised(self, bits: int) -> Compressed:
+        """Each network alone, all weights in so many bits, by this project's optimal brain quantisation."""
+        plan, traced = self.search.planner.whole(), self.search.traced
+        every = {
+            scale_name(node.name, (task,)): bits for task, own in traced.items() for node in own.network.graph.layers
+        }
+        found = finish(merge(traced, plan.pairings, self.search.config, (), plan.keep, {}, every))
+        return Compressed(found, found.report.stored_bytes)
+
+    def without_rounding(self, size: float, names: str = "") -> Compressed:
+        """Zipped by this project, by the best of these plans that round nothing."""
+        found = self.unrounded.zip(self.best(size, names).plan)
         return Compressed(found, found.report.stored_bytes)
 
     def weighed(self, size: float, balance: Mapping[str, float]) -> Compressed:
         """Zipped by this project, with the loss of one task counted more than that of another."""
-        search = self.search_with(balance)
+        search = self.search_with(("share", "drop"), balance)
         found = search.zip(search.best(size))
         return Compressed(found, found.report.stored_bytes)
 
@@ -195,8 +219,8 @@ DROP = "drop only"
 """What the names of plans without sharing begin with."""
 
 WAYS: Mapping[str, Way] = {
-    real_page.OURS: lambda case, size: case.planned(size),
-    real_page.DROP: lambda case, size: case.planned(size, DROP),
+    real_page.UNROUNDED: lambda case, size: case.without_rounding(size),
+    real_page.DROP: lambda case, size: case.without_rounding(size, DROP),
     "pruned by torch-pruning": lambda case, size: case.pruned(size, "curvature"),
     "neurons pruned by magnitude": lambda case, size: case.pruned(size, "magnitude"),
     "single weights pruned by magnitude": lambda case, size: sparse(case.networks, case.calibration, size),
@@ -207,6 +231,8 @@ OWN_SIZES: Mapping[str, Callable[[Case], Compressed]] = {
     "this project, everything shared": lambda case: case.shared(),
     real_page.ROUNDED.format(8): lambda case: rounded(case.networks, case.calibration, 8),
     real_page.ROUNDED.format(4): lambda case: rounded(case.networks, case.calibration, 4),
+    real_page.QUANTISED.format(8): lambda case: case.quantised(8),
+    real_page.QUANTISED.format(4): lambda case: case.quantised(4),
 }
 """Ways with a size of their own."""
 
@@ -215,18 +241,19 @@ def measure(name: str, case: Case, records: Records, retraining: bool) -> None:
     """Measure one group by every way that has not been."""
     ways = {**WAYS, **GROUPS[name].ways}
     todo: list[tuple[str, float | None, Callable[[], Compressed]]] = [
-        *((way, size, partial(make, case, size)) for way, make in ways.items() for size in SIZES),
+        *((real_page.OURS, size, partial(Case.planned, case, size)) for size in SIZES),
+        *((way, size, partial(make, case, size)) for way, make in ways.items() for size in LARGE),
         *((way, None, partial(make, case)) for way, make in OWN_SIZES.items()),
     ]
     for way, size, make in todo:
-        retrained = retraining and "rounded" not in way
+        retrained = retraining and "bits" not in way
         if records.has(group=name, way=way, size=size, retrained=retrained):
             continue
         row: dict[str, Any] = {"group": name, "way": way, "size": size, "retrained": retrained}
         started = time.process_time()
         try:
             if way == real_page.DROP and size is not None and case.best(size, DROP) is case.best(size):
-                (planned,) = records.where(group=name, way=real_page.OURS, size=size, retrained=retrained)
+                (planned,) = records.where(group=name, way=real_page.UNROUNDED, size=size, retrained=retrained)
                 records.add(planned | {"way": way})  # the same plan: the same network
                 continue
             compressed = make()
