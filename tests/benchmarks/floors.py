@@ -15,7 +15,7 @@ import torch
 
 from mtz_core import Budget, Validation
 from mtz_core.planning.search import FloorSearch
-from mtz_core.settings import Method, Move, RetrainConfig, ZipConfig
+from mtz_core.settings import MOVES, Method, Move, RetrainConfig, ZipConfig
 from tests.benchmarks.accuracy import PAIRS, Pair
 from tests.benchmarks.fleet_curves import budget_search
 from tests.benchmarks.full_data import FOLDERS, Split, read_split, test_error
@@ -25,7 +25,8 @@ from tests.benchmarks.training import BATCH, trained
 FLOOR = 0.5
 RETRAINING = RetrainConfig(iterations=50)
 METHODS: Mapping[str, tuple[Method, tuple[Move, ...]]] = {
-    "mixture": ("refit", ("share", "drop")),
+    "all moves": ("refit", MOVES),
+    "share and drop": ("refit", ("share", "drop")),
     "drop only": ("refit", ("drop",)),
     "share only": ("refit", ("share",)),
     "MTZ as published": ("paper", ("share",)),

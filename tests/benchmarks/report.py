@@ -14,6 +14,7 @@ import numpy as np
 
 from tasks.files import whole_file
 from tasks.studies.charts import Curve, Panel, draw_curves
+from tests.benchmarks import floors
 from tests.benchmarks.accuracy import METHODS, PAIRS
 from tests.benchmarks.fleet_curves import DROP, FLEETS, MIXTURE, PAPER, SHARE, SIZES
 from tests.benchmarks.fleets import DISTORTIONS, LABELLINGS
@@ -197,8 +198,9 @@ def floor_lines(records: Records) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for pair in PAIRS:
-        for method in dict.fromkeys(row["method"] for row in records.where(pair=pair.name)):
-            rows = list(records.where(pair=pair.name, method=method))
+        for method in floors.METHODS:
+            if not (rows := list(records.where(pair=pair.name, method=method))):
+                continue
             fewer = np.mean([row["trained"] / max(row["iterations"], 1) for row in rows])
             stored = spread(100 * row["stored"] for row in rows)
             lines.append(
@@ -236,12 +238,12 @@ def readme_accuracy(records: Records) -> list[str]:
 
 
 def readme_floors(records: Records) -> list[str]:
-    methods = list(dict.fromkeys(row["method"] for row in records.rows))
+    methods = [method for method in floors.METHODS if records.has(method=method)]
     lines = [f"| stored | {' | '.join(methods)} |", "|---|" + "---|" * len(methods)]
     for pair in PAIRS:
         if records.has(pair=pair.name):
             cells = [
-                f"{100 * np.mean([row['stored'] for row in records.where(pair=pair.name, method=m)]):.0f} %"
+                f"{100 * np.mean([row['stored'] for row in records.where(pair=pair.name, method=m)]):.1f} %"
                 for m in methods
             ]
             lines.append(f"| {pair.name} | {' | '.join(cells)} |")
@@ -268,16 +270,16 @@ def run(setting: Setting) -> Path:
     """Write everything; returns the folder."""
     out = DOCS if setting == "full" else CACHE / "quick"
     out.mkdir(parents=True, exist_ok=True)
-    fleets, accuracy, floors = (Records(name, setting) for name in ("fleets", "accuracy", "floors"))
+    fleets, accuracy, floor = (Records(name, setting) for name in ("fleets", "accuracy", "floors"))
     for name, records, lines in (
         ("fleets", fleets, fleet_lines(fleets)),
         ("accuracy", accuracy, accuracy_lines(accuracy)),
-        ("floors", floors, floor_lines(floors)),
+        ("floors", floor, floor_lines(floor)),
     ):
         write(out / f"{name}.md", lines)
         records.write_parquet(out / f"{name}.parquet")
     draw_fleets(fleets, out)
     if setting == "full":
         put(Path("README.md"), "accuracy", readme_accuracy(accuracy))
-        put(Path("README.md"), "floors", readme_floors(floors))
+        put(Path("README.md"), "floors", readme_floors(floor))
     return out
