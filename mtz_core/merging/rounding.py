@@ -203,4 +203,4 @@ def choose_scales(
 
 def storable(scales: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Scales as they can be stored."""
-    return scales.to(SCALES).to(scales.dtype)
+    return scales.clamp(max=torch.finfo(SCALES).max).to(SCALES).to(scales.dtype)

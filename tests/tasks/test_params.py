@@ -213,9 +213,9 @@ def test_floors_of_outputs_belong_to_their_models(content: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        ({"size": 0.6}, Budget(size=0.6, moves=["share", "drop"])),
+        ({"size": 0.6}, Budget(size=0.6, moves=["share", "drop", "round"])),
         ({"size": 1, "moves": ["drop"]}, Budget(size=1.0, moves=["drop"])),
-        ({"floor": 0.5, "retrain": {}}, Budget(floor=0.5, moves=["share", "drop"])),
+        ({"floor": 0.5, "retrain": {}}, Budget(floor=0.5, moves=["share", "drop", "round"])),
         (
             {"floor": {"digits": 0, "fashion": 2}, "moves": ["share"], "retrain": {"images": 8000}},
             Budget(floor={"digits": 0.0, "fashion": 2.0}, moves=["share"]),
@@ -242,7 +242,7 @@ def test_a_budget_takes_the_place_of_share(content: dict[str, Any], budget: obje
         ({"floor": {"digits": -1, "fashion": 1}, "retrain": {}}, "match.budget.floor: -1.0 is impossible"),
         ({"floor": {"digits": 1}, "retrain": {}}, "match.budget.floor: names ['digits'], but models are ['digits', "),
         ({"size": 0.5, "moves": []}, "match.budget.moves: [] is impossible"),
-        ({"size": 0.5, "moves": ["merge"]}, "match.budget.moves.0: input should be 'share' or 'drop', not 'merge'"),
+        ({"size": 0.5, "moves": ["merge"]}, "match.budget.moves.0: input should be 'share', 'drop' or 'round', not"),
         ({"sise": 0.5}, "match.budget.sise: unknown key; allowed here: size, floor, moves, retrain"),
         ({"floor": 1}, "match.budget.retrain: is missing"),
         ({"floor": 1}, "Write it once: `retrain: &retrain {…}` in match.budget, and below, on its own, `retrain: *r"),
@@ -263,7 +263,7 @@ def test_impossible_budgets(content: dict[str, Any], budget: object, says: str) 
 
 def test_the_published_method_drops_nothing(content: dict[str, Any]) -> None:
     content["match"] = {"method": "paper", "budget": {"size": 0.7}}
-    with pytest.raises(InvalidParams, match=r"match\.budget\.moves: method 'paper' does not drop neurons"):
+    with pytest.raises(InvalidParams, match=r"match\.budget\.moves: method 'paper' neither drops neurons nor rounds"):
         validate(content, "params.yaml")
 
 

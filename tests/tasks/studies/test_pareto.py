@@ -129,7 +129,7 @@ def test_the_table_says_what_evaluating_by_hand_says(project: Path, method: str,
     for row in rows:
         plan = budget_search.best(0.85 if row.stored_fraction > 0.7 else 0.7)
         zipped = budget_search.zip(plan)
-        assert row.stored_bytes == plan.bytes == sum(t.nbytes for t in zipped.state_dict().values())
+        assert row.stored_bytes == plan.bytes == zipped.report.stored_bytes
         assert row.error == pytest.approx(wrong(partial(zipped, task=row.task), row.task))
         assert row.error_original == pytest.approx(wrong(load_network(params, workspace, row.task), row.task))
         assert row.rise == row.error - row.error_original
@@ -269,7 +269,7 @@ def test_mlflow_has_one_run_for_one_content(
         ("nan", None, "--sizes nan"),
         ("half", None, "--sizes half"),
         ("", None, "--sizes "),
-        (None, "mixture,prune", "there is no method 'prune'. Methods: mixture, drop, share, paper"),
+        (None, "mixture,prune", "there is no method 'prune'. Methods: mixture, round, drop, share, paper"),
     ],
 )
 def test_impossible_questions(sizes: str | None, methods: str | None, message: str) -> None:
