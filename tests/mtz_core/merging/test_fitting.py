@@ -521,13 +521,11 @@ on_problems = pytest.mark.parametrize(
 
 def correlated(problem: Problem) -> Problem:
     """The same, but that all inputs rise and fall together."""
-    return replace(
-        problem,
-        **{
-            name: {task: x + x.mean(dim=1, keepdim=True) * x.shape[1] ** 0.5 for task, x in values.items()}
-            for name, values in (("original", problem.original), ("zipped", problem.zipped))
-        },
-    )
+
+    def mixed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {task: x + x.mean(dim=1, keepdim=True) * x.shape[1] ** 0.5 for task, x in values.items()}
+
+    return replace(problem, original=mixed(problem.original), zipped=mixed(problem.zipped))
 
 
 @dataclass
