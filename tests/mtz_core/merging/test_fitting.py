@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from mtz_core import ZipConfig, zip_networks
 from mtz_core.merging.fitting import Clip, LayerFit, fit, following_clip
-from mtz_core.merging.rounding import nearest, storable
+from mtz_core.merging.rounding import storable
 from mtz_core.network.graph import Network
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.tracing import trace
 from mtz_core.settings import BITS, Method
 from mtz_core.statistics import calibration
+from mtz_core.zipped.codes import nearest
 from mtz_core.zipped.ownership import Arrangement, Owners, Segment
 
 TASKS = ("a", "b", "c")

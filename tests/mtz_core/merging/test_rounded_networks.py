@@ -13,14 +13,13 @@ from torch import Tensor, nn
 import mtz_core
 from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.merging.matching import match
-from mtz_core.merging.rounding import nearest
 from mtz_core.merging.walk import ActivationStream, finish, merge
 from mtz_core.network.graph import Node, run
 from mtz_core.network.tracing import trace
 from mtz_core.settings import BITS
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
-from mtz_core.zipped.codes import SCALES
+from mtz_core.zipped.codes import SCALES, nearest
 from mtz_core.zipped.structure import block_name, scale_name
 from tests.support.fleets import FLEETS, drawn, measured_fleet, rounded_fleet
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtz_core.merging import rounding
-from mtz_core.merging.rounding import Rounder, choose_scales, nearest, storable
+from mtz_core.merging.rounding import Rounder, choose_scales, storable
 from mtz_core.settings import BITS
 from mtz_core.statistics.linalg import DenseHessian, RowsHessian, SingularHessian
-from mtz_core.zipped.codes import SCALES, middle
+from mtz_core.zipped.codes import SCALES, middle, nearest
 
 on_all_bits = pytest.mark.parametrize("bits", BITS)
 

@@ -6,10 +6,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtz_core.merging.rounding import choose_scales, nearest, storable
+from mtz_core.merging.rounding import choose_scales, storable
 from mtz_core.settings import BITS
 from mtz_core.zipped import codes as codes_module
-from mtz_core.zipped.codes import SCALES, codes_of, middle, pack, packed_bytes, unpack, values_of
+from mtz_core.zipped.codes import SCALES, codes_of, middle, nearest, pack, packed_bytes, unpack, values_of
 
 on_all_bits = pytest.mark.parametrize("bits", BITS)
 on_both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
