@@ -680,6 +680,20 @@ def test_a_tasks_own_weights_answer_to_what_is_rounded_for_all() -> None:
     assert 0 < answered < 0.8 * still
 
 
+def test_the_scale_of_shared_rows_is_the_best_for_the_task_that_counts_most() -> None:
+    """Where no input is shared, nothing but the scale is common."""
+    costs = []
+    for heavy in (0.98, 0.01):
+        config = ZipConfig(refit_rounds=0, balance={"a": heavy, "b": (1 - heavy) / 2, "c": (1 - heavy) / 2})
+        total = 0.0
+        for seed in range(4):
+            problem = linear_problem(COLUMNS["nothing shared"], {TASKS: 6}, 40, bias=False, seed=seed)
+            found = rounded(problem, {TASKS: 2}, config)
+            total += found.cost("a", np.arange(6), found.error("a"))
+        costs.append(total)
+    assert costs[0] < 0.95 * costs[1]
+
+
 @pytest.mark.slow
 @on_problems
 def test_eight_bits_hardly_change_a_layer_and_each_bit_less_changes_it_more(problem: Problem) -> None:

@@ -263,6 +263,20 @@ def test_scales_can_be_stored_and_are_no_worse_than_clipping_nothing(bits: int, 
     assert bool((error(scales) <= error(storable(weights.abs().amax(dim=1) / middle(bits)))).all())
 
 
+def test_few_bits_clip_what_is_large_and_rare() -> None:
+    """No factor that is tried does better, and the best does much better than clipping nothing."""
+    weights, importance = drawn(40, 60, 1), torch.rand(60, dtype=torch.float64) + 0.1
+    largest = weights.abs().amax(dim=1)
+    for bits, (least, tries) in rounding._FACTORS.items():
+        factors = torch.linspace(1.0, least, tries, dtype=torch.float64)
+        tried = torch.stack([storable(factor * largest / middle(bits)) for factor in factors.float().tolist()])
+        errors = (nearest(weights, tried[..., None], bits) - weights).square() @ importance
+        scales = choose_scales(weights, importance, bits)
+        found = (nearest(weights, scales[:, None], bits) - weights).square() @ importance
+        torch.testing.assert_close(found, errors.amin(dim=0), rtol=0.02, atol=0)
+        assert float(found.sum()) <= {4: 0.95, 3: 0.8, 2: 0.6}.get(bits, 1.0) * float(errors[0].sum())
+
+
 @on_all_bits
 def test_scales_follow_the_weights(bits: int) -> None:
     """Powers of two change nothing but the scale; signs and the order of columns change nothing at all."""

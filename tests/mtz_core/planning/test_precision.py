@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor, nn
 
 from mtz_core.merging.judging import judge
 from mtz_core.merging.rounding import Rounder, choose_scales
 from mtz_core.merging.walk import finish, merge
+from mtz_core.network.tracing import trace
 from mtz_core.planning.options import Prices
 from mtz_core.planning.planner import Choice, Planner
 from mtz_core.planning.precision import Precisions
@@ -19,6 +21,7 @@ from mtz_core.settings import BITS, MOVES
 from mtz_core.statistics.calibration import as_batches
 from mtz_core.zipped.structure import scale_name
 from tests.support.fleets import CONFIG, FLEETS, drawn_bits, measured_fleet, planner
+from tests.support.networks import measured
 
 pytestmark = pytest.mark.slow
 
@@ -102,9 +105,36 @@ def test_without_rounding_nothing_is_offered(name: str) -> None:
 @on_all_fleets
 def test_what_depends_on_a_group_is_what_changes_with_it(name: str) -> None:
     """Bytes but for what packing rounds up, which is less than one byte for each block."""
-    own, sizes, prices = precisions(name), whole(name).sizes, drawn_prices(name, 3)
-    counts, bits = drawn_counts(name, 3), drawn_bits(sizes, 3)
-    for group, table in whole(name).options.items():
+    check_around(whole(name), drawn_counts(name, 3), drawn_prices(name, 3))
+
+
+class Stream(nn.Module):
+    """Layers that read and write the neurons of one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.first(x).relu()
+        out: Tensor = self.head(x + self.second(x).relu())
+        return out
+
+
+def test_layers_that_read_and_write_a_group_depend_on_it_twice() -> None:
+    examples = {task: torch.randn(30, 5) for task in "ab"}
+    networks = {task: trace(Stream().eval(), x[:2]) for task, x in examples.items()}
+    own = Planner(measured(networks, examples, CONFIG), CONFIG, MOVES)
+    (table,) = own.options.values()
+    check_around(own, dict.fromkeys(own.options, table.counts[-1]), Prices(np.array([0.7, 1.4]), rounding=1.3))
+
+
+def check_around(planner: Planner, counts: dict[str, np.ndarray], prices: Prices) -> None:
+    own, sizes = planner.precisions, planner.sizes
+    bits = drawn_bits(sizes, 3)
+    for group, table in planner.options.items():
         states = np.unique(np.linspace(0, len(table.counts) - 1, 5).astype(int))
         given = {**counts, group: table.counts[states].astype(np.float64)}
         bytes_, damage = own.around(group, given, bits, prices)
