@@ -277,7 +277,7 @@ class Planner:
             keep = {task: {name: parts[name].keep[task][name] for name in own} for task, own in plan.keep.items()}
             pairings = {name: part.pairings[name] for name, part in parts.items()}
             counts = {name: self.sizes.count(pairing.members) for name, pairing in pairings.items()}
-            bits = self.precisions.named(plan.bits)
+            bits = self.precisions.named({**to.bits, **plan.bits})
             yield (
                 ", ".join(worst[:count]),
                 Plan(

@@ -26,10 +26,10 @@ from mtz_core.network.graph import INPUT, Input, Inputs, Node
 from mtz_core.network.groups import analyse
 from mtz_core.network.topology import first_difference
 from mtz_core.settings import BITS
-from mtz_core.zipped.codes import SCALES
+from mtz_core.zipped.codes import SCALES, middle
 from mtz_core.zipped.ownership import NOT_A_MEMBER
 from mtz_core.zipped.report import LayerReport, TaskReport, ZipReport
-from mtz_core.zipped.structure import TaskStructure, ZippedStructure, hidden_groups, own_name
+from mtz_core.zipped.structure import TaskStructure, ZippedStructure, hidden_groups, own_name, scale_name
 
 FORMAT = "mtz-zipped-network"
 VERSION = 5
@@ -179,8 +179,9 @@ def load(folder: Path) -> tuple[ZippedStructure, dict[str, Tensor]]:
             raise InvalidZippedFile(
                 f"{folder / WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}, not what {MANIFEST} states."
             )
-    scales = structure.scale_shapes()
     precision = _precision(manifest, tensors)
+    _check_types(structure, tensors, precision, folder / WEIGHTS)
+    scales = structure.scale_shapes()
     return structure, {name: tensors[name].to(precision) if name in scales else tensors[name] for name in shapes}
 
 
@@ -240,7 +241,7 @@ def _read_structure(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if not judged.keys() <= networks.keys() or not all(entry.declared for entry in judged.values()):
         raise ValueError("a report on tasks that are not there")
     report_read = ZipReport(**{**report, "layers": layers, "descent": tuple(report["descent"]), "tasks": judged})
-    return _read_bits(ZippedStructure(tasks, networks, members, report_read, separate), manifest, tensors)
+    return _read_bits(ZippedStructure(tasks, networks, members, report_read, separate), manifest)
 
 
 def _renamed(members: Mapping[str, Any], networks: Iterable[TaskStructure]) -> dict[str, Any]:
@@ -259,21 +260,37 @@ def _precision(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> to
     return found
 
 
-def _read_bits(
-    structure: ZippedStructure, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> ZippedStructure:
-    """The structure with the bits of rounded blocks. Raises `ValueError` unless these are codes with usable scales."""
+def _read_bits(structure: ZippedStructure, manifest: Mapping[str, Any]) -> ZippedStructure:
+    """The structure with the bits of rounded blocks. Raises `ValueError` if there are no such blocks, or bits."""
     stated = manifest["bits"] if manifest["version"] >= 5 else {}
+    shapes = structure.block_shapes()
     for name, bits in stated.items():
-        if "/weight/" not in name or name not in structure.block_shapes() or bits not in BITS:
+        if "/weight/" not in name or name not in shapes or type(bits) is not int or bits not in BITS:
             raise ValueError(f"{name!r} in {bits!r} bits")
-        if tensors[name].dtype != torch.uint8:
-            raise ValueError(f"{name!r} is rounded, but holds {_dtype_name(tensors[name].dtype)}")
-    structure = dataclasses.replace(structure, bits=dict(stated))
-    for name in structure.scale_shapes():
-        if tensors[name].dtype != SCALES or not bool((tensors[name].isfinite() & (tensors[name] >= 0)).all()):
-            raise ValueError(f"{name!r} are no scales: finite {_dtype_name(SCALES)}, 0 or more")
-    return structure
+    return dataclasses.replace(structure, bits=dict(stated))
+
+
+def _check_types(structure: ZippedStructure, tensors: Mapping[str, Tensor], precision: torch.dtype, file: Path) -> None:
+    """Check that rounded blocks are codes, that others are of the weights' type, and that scales are usable.
+
+    Raises:
+        InvalidZippedFile: If a tensor is not what it should be.
+    """
+    for name in structure.block_shapes():
+        expected = torch.uint8 if name in structure.bits else precision
+        if tensors[name].dtype != expected:
+            raise InvalidZippedFile(
+                f"{file}: tensor {name!r} should hold {_dtype_name(expected)}, but holds "
+                f"{_dtype_name(tensors[name].dtype)}."
+            )
+    for block, bits in structure.bits.items():
+        layer, _, rows, _ = block.rsplit("/", 3)
+        name = scale_name(layer, tuple(rows.split("+")))
+        largest = tensors[name].to(precision) * middle(bits)
+        if tensors[name].dtype != SCALES or not bool((largest.isfinite() & (largest >= 0)).all()):
+            raise InvalidZippedFile(
+                f"{file}: tensor {name!r} holds no scales: {_dtype_name(SCALES)}, 0 or more, all levels finite."
+            )
 
 
 def _read_network(

@@ -9,6 +9,7 @@ import numpy as np
 
 from mtz_core.merging.pairing import Pairing
 from mtz_core.network.narrowing import Keep
+from mtz_core.settings import BITS
 from tasks.artifacts.paths import Workspace
 from tasks.files import InvalidArtifact, read_json, write_json, write_table
 
@@ -148,10 +149,17 @@ def read_pairings(workspace: Workspace) -> Pairings:
                 for task, kept in content["keep"].items()
             },
             {task: float(own) for task, own in content.get("damping", {}).items()},  # older plans have none
-            {name: int(own) for name, own in content.get("bits", {}).items()},
+            {name: _bits(own) for name, own in content.get("bits", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArtifact(f"{workspace.pairing} does not hold a pairing: {error!r}. Run match again.") from error
+
+
+def _bits(stated: object) -> int:
+    """A number of bits to which weights can be rounded. Raises `ValueError` if it is none."""
+    if type(stated) is not int or stated not in BITS:
+        raise ValueError(f"{stated!r} bits")
+    return stated
 
 
 def read_plan(workspace: Workspace) -> tuple[dict[str, float], str]:

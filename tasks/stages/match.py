@@ -165,7 +165,7 @@ def _planned(budget_search: BudgetSearch, plan: Plan, tried: Sequence[CandidateR
         )
         show_progress(f"{name}: {kept} neurons kept, {pairing.shared} shared")
     if plan.bits:
-        show_progress(f"weights are rounded to {min(plan.bits.values())} to {max(plan.bits.values())} bits")
+        show_progress(f"weights are rounded to {', '.join(map(str, sorted({*plan.bits.values()})))} bits")
     show_progress(f"stored {100 * stored:.1f} % of the bytes, predicted damage {plan.damage:.4g}; limit: {limit}")
     return Matched(
         plan.pairings,

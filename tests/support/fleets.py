@@ -3,20 +3,28 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtz_core import Budget, ZipConfig
+from mtz_core import Budget, ZipConfig, ZippedNetwork
+from mtz_core.merging.compatibility import why_separate
+from mtz_core.merging.pairing import Pairing
+from mtz_core.merging.walk import finish, merge
 from mtz_core.network.graph import Network
-from mtz_core.network.narrowing import Dropper
+from mtz_core.network.narrowing import LEAST, Dropper
 from mtz_core.network.tracing import trace
 from mtz_core.planning.planner import Planner
-from mtz_core.settings import Move
+from mtz_core.planning.sizes import Bits, Sizes, owner_sets
+from mtz_core.settings import BITS, Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.moments import Moments
 from mtz_core.statistics.sensitivity import Sensitivities
 from mtz_core.statistics.traced import Traced
+from mtz_core.zipped.ownership import NOT_A_MEMBER
+from mtz_core.zipped.structure import scale_name
 from tests.support.networks import Residual, joined, lenet5, mlp, sensitivities_of_traced
 
 BOTH: tuple[Move, ...] = ("share", "drop")
@@ -180,3 +188,75 @@ def measured_fleet(name: str) -> Mapping[str, Traced]:
 @cache
 def planner(name: str, moves: tuple[Move, ...] = BOTH) -> Planner:
     return Planner(measured_fleet(name), CONFIG, moves)
+
+
+# Drawn at random
+
+
+Kept = dict[str, dict[str, np.ndarray]]
+
+
+def drawn(
+    name: str, seed: int, drop: bool = True, share: bool = True, some: bool = False
+) -> tuple[Kept, dict[str, Pairing]]:
+    """Neurons that each task keeps, and tuples of those that are one, of all tasks or of some."""
+    networks, generator = traced_fleet(name), np.random.default_rng(seed)
+    graph = next(iter(networks.values())).graph
+    keep: Kept = {task: {} for task in networks}
+    pairings = {}
+    for group in graph.hidden_groups:
+        left = []
+        for task, network in networks.items():
+            width = network.graph.widths[group.name]
+            count = width
+            if drop and group.name in droppable(name) and width > LEAST:
+                count = int(generator.integers(LEAST, width + 1))
+            keep[task][group.name] = np.sort(generator.permutation(width)[:count])
+            left.append(count)
+        writers = [node for node in graph.layers if node.name in group.writers]
+        possible = share and any(why_separate(networks, node) is None for node in writers)
+        shared = int(generator.integers(0, min(left) + 1)) if possible else 0
+        tuples = np.stack([generator.permutation(count)[:shared] for count in left], axis=1)
+        if some:  # tuples of two and more tasks
+            absent = generator.integers(0, len(left), shared)
+            tuples[np.arange(shared), absent] = np.where(len(left) > 2, NOT_A_MEMBER, tuples[np.arange(shared), absent])
+        pairings[group.name] = Pairing.from_tuples(tuple(networks), left, tuples)
+    return keep, pairings
+
+
+def drawn_bits(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
+    """Bits for the rows of every set of owners in every layer, some of them not rounded."""
+    generator = np.random.default_rng(seed)
+    offered = (sizes.full_bits, *BITS)
+    return {layer: generator.choice(offered, len(sizes.owners)) for layer in sizes.layers}
+
+
+def names_of(sizes: Sizes, bits: Bits) -> dict[str, int]:
+    """The bits of rows by the names of their scales."""
+    return {
+        scale_name(layer, tuple(compress(sizes.tasks, owners))): number
+        for layer, own in bits.items()
+        for owners, number in zip(sizes.owners, own.tolist(), strict=True)
+        if number < sizes.full_bits
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedFleet:
+    """A fleet of which some neurons are shared and dropped, and some rows rounded, all drawn at random."""
+
+    sizes: Sizes
+    counts: Mapping[str, np.ndarray]
+    bits: Bits
+    zipped: ZippedNetwork
+
+
+@cache
+def rounded_fleet(name: str, seed: int, bits: int | None = None) -> RoundedFleet:
+    """Merge a fleet; all rows are rounded to `bits` if they are given."""
+    keep, pairings = drawn(name, seed, some=bool(seed % 2))
+    sizes = Sizes(traced_fleet(name), owner_sets(pairing.members for pairing in pairings.values()))
+    chosen = drawn_bits(sizes, seed) if bits is None else sizes.bits_of(bits)
+    config = ZipConfig(patches=2, refit_rounds=0, damping=0.1)
+    zipped = finish(merge(measured_fleet(name), pairings, config, keep=keep, bits=names_of(sizes, chosen)))
+    return RoundedFleet(sizes, {g: sizes.count(pairing.members) for g, pairing in pairings.items()}, chosen, zipped)

@@ -101,11 +101,16 @@ def match_traced(
     return list(match(measured(networks, calibration, config), config))
 
 
-def zip_traced(networks: Mapping[str, Network], calibration: Mapping[str, Any], config: ZipConfig) -> ZippedNetwork:
-    """What `zip_networks` makes of networks that are traced already."""
+def zip_traced(
+    networks: Mapping[str, Network],
+    calibration: Mapping[str, Any],
+    config: ZipConfig,
+    bits: Mapping[str, int] | None = None,
+) -> ZippedNetwork:
+    """What `zip_networks` makes of networks that are traced already; some rows may be rounded besides."""
     matches = match_traced(networks, calibration, config)
     pairings = {found.group: found.pairing for found in matches}
-    return finish(merge(measured(networks, calibration, config), pairings, config, descent(matches)))
+    return finish(merge(measured(networks, calibration, config), pairings, config, descent(matches), bits=bits))
 
 
 def mlp(

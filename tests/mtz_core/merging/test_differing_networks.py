@@ -18,9 +18,11 @@ from mtz_core import Budget, ZipConfig, ZippedNetwork, zip_networks
 from mtz_core.errors import IncompatibleNetworks, InvalidConfig, UnsupportedModule, ZipWarning
 from mtz_core.merging.compatibility import common_part
 from mtz_core.merging.matching import match
-from mtz_core.merging.walk import finish, merge
+from mtz_core.merging.walk import finish, merge, trace_task
 from mtz_core.network.tracing import trace
-from mtz_core.settings import RetrainConfig
+from mtz_core.planning.planner import Planner
+from mtz_core.settings import MOVES, Move, RetrainConfig
+from mtz_core.statistics.calibration import as_batches
 from mtz_core.statistics.traced import Traced
 
 pytestmark = pytest.mark.slow
@@ -207,9 +209,9 @@ def check(zipped: ZippedNetwork, x: Mapping[str, Tensor], folder: Path) -> None:
         assert torch.equal(again(x[task], task), expected)
         torch.testing.assert_close(zipped.network(task)(x[task]), expected, rtol=1e-5, atol=1e-5)
     assert again.report == zipped.report
-    report = zipped.report
-    assert report.stored_bytes == sum(t.numel() * t.element_size() for t in zipped.tensors().values())
-    assert str(report)
+    content = (folder / "weights.safetensors").read_bytes()
+    assert zipped.report.stored_bytes == len(content) - 8 - int.from_bytes(content[:8], "little")
+    assert str(zipped.report)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -259,11 +261,45 @@ def test_budgets_are_kept(name: str, moves: tuple[Any, ...], tmp_path: Path) -> 
     check(zipped, x, tmp_path)
 
 
+@cache
+def measured(name: str) -> tuple[dict[str, Traced], ZipConfig]:
+    networks, x, settings, _ = given(name)
+    config = ZipConfig(budget=Budget(size=0.3), patches=9, refit_rounds=0, **settings)
+    traced = {task: trace_task(task, network, x[task], config) for task, network in networks.items()}
+    common = common_part(traced)
+    return {t: Traced.measured(network, as_batches(x[t], t), config) for t, network in common.items()}, config
+
+
+@pytest.mark.parametrize("moves", [MOVES, ("round",), ("share", "round")], ids="+".join)
+@pytest.mark.parametrize("name", CASES)
+def test_rounded_networks_are_as_large_as_planned(name: str, moves: tuple[Move, ...], tmp_path: Path) -> None:
+    traced, config = measured(name)
+    networks, x, _, _ = given(name)
+    planner = Planner(traced, config, moves)
+    for size in (0.3, planner.least_bytes / planner.original_bytes + 1e-9):
+        plan = planner.plan(size)
+        assert plan.bytes <= size * planner.original_bytes + 1e-6
+        zipped = finish(merge(traced, plan.pairings, config, (), plan.keep, plan.damping, plan.bits))
+        assert zipped.report.stored_bytes == plan.bytes
+        check(zipped, x, tmp_path)
+    if moves == MOVES:
+        for task in traced:
+            left = zipped.without(task)
+            assert all(torch.equal(left(x[other], other), zipped(x[other], other)) for other in left.tasks)
+            check(left, x, tmp_path)
+        *_, kind = networks
+        grown = zipped.with_task("new", networks[kind], x[kind], ZipConfig(patches=9))
+        assert all(torch.equal(grown(x[task], task), zipped(x[task], task)) for task in traced)
+        check(grown, {**x, "new": x[kind]}, tmp_path)
+
+
 def test_parts_of_ones_own_lose_neurons_too() -> None:
     torch.manual_seed(0)
     networks = {"a": headed(nn.Linear(8, 3)), "b": headed(nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 4)))}
     x = {task: torch.randn(60, 12) for task in networks}
-    zipped = zip_networks(networks, x, ZipConfig(budget=Budget(size=0.5), keep_separate=["head"]))
+    zipped = zip_networks(
+        networks, x, ZipConfig(budget=Budget(size=0.5, moves=("share", "drop")), keep_separate=["head"])
+    )
     assert zipped.report.stored_bytes <= 0.5 * zipped.report.original_bytes
     (own,) = (layer.neurons for layer in zipped.report.layers if layer.layer == "head.0")
     assert own.keys() == {"b"}

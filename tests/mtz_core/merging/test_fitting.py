@@ -1,8 +1,9 @@
 """Fitting one layer of several tasks against dense normal equations, and what activations cannot tell apart."""
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from mtz_core import ZipConfig, zip_networks
 from mtz_core.merging.fitting import Clip, LayerFit, fit, following_clip
+from mtz_core.merging.rounding import storable
 from mtz_core.network.graph import Network
 from mtz_core.network.narrowing import Reduced
 from mtz_core.network.tracing import trace
-from mtz_core.settings import Method
+from mtz_core.settings import BITS, Method
 from mtz_core.statistics import calibration
+from mtz_core.zipped.codes import nearest
 from mtz_core.zipped.ownership import Arrangement, Owners, Segment
 
 TASKS = ("a", "b", "c")
@@ -497,3 +500,239 @@ def test_examples_may_lie_on_any_axis_in_batches_of_any_sizes(config: ZipConfig)
         found.append(zip_networks(networks, calibration=data, validation=data, config=config))
     for task in states:
         torch.testing.assert_close(found[0](x, task), found[1](x, task), rtol=1e-3, atol=1e-4)
+
+
+# Rounding
+
+
+ALL_BITS: dict[Owners, int] = {TASKS: 4, ("a", "b"): 3, ("b", "c"): 8, ("a", "c"): 2, ("a",): 5, ("c",): 6}
+GROUPS = (3, 4, 3)
+on_problems = pytest.mark.parametrize(
+    "problem",
+    [
+        *(linear_problem(columns, MIXED, 40) for columns in COLUMNS.values()),
+        linear_problem(COLUMNS["everything"], MIXED, 4),
+        linear_problem(COLUMNS["everything"], MIXED, 40, bias=False),
+        grouped_problem((2, 2), GROUPS, bias=True),
+        grouped_problem((1, 2), GROUPS, bias=False),
+    ],
+    ids=[*COLUMNS, "few rows", "no bias", "in groups", "depthwise, no bias"],
+)
+
+
+def correlated(problem: Problem) -> Problem:
+    """The same, but that all inputs rise and fall together."""
+
+    def mixed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {task: x + x.mean(dim=1, keepdim=True) * x.shape[1] ** 0.5 for task, x in values.items()}
+
+    return replace(problem, original=mixed(problem.original), zipped=mixed(problem.zipped))
+
+
+@dataclass
+class Rounded:
+    """The parts of a problem, fitted and rounded, and their matrices before that."""
+
+    parts: Mapping[str, LayerFit]
+    before: Mapping[str, Tensor]
+    free: int
+
+    def error(self, task: str) -> Tensor:
+        return self.parts[task].matrix - self.before[task]
+
+    def hessian(self, task: str, rows: np.ndarray) -> Tensor:
+        """The Hessian of each of these rows."""
+        part = self.parts[task]
+        assert part.hessian is not None
+        dense = part.hessian.dense()
+        if part.conv_groups == 1:
+            return dense.expand(len(rows), -1, -1)
+        return dense[torch.from_numpy(rows) // (len(part.matrix) // part.conv_groups)]
+
+    def pull(self, task: str, rows: np.ndarray) -> Tensor:
+        """How the loss rises with each weight of these rows."""
+        return (self.hessian(task, rows) @ self.error(task)[rows][..., None])[..., 0]
+
+    def cost(self, task: str, rows: np.ndarray, error: Tensor) -> float:
+        return 0.5 * float((error * (self.hessian(task, rows) @ error[..., None])[..., 0]).sum())
+
+
+def rounded(problem: Problem, bits: Mapping[Owners, int], config: ZipConfig) -> Rounded:
+    plain, parts = problem.parts(config), problem.parts(config)
+    fit(plain, problem.rows, problem.columns, dict.fromkeys(TASKS), config)
+    fit(parts, problem.rows, problem.columns, dict.fromkeys(TASKS), config, bits)
+    free = int(parts["a"].node.bias is not None)
+    return Rounded(parts, {task: part.matrix for task, part in plain.items()}, free)
+
+
+def weights_of(matrix: Tensor, free: int) -> Tensor:
+    return matrix[:, : matrix.shape[1] - free]
+
+
+def plainly(found: Rounded, task: str, rows: np.ndarray, bits: int) -> Tensor:
+    """The error of rounding these rows to nearest, with the same scales."""
+    part, before = found.parts[task], found.before[task][rows]
+    error = torch.zeros_like(before)
+    weights = weights_of(before, found.free)
+    weights_of(error, found.free).copy_(nearest(weights, part.scales[rows][:, None], bits) - weights)
+    return error
+
+
+@on_problems
+def test_rounded_rows_lie_on_one_grid_for_all_tasks_that_share_them(problem: Problem) -> None:
+    found = rounded(problem, ALL_BITS, ZipConfig(refit_rounds=0))
+    for segment in problem.rows.segments:
+        bits = ALL_BITS.get(segment.owners)
+        scales = []
+        for task in segment.owners:
+            part, rows = found.parts[task], segment.places[task]
+            scales.append(part.scales[rows])
+            if bits is None:
+                assert not scales[-1].any()
+                assert torch.equal(part.matrix[rows], found.before[task][rows])
+                continue
+            assert part.changed
+            assert torch.equal(scales[-1], storable(scales[-1]))
+            assert bool((scales[-1] > 0).all())
+            weights = weights_of(part.matrix[rows], found.free)
+            assert torch.equal(weights, nearest(weights, scales[-1][:, None], bits))
+        assert all(torch.equal(own, scales[0]) for own in scales)
+
+
+@on_problems
+def test_what_is_shared_stays_equal_when_it_is_rounded(problem: Problem) -> None:
+    found = rounded(problem, ALL_BITS, ZipConfig(refit_rounds=0))
+    for segment in problem.rows.segments:
+        strips = {task: found.parts[task].matrix[segment.places[task]] for task in segment.owners}
+        first = strips[segment.owners[0]]
+        for part in problem.columns.segments:
+            both = [task for task in segment.owners if task in part.owners]
+            for task in both:
+                one, other = (strips[owner][:, part.places[owner]] for owner in (both[0], task))
+                assert torch.equal(one, other)
+        if found.free:
+            assert all(torch.equal(own[:, -1], first[:, -1]) for own in strips.values())
+
+
+@on_problems
+def test_the_biases_of_own_rows_answer_exactly(problem: Problem) -> None:
+    """Whatever the rounded weights lose, no other bias would lose less."""
+    found = rounded(problem, ALL_BITS, ZipConfig(refit_rounds=0))
+    for segment in problem.rows.segments:
+        if len(segment.owners) == 1 and segment.owners in ALL_BITS and found.free:
+            (task,) = segment.owners
+            pull = found.pull(task, segment.places[task])
+            assert float(pull[:, :-1].abs().max()) > 1e-4
+            torch.testing.assert_close(pull[:, -1], torch.zeros_like(pull[:, -1]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["all columns shared", "in groups"])
+def test_the_biases_of_shared_rows_answer_to_all_their_tasks_together(name: str) -> None:
+    """Nothing of these rows is a task's own: the pulls of the tasks, as they weigh, cancel."""
+    problem = grouped_problem((2, 2), GROUPS, True) if name == "in groups" else linear_problem(COLUMNS[name], MIXED, 40)
+    config = ZipConfig(refit_rounds=0, balance={"a": 0.5, "b": 0.2, "c": 0.3})
+    found, alphas = rounded(problem, ALL_BITS, config), problem.weights(config)
+    for segment in problem.rows.segments:
+        if len(segment.owners) > 1:
+            pulls = [alphas[task] * found.pull(task, segment.places[task])[:, -1] for task in segment.owners]
+            assert float(pulls[0].abs().max()) > 1e-6
+            torch.testing.assert_close(sum(pulls), torch.zeros_like(pulls[0]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_rounding_costs_less_than_to_nearest_all_tasks_together() -> None:
+    config = ZipConfig(refit_rounds=0)
+    costs: dict[str, list[float]] = {"found": [], "plain": []}
+    for seed in range(6):
+        for name in COLUMNS:
+            problem = correlated(linear_problem(COLUMNS[name], MIXED, 40, seed=seed))
+            found, alphas = rounded(problem, ALL_BITS, config), problem.weights(config)
+            for segment in problem.rows.segments:
+                if segment.owners in ALL_BITS:
+                    both = np.zeros(2)
+                    for task in segment.owners:
+                        rows = segment.places[task]
+                        errors = found.error(task)[rows], plainly(found, task, rows, ALL_BITS[segment.owners])
+                        both += [alphas[task] * found.cost(task, rows, error) for error in errors]
+                    costs["found"].append(both[0])
+                    costs["plain"].append(both[1])
+    assert sum(costs["found"]) < 0.7 * sum(costs["plain"])
+    assert np.mean(np.array(costs["found"]) < costs["plain"]) > 0.85
+
+
+def test_a_tasks_own_weights_answer_to_what_is_rounded_for_all() -> None:
+    """They lose less than they would if they were rounded where they are."""
+    problem, config = correlated(linear_problem(COLUMNS["everything"], MIXED, 40)), ZipConfig(refit_rounds=0)
+    found = rounded(problem, dict.fromkeys(ALL_BITS, 3), config)
+    answered, still = 0.0, 0.0
+    for segment in problem.rows.segments:
+        if len(segment.owners) < 2:
+            continue
+        for task in segment.owners:
+            rows = segment.places[task]
+            own = np.concatenate(
+                [c.places[task] for c in problem.columns.of(task) if {*c.owners} & {*segment.owners} == {task}]
+            )
+            error = found.error(task)[rows]
+            other = error.clone()
+            other[:, own] = plainly(found, task, rows, 3)[:, own]
+            answered, still = answered + found.cost(task, rows, error), still + found.cost(task, rows, other)
+    assert 0 < answered < 0.8 * still
+
+
+def test_the_scale_of_shared_rows_is_the_best_for_the_task_that_counts_most() -> None:
+    """Where no input is shared, nothing but the scale is common."""
+    costs = []
+    for heavy in (0.98, 0.01):
+        config = ZipConfig(refit_rounds=0, balance={"a": heavy, "b": (1 - heavy) / 2, "c": (1 - heavy) / 2})
+        total = 0.0
+        for seed in range(4):
+            problem = linear_problem(COLUMNS["nothing shared"], {TASKS: 6}, 40, bias=False, seed=seed)
+            found = rounded(problem, {TASKS: 2}, config)
+            total += found.cost("a", np.arange(6), found.error("a"))
+        costs.append(total)
+    assert costs[0] < 0.95 * costs[1]
+
+
+@pytest.mark.slow
+@on_problems
+def test_eight_bits_hardly_change_a_layer_and_each_bit_less_changes_it_more(problem: Problem) -> None:
+    config = ZipConfig(refit_rounds=0)
+    costs = []
+    for bits in BITS:
+        found = rounded(problem, dict.fromkeys((s.owners for s in problem.rows.segments), bits), config)
+        costs.append(
+            sum(found.cost(task, np.arange(len(part.matrix)), found.error(task)) for task, part in found.parts.items())
+        )
+        if bits == 8:
+            size = sum(float(matrix.square().sum()) for matrix in found.before.values())
+            change = sum(float(found.error(task).square().sum()) for task in TASKS)
+            assert change < 1e-3 * size
+    assert all(1.2 * more < few for more, few in itertools.pairwise(costs))
+    assert costs[0] < 1e-3 * costs[-1]
+
+
+def test_rows_that_nothing_feeds_are_rounded_to_nearest() -> None:
+    """A layer that stays as it is because positions before it are gone has no Hessian; biases then stay."""
+    problem = linear_problem({("a",): 3, ("b",): 2, ("c",): 4}, {("a",): 4, ("b",): 3, ("c",): 2}, 10)
+    parts = problem.parts(ZipConfig())
+    for part in parts.values():
+        part.hessian = None
+    before = {task: part.matrix.clone() for task, part in parts.items()}
+    bits: dict[Owners, int] = {("a",): 4, ("b",): 8}
+    fit(parts, problem.rows, problem.columns, dict.fromkeys(TASKS), ZipConfig(), bits)
+    for (task,), own in bits.items():
+        weights = before[task][:, :-1]
+        assert torch.equal(parts[task].matrix[:, :-1], nearest(weights, parts[task].scales[:, None], own))
+        assert torch.equal(parts[task].matrix[:, -1], before[task][:, -1])
+    assert torch.equal(parts["c"].matrix, before["c"])
+
+
+@pytest.mark.parametrize("name", ["everything", "all columns shared"])
+def test_rounding_is_done_part_by_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, config = linear_problem(COLUMNS[name], MIXED, 40), ZipConfig(refit_rounds=0)
+    whole = rounded(problem, ALL_BITS, config)
+    monkeypatch.setattr("mtz_core.statistics.linalg.CHUNK", 1)
+    parts = rounded(problem, ALL_BITS, config)
+    for task in TASKS:
+        torch.testing.assert_close(parts.parts[task].matrix, whole.parts[task].matrix, rtol=1e-9, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mtz_core.merging.walk import finish, merge
 from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.options import Prices
 from mtz_core.planning.planner import NEVER, Plan, Planner
-from mtz_core.settings import Move
+from mtz_core.settings import BITS, MOVES, Move
 from mtz_core.statistics.calibration import as_batches
 from tests.support.fleets import (
     BOTH,
@@ -312,3 +313,200 @@ def test_stepping_back_undoes_the_groups_that_do_most_damage_first(name: str) ->
         assert step.bytes == own.sizes.stored(counts(own, step))
         assert step.damage == pytest.approx(sum(damage[group] for group in hurt[count:]))
         assert all(step.sharing[group] == step.dropping[group] == 0 for group in hurt[:count])
+
+
+# Rounded
+
+
+ROUNDING: tuple[tuple[Move, ...], ...] = (MOVES, ("share", "round"), ("round",))
+on_rounded_fleets = pytest.mark.parametrize("name", ["no bias, other inputs", "other widths and classes", "depthwise"])
+with_rounding = pytest.mark.parametrize("moves", ROUNDING, ids="+".join)
+
+
+@cache
+def planned_with(name: str, moves: tuple[Move, ...], size: float) -> Plan:
+    """The plan for a size, or for the least that is possible."""
+    own = planner(name, moves)
+    return own.plan(max(size, size_of(own, own.least_bytes)))
+
+
+@with_rounding
+@on_rounded_fleets
+def test_a_plan_that_rounds_fits_its_budget_and_says_what_it_stores(name: str, moves: tuple[Move, ...]) -> None:
+    own = planner(name, moves)
+    for size in (0.9, 0.4, 0.0):
+        plan = planned_with(name, moves, size)
+        assert plan.bytes <= max(size * own.original_bytes, own.least_bytes)
+        assert plan.bytes == own.sizes.stored(counts(own, plan), own.precisions.named(plan.bits))
+        parts = (plan.sharing, plan.dropping, plan.rounding)
+        assert plan.damage == pytest.approx(sum(sum(part.values()) for part in parts))
+        assert plan.damage == pytest.approx(sum(plan.lost.values()))
+        assert set(plan.bits.values()) <= {*BITS}
+        assert not sum(plan.rounding.values()) or plan.bits
+    assert plan.bits
+
+
+@with_rounding
+@on_rounded_fleets
+def test_moves_that_are_off_are_never_made(name: str, moves: tuple[Move, ...]) -> None:
+    networks = traced_fleet(name)
+    for size in (0.4, 0.0):
+        plan = planned_with(name, moves, size)
+        if "share" not in moves:
+            assert not any(plan.sharing.values())
+            assert not any(pairing.shared for pairing in plan.pairings.values())
+        if "drop" not in moves:
+            assert not any(plan.dropping.values())
+            for task, network in networks.items():
+                kept = {group: len(neurons) for group, neurons in plan.keep[task].items()}
+                assert kept == {group.name: network.graph.widths[group.name] for group in network.graph.hidden_groups}
+        assert plan.bits
+
+
+@pytest.mark.parametrize("moves", [BOTH, ("share",), ("drop",)], ids="+".join)
+def test_without_rounding_plans_are_what_they_were(moves: tuple[Move, ...]) -> None:
+    plan = planned_with("three mlps", moves, 0.7)
+    assert plan.bits == {}
+    assert set(plan.rounding.values()) == {0.0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@on_rounded_fleets
+def test_no_bits_can_be_given_back(name: str, seed: int) -> None:
+    """What is left of the budget is less than any saving of damage would take."""
+    own = planner(name, MOVES)
+    size = (0.5, 0.25, 0.13)[seed]
+    size = max(size, size_of(own, own.least_bytes))
+    choice = own._cheapest(size, alike(own))
+    counted = {group: own.options[group].counts[state] for group, state in choice.states.items()}
+    damage, budget = own.precisions.damage(counted, choice.bits, alike(own)), int(size * own.original_bytes + 1e-6)
+    for layer, present in choice.bits.items():
+        for owners in range(len(own.sizes.owners)):
+            for number in own.precisions.offered:
+                bits = {**choice.bits, layer: np.where(np.arange(len(present)) == owners, number, present)}
+                if own.precisions.damage(counted, bits, alike(own)) < damage * (1 - 1e-9) - 1e-12:
+                    assert own.sizes.stored(counted, bits) > budget - len(own.sizes.owners)
+
+
+@on_rounded_fleets
+def test_larger_budgets_do_no_more_damage_where_weights_are_rounded(name: str) -> None:
+    own = planner(name, MOVES)
+    least = own.least_bytes / own.original_bytes
+    sizes = [1.02 * least, 1.5 * least, 2.5 * least, 0.5, 0.8, 1.0]
+    damages = [own._plan(own._cheapest(size, alike(own))).damage for size in sorted(sizes)]
+    assert all(after <= before * 1.05 for before, after in itertools.pairwise(damages))
+    assert damages[-1] == pytest.approx(0, abs=1e-12)
+
+
+@on_rounded_fleets
+def test_all_moves_together_are_expected_to_do_no_more_damage_than_fewer(name: str) -> None:
+    for size in (0.9, 0.3):
+        damages = {}
+        for moves in (*ROUNDING, BOTH, ("drop",)):
+            own = planner(name, moves)
+            if possible(own, size):
+                damages[moves] = own._plan(own._cheapest(size, alike(own))).damage
+        assert all(damages[MOVES] <= 1.05 * damage + 1e-12 for damage in damages.values())
+
+
+@pytest.mark.parametrize("size", [0.8, 0.5, 0.25, 0.2, 0.15])
+@pytest.mark.parametrize("name", ["two mlps", "no bias, other inputs", "layer norm"])
+def test_rounding_alone_does_hardly_more_damage_than_the_best_bits_of_all(name: str, size: float) -> None:
+    own = planner(name, ("round",))
+    size = max(size, size_of(own, own.least_bytes))
+    found = own._plan(own._cheapest(size, alike(own))).damage
+    assert found <= 1.1 * best_bits(own, int(size * own.original_bytes)) + 1e-12
+
+
+def best_bits(own: Planner, budget: int) -> float:
+    """The least damage of any bits of the tasks' layers, by dynamic programming over bytes."""
+    nothing = {group: table.counts[0] for group, table in own.options.items()}
+    unrounded = own.sizes.stored(nothing)
+    least = np.full(unrounded + 1, np.inf)
+    least[unrounded] = 0.0  # by how many bytes are stored
+    for layer in own.sizes.layers:
+        for owners in np.flatnonzero(own.sizes.extents(layer, nothing)[0]):
+            before, least = least, np.full_like(least, np.inf)
+            for number in own.precisions.offered:
+                bits = {name: some.copy() for name, some in own.precisions.none().items()}
+                bits[layer][owners] = number
+                saved = unrounded - own.sizes.stored(nothing, bits)
+                damage = own.precisions.damage(nothing, bits, alike(own))
+                shifted = before[saved:] if saved >= 0 else np.concatenate([np.full(-saved, np.inf), before[:saved]])
+                least[: len(shifted)] = np.minimum(least[: len(shifted)], shifted + damage)
+    return float(least[: budget + 1].min())
+
+
+@with_rounding
+@pytest.mark.parametrize("name", ["other widths and classes", "depthwise"])
+def test_impossible_budgets_of_rounding_are_refused_with_the_least_possible_size(
+    name: str, moves: tuple[Move, ...]
+) -> None:
+    own = planner(name, moves)
+    with pytest.raises(InvalidConfig, match=r"budget\.size: 0\.001 is impossible") as caught:
+        own.plan(0.001)
+    (told,) = re.findall(r"\(([\d,]+)\)", str(caught.value))
+    (size,) = re.findall(r"stored in is ([\d.]+) of", str(caught.value))
+    least = int(told.replace(",", ""))
+    assert least == own.least_bytes
+    assert own.plan(size_of(own, least)).bytes == least
+    assert own.plan(float(size)).bytes >= least
+    with pytest.raises(InvalidConfig):
+        own.plan(size_of(own, least - 1))
+
+
+@on_rounded_fleets
+def test_what_can_be_reached_by_rounding_with_and_without_another_move(name: str) -> None:
+    own = planner(name, MOVES)
+    for moves in (("round",), ("drop", "round")):
+        alone = planner(name, moves)
+        for size in np.linspace(0.02, 1, 25):
+            assert own.reaches(float(size), {*moves}) == possible(alone, float(size))
+
+
+@pytest.mark.parametrize("name", ["two mlps", "other widths and classes"])
+def test_the_order_of_the_tasks_makes_no_difference_to_rounding(name: str) -> None:
+    traced = measured_fleet(name)
+    other = Planner({task: traced[task] for task in sorted(traced, reverse=True)}, CONFIG, MOVES)
+    plan, expected = other.plan(0.3), planner(name, MOVES).plan(0.3)
+    assert plan.same(expected)
+    assert (plan.bytes, plan.bits, plan.rounding) == (expected.bytes, expected.bits, expected.rounding)
+
+
+def test_plans_that_round_otherwise_are_not_the_same() -> None:
+    plan = planned_with("three mlps", ("round",), 0.2)
+    (first, bits), *_ = plan.bits.items()
+    assert plan.same(replace(plan, bits=dict(reversed([*plan.bits.items()]))))
+    assert not plan.same(replace(plan, bits={**plan.bits, first: 8 if bits < 8 else 6}))
+    assert not plan.same(planner("three mlps", ("round",)).whole())
+
+
+@with_rounding
+@on_rounded_fleets
+def test_a_merged_plan_that_rounds_has_its_bytes_and_bits(name: str, moves: tuple[Move, ...], tmp_path: Path) -> None:
+    own = planner(name, moves)
+    for size in (0.4, 0.0):
+        plan = planned_with(name, moves, size)
+        zipped = finish(merge(measured_fleet(name), plan.pairings, CONFIG, (), plan.keep, plan.damping, plan.bits))
+        assert zipped.report.stored_bytes == plan.bytes
+        assert zipped.structure.scale_shapes().keys() == plan.bits.keys()
+        zipped.save(tmp_path)
+        content = (tmp_path / "weights.safetensors").read_bytes()
+        assert len(content) - 8 - int.from_bytes(content[:8], "little") == plan.bytes
+        assert zipped.report.original_bytes == own.original_bytes
+
+
+@on_rounded_fleets
+def test_what_steps_back_has_the_bits_of_one_of_the_two_plans(name: str) -> None:
+    """Rows that the smaller plan does not have, such as a task's own that are shared in it, are as in the larger."""
+    own = planner(name, MOVES)
+    small = own.plan(size_of(own, int(1.05 * own.least_bytes)))
+    large = own.plan(max(0.35, size_of(own, int(1.3 * own.least_bytes))), sharing=NEVER)
+    rows = {name for plan in (small, large) for name in plan.bits}
+    for _, step in own.stepped_back(small, large):
+        assert step.bytes == own.sizes.stored(counts(own, step), own.precisions.named(step.bits))
+        for scales, bits in step.bits.items():
+            assert bits == small.bits.get(scales, large.bits.get(scales))
+        present = own.precisions.names(counts(own, step), own.precisions.least())
+        assert all(scales in step.bits for scales in present.keys() & rows)
+        assert step.bytes <= 1.5 * large.bytes

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.tracing import trace
 from mtz_core.planning.search import BudgetSearch, FloorCandidate, FloorSearch
-from mtz_core.settings import Kind, Move
+from mtz_core.settings import MOVES, Kind, Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
 from tests.support.fleets import BOTH
@@ -398,3 +399,74 @@ def test_too_few_rows_are_told_in_numbers() -> None:
     few = zip_networks(found, images(found, 10)).report.layers
     assert few[0].few_rows == "a has 8 rows for 13 inputs; b has 8 rows for 13 inputs"
     assert not any(layer.few_rows for layer in zip_networks(found, images(found, 100)).report.layers)
+
+
+# Rounding
+
+
+@pytest.mark.parametrize(
+    ("size", "moves"),
+    [
+        (0.9, MOVES),
+        (0.3, MOVES),
+        (0.12, MOVES),
+        (0.3, ("share", "round")),
+        (0.12, ("drop", "round")),
+        (0.3, ("round",)),
+    ],
+)
+def test_rounding_each_network_alone_is_among_the_candidates_wherever_it_reaches(
+    size: float, moves: tuple[Move, ...]
+) -> None:
+    found = networks(related=True)
+    config = ZipConfig(budget=Budget(size=size, moves=moves), refit_rounds=1)
+    search = budget_search(found, images(found), config)
+    candidates = {candidate.name: candidate for candidate in search.candidates(size)}
+    alone = budget_search(found, images(found), replace(config, budget=Budget(size=size, moves=("round",))))
+    reaches = alone.planner.least_bytes <= size * alone.planner.original_bytes
+    assert ("round only" in candidates) == reaches == (size > 0.12)
+    if reaches:
+        only = candidates["round only"]
+        assert only.plan.bits
+        assert only.plan.damage <= alone.planner.plan(size).damage * 1.001
+        assert not any(only.plan.sharing.values()) and not any(only.plan.dropping.values())  # but what costs nothing
+        assert search.cost(search.best_of(candidates.values())) <= search.cost(only)
+    assert all(one.plan.bytes <= size * search.planner.original_bytes for one in candidates.values())
+
+
+@pytest.mark.parametrize("moves", [("share",), ("drop",), ("share", "drop")], ids="+".join)
+def test_without_the_move_no_candidate_rounds(moves: tuple[Move, ...]) -> None:
+    found = networks(related=True)
+    config = ZipConfig(budget=Budget(size=0.7, moves=moves), refit_rounds=1)
+    candidates = list(budget_search(found, images(found), config).candidates(0.7))
+    assert candidates
+    assert not any(one.plan.bits or "round" in one.name for one in candidates)
+
+
+@pytest.mark.parametrize("size", [0.5, 0.25, 0.1])
+def test_sizes_are_kept_where_weights_are_rounded(size: float, tmp_path: Path) -> None:
+    found = networks(related=True)
+    zipped = zip_networks(found, images(found), ZipConfig(budget=Budget(size=size), refit_rounds=1))
+    assert stored(zipped) <= size
+    assert stored(zipped) > size - 0.05 or all(judged.lost < 1e-4 for judged in zipped.report.tasks.values())
+    zipped.save(tmp_path)
+    content = (tmp_path / "weights.safetensors").read_bytes()
+    assert len(content) - 8 - int.from_bytes(content[:8], "little") == zipped.report.stored_bytes
+
+
+def test_a_quarter_of_the_bytes_loses_less_than_by_sharing_and_dropping_alone() -> None:
+    found = networks(related=True)
+    losses = []
+    for moves in (MOVES, ("share", "drop")):
+        search = budget_search(found, images(found), ZipConfig(budget=Budget(size=0.3, moves=moves), refit_rounds=1))
+        losses.append(search.cost(search.best_of(search.candidates(0.3))))
+    assert losses[0] < losses[1] / 5
+
+
+def test_the_same_input_gives_the_same_bits_whatever_the_order() -> None:
+    found = networks()
+    config = ZipConfig(budget=Budget(size=0.15), refit_rounds=1)
+    one = zip_networks(found, images(found), config)
+    other = zip_networks(dict(reversed(found.items())), dict(reversed(images(found).items())), config)
+    assert one.structure.bits == other.structure.bits and one.structure.bits
+    assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())

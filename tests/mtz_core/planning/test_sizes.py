@@ -1,52 +1,25 @@
 """Predicted bytes against the bytes of networks that are really zipped, counts and pairings drawn at random."""
 
+import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
-from mtz_core import ZipConfig
-from mtz_core.merging.compatibility import why_separate
+from mtz_core import ZipConfig, ZippedNetwork
 from mtz_core.merging.pairing import Pairing
 from mtz_core.merging.walk import finish, merge
-from mtz_core.network.narrowing import LEAST
 from mtz_core.planning.sizes import Sizes, owner_sets
+from mtz_core.settings import BITS
 from mtz_core.statistics.calibration import as_batches
-from mtz_core.zipped.ownership import NOT_A_MEMBER
-from tests.support.fleets import FLEETS, droppable, statistics, traced_fleet
+from mtz_core.zipped.codes import SCALES
+from tests.support.fleets import FLEETS, Kept, drawn, drawn_bits, rounded_fleet, statistics, traced_fleet
 from tests.support.networks import joined
 
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
-
-Kept = dict[str, dict[str, np.ndarray]]
-
-
-def drawn(
-    name: str, seed: int, drop: bool = True, share: bool = True, some: bool = False
-) -> tuple[Kept, dict[str, Pairing]]:
-    """Neurons that each task keeps, and tuples of those that are one, of all tasks or of some."""
-    networks, generator = traced_fleet(name), np.random.default_rng(seed)
-    graph = next(iter(networks.values())).graph
-    keep: Kept = {task: {} for task in networks}
-    pairings = {}
-    for group in graph.hidden_groups:
-        left = []
-        for task, network in networks.items():
-            width = network.graph.widths[group.name]
-            count = width
-            if drop and group.name in droppable(name) and width > LEAST:
-                count = int(generator.integers(LEAST, width + 1))
-            keep[task][group.name] = np.sort(generator.permutation(width)[:count])
-            left.append(count)
-        writers = [node for node in graph.layers if node.name in group.writers]
-        possible = share and any(why_separate(networks, node) is None for node in writers)
-        shared = int(generator.integers(0, min(left) + 1)) if possible else 0
-        tuples = np.stack([generator.permutation(count)[:shared] for count in left], axis=1)
-        if some:  # tuples of two and more tasks
-            absent = generator.integers(0, len(left), shared)
-            tuples[np.arange(shared), absent] = np.where(len(left) > 2, NOT_A_MEMBER, tuples[np.arange(shared), absent])
-        pairings[group.name] = Pairing.from_tuples(tuple(networks), left, tuples)
-    return keep, pairings
 
 
 def counts(keep: Kept, pairings: Mapping[str, Pairing]) -> tuple[list[dict[str, int]], dict[str, int]]:
@@ -72,6 +45,48 @@ def test_the_bytes_are_those_of_the_zipped_network(name: str, seed: int, some: b
         assert sizes.stored(sizes.counts(*counts(keep, pairings))) == zipped.report.stored_bytes
     assert zipped.report.stored_bytes == sum(t.numel() * t.element_size() for t in zipped.tensors().values())
     assert zipped.report.original_bytes == sum(network.bytes for network in networks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@on_all_fleets
+def test_the_bytes_of_rounded_networks_are_those_on_disk(name: str, seed: int, tmp_path: Path) -> None:
+    fleet = rounded_fleet(name, seed)
+    stored = fleet.zipped.report.stored_bytes
+    assert fleet.sizes.stored(fleet.counts, fleet.bits) == stored
+    assert stored == sum(t.numel() * t.element_size() for t in stored_tensors(fleet.zipped, tmp_path).values())
+    content = (tmp_path / "weights.safetensors").read_bytes()
+    assert stored == len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+def stored_tensors(zipped: ZippedNetwork, folder: Path) -> dict[str, Tensor]:
+    zipped.save(folder)
+    return load_file(folder / "weights.safetensors")
+
+
+@on_all_fleets
+def test_what_depends_on_a_group_is_what_changes_with_it_where_weights_are_rounded(name: str) -> None:
+    """Blocks are packed each by itself, so that the bytes of a block are not in proportion to its bits."""
+    sizes = Sizes(traced_fleet(name))
+    kept, shared = counts(*drawn(name, 3))
+    bits = drawn_bits(sizes, 3)
+    start = sizes.counts(kept, shared)
+    for group in shared:
+        more = sizes.counts([{**own, group: own[group] + 3} for own in kept], shared)
+        difference = sizes.stored(more, bits) - sizes.stored(start, bits)
+        assert sizes.around(group, more, bits) - sizes.around(group, start, bits) == difference
+        together = {**start, group: np.stack([start[group], more[group]])}
+        assert np.diff(sizes.around(group, together, bits)).tolist() == [difference]
+
+
+@on_all_fleets
+def test_fewer_bits_never_store_more_but_for_scales(name: str) -> None:
+    sizes = Sizes(traced_fleet(name))
+    counted = sizes.counts(*counts(*drawn(name, 4)))
+    stored = [sizes.stored(counted, sizes.bits_of(bits)) for bits in BITS]
+    assert all(few < more for more, few in itertools.pairwise(stored))
+    rows = sum(int(sizes.extents(layer, counted)[0].sum()) for layer in sizes.layers)
+    assert stored[0] < sizes.stored(counted, sizes.bits_of(sizes.full_bits)) + SCALES.itemsize * rows
 
 
 @pytest.mark.slow

@@ -451,3 +451,177 @@ def test_a_save_that_fails_at_the_manifest_leaves_the_old_network(
         other.save(folder)
     x = LENET5.examples(3)
     assert torch.equal(mtz_core.load(folder)(x, TASKS[0]), zipped(x, TASKS[0]))
+
+
+# Rounded
+
+
+BITS_OF = {
+    "0/scale/digits+fashion": 4,
+    "0/scale/digits": 3,
+    "3/scale/digits+fashion": 6,
+    "7/scale/digits+fashion": 2,
+    "7/scale/fashion": 5,
+    "9/scale/digits": 8,
+}
+CODES, SCALES = "7/weight/digits+fashion/digits+fashion", "7/scale/digits+fashion"
+
+
+@pytest.fixture(scope="module")
+def rounded() -> ZippedNetwork:
+    return zip_traced(traced_pair(LENET5), LENET5.calibration(20), ZipConfig(share=0.5, patches=8), BITS_OF)
+
+
+@pytest.fixture
+def rounded_folder(rounded: ZippedNetwork, tmp_path: Path) -> Path:
+    rounded.save(tmp_path / "rounded")
+    return tmp_path / "rounded"
+
+
+def test_codes_are_on_disk_as_they_are_and_scales_in_two_bytes(rounded: ZippedNetwork, rounded_folder: Path) -> None:
+    content = (rounded_folder / WEIGHTS).read_bytes()
+    assert len(content) - 8 - int.from_bytes(content[:8], "little") == rounded.report.stored_bytes
+    blocks, manifest = load_tensors(content), json.loads((rounded_folder / MANIFEST).read_text())
+    assert {name for name, block in blocks.items() if block.dtype == torch.uint8} == rounded.structure.bits.keys()
+    assert {name for name, block in blocks.items() if block.dtype == torch.bfloat16} == BITS_OF.keys()
+    assert manifest["bits"] == rounded.structure.bits
+    assert manifest["precision"] == "float32"
+    for name, bits in rounded.structure.bits.items():
+        layer, _, rows, _ = name.split("/")
+        assert bits == BITS_OF[f"{layer}/scale/{rows}"]
+    again = mtz_core.load(rounded_folder)
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in rounded.tensors().items())
+    assert {tensor.dtype for tensor in again.tensors().values()} == {torch.float32, torch.uint8}
+
+
+BAD_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "codes too short": (lambda b: b.update({CODES: b[CODES][:-1]}), rf"'{CODES}' should have shape"),
+    "codes too long": (lambda b: b.update({CODES: torch.cat([b[CODES], b[CODES][:1]])}), rf"'{CODES}' should have"),
+    "codes not packed": (
+        lambda b: b.update({CODES: torch.zeros(5, 12, dtype=torch.uint8)}),
+        rf"'{CODES}' should have shape",
+    ),
+    "codes of the other sign": (
+        lambda b: b.update({CODES: b[CODES].to(torch.int8)}),
+        rf"'{CODES}' should hold uint8, but holds int8",
+    ),
+    "codes that are values": (
+        lambda b: b.update({CODES: b[CODES].float()}),
+        rf"'{CODES}' should hold uint8, but holds float32",
+    ),
+    "no codes": (lambda b: b.pop(CODES), rf"'{CODES}' should have shape .*, but has None"),
+    "no scales": (lambda b: b.pop(SCALES), rf"'{SCALES}' should have shape .*, but has None"),
+    "a scale too few": (lambda b: b.update({SCALES: b[SCALES][:-1]}), rf"'{SCALES}' should have shape"),
+    "scales of rows and columns": (lambda b: b.update({SCALES: b[SCALES][:, None]}), rf"'{SCALES}' should have shape"),
+    "scales of float32": (lambda b: b.update({SCALES: b[SCALES].float()}), rf"'{SCALES}' holds no scales"),
+    "scales of float16": (lambda b: b.update({SCALES: b[SCALES].half()}), rf"'{SCALES}' holds no scales"),
+    "whole scales": (lambda b: b.update({SCALES: b[SCALES].short()}), rf"'{SCALES}' holds no scales"),
+    "a scale below 0": (lambda b: b[SCALES].neg_(), rf"'{SCALES}' holds no scales"),
+    "an endless scale": (lambda b: b[SCALES].fill_(torch.inf), rf"'{SCALES}' holds no scales"),
+    "a scale that is no number": (lambda b: b[SCALES].fill_(torch.nan), rf"'{SCALES}' holds no scales"),
+    "a scale whose levels are endless": (lambda b: b[SCALES].fill_(3e38), rf"'{SCALES}' holds no scales"),
+    "weights that are codes": (
+        lambda b: b.update({"9/weight/fashion/fashion": b["9/weight/fashion/fashion"].byte()}),
+        "'9/weight/fashion/fashion' should hold float32, but holds uint8",
+    ),
+    "biases that are codes": (
+        lambda b: b.update({"7/bias/digits": b["7/bias/digits"].byte()}),
+        "7/bias/digits' should hold float32",
+    ),
+    "weights of another precision": (
+        lambda b: b.update({"9/weight/fashion/fashion": b["9/weight/fashion/fashion"].double()}),
+        "'9/weight/fashion/fashion' should hold float32, but holds float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_codes_and_scales_that_make_no_sense_are_refused_by_name(rounded_folder: Path, name: str) -> None:
+    """The manifest states the types that are found, so that nothing but the tensor itself is wrong."""
+    change, message = BAD_TENSORS[name]
+    content = changed_blocks(change, rounded_folder)
+    replace_weights(rounded_folder, content)
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in load_tensors(content).items()}
+    rewrite(rounded_folder, lambda manifest: manifest["dtypes"].update(dtypes))
+    assert_refused(rounded_folder, message.replace("+", r"\+"))
+
+
+def stated(name: str, bits: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: manifest["bits"].update({name: bits})
+
+
+NOT_OFFERED: tuple[Any, ...] = (0, 1, 7, 9, 16, 32, -2, 2.0, 2.5, True, "2", None, [2], {})
+BAD_BITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    **{f"{bits!r} bits": (stated(CODES, bits), rf"malformed.*'{CODES}' in .* bits") for bits in NOT_OFFERED},
+    "other bits": (stated(CODES, 3), rf"'{CODES}' should have shape"),
+    "bits of a block that is not there": (stated("7/weight/digits/cats", 4), "malformed.*'7/weight/digits/cats' in 4"),
+    "bits of a layer that is not there": (stated("8/weight/digits/digits", 4), "malformed.*'8/weight/digits/digits'"),
+    "bits of a bias": (stated("7/bias/digits", 8), "malformed.*'7/bias/digits' in 8 bits"),
+    "bits of scales": (stated(SCALES, 8), rf"malformed.*'{SCALES}' in 8 bits"),
+    "bits of what is not rounded": (
+        stated("9/weight/fashion/fashion", 8),
+        "'9/scale/fashion' should have shape .*, but has None",
+    ),
+    "codes without bits": (lambda m: m["bits"].pop(CODES), rf"'{CODES}' should have shape"),
+    "no bits": (lambda m: m.pop("bits"), "malformed.*bits"),
+    "bits a list": (lambda m: m.update(bits=[4]), "malformed"),
+    "bits a number": (lambda m: m.update(bits=4), "malformed"),
+    "no precision": (lambda m: m.pop("precision"), "malformed.*precision"),
+    "an unknown precision": (lambda m: m.update(precision="float8_e4m3fn"), "malformed.*precision 'float8_e4m3fn'"),
+    "whole numbers as precision": (lambda m: m.update(precision="uint8"), "malformed.*precision 'uint8'"),
+    "a list as precision": (lambda m: m.update(precision=["float32"]), "malformed.*precision"),
+    "another precision": (lambda m: m.update(precision="float64"), "should hold float64, but holds float32"),
+    "an older version": (lambda m: m.update(version=4), "should have shape|malformed"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BITS)
+def test_bits_that_make_no_sense_are_refused_by_name(rounded_folder: Path, name: str) -> None:
+    change, message = BAD_BITS[name]
+    rewrite(rounded_folder, change)
+    assert_refused(rounded_folder, message.replace("+", r"\+"))
+
+
+@given(data=st.data())
+def test_no_strange_bits_end_in_anything_but_a_refusal(
+    rounded: ZippedNetwork, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("strange")
+    rounded.save(folder)
+    name = data.draw(st.sampled_from(sorted(rounded.structure.block_shapes())))
+    rewrite(folder, stated(name, data.draw(st.sampled_from([*STRANGE, 3, 4, 8]))))
+    try:
+        mtz_core.load(folder)
+    except InvalidZippedFile as refusal:
+        assert str(folder) in str(refusal)
+
+
+def test_a_rounded_network_whose_codes_changed_by_a_bit_is_refused(rounded_folder: Path) -> None:
+    content = bytearray((rounded_folder / WEIGHTS).read_bytes())
+    codes = load_tensors(bytes(content))[CODES].numpy().tobytes()
+    content[content.index(codes)] ^= 1
+    (rounded_folder / WEIGHTS).write_bytes(content)
+    assert_refused(rounded_folder, "does not have the digest")
+
+
+# Former versions
+
+
+FORMER = {version: Path(__file__).parent / f"format-{version}" for version in (4, 5)}
+"""Networks in the formats of their time, and the outputs that they had."""
+
+
+@pytest.mark.parametrize("version", FORMER)
+def test_what_was_written_is_read_and_computes_what_it_did(version: int, tmp_path: Path) -> None:
+    folder = FORMER[version]
+    assert json.loads((folder / "zipped" / MANIFEST).read_text())["version"] == version
+    found, expected = mtz_core.load(folder / "zipped"), load_tensors((folder / "outputs.safetensors").read_bytes())
+    assert bool(found.structure.bits) == (version >= 5)
+    for task in found.tasks:
+        torch.testing.assert_close(found(expected["inputs"], task), expected[task], rtol=1e-5, atol=1e-6)
+    found.save(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (folder / "zipped" / WEIGHTS).read_bytes()
+    again = mtz_core.load(tmp_path)
+    assert again.report == found.report
+    for task in found.tasks:
+        assert torch.equal(again(expected["inputs"], task), found(expected["inputs"], task))

@@ -147,6 +147,73 @@ def test_the_stages_make_what_the_facade_makes(project: Path) -> None:
         torch.testing.assert_close(staged(images[task], task), direct(images[task], task), atol=1e-4, rtol=1e-4)
 
 
+def test_the_plan_says_to_how_many_bits_weights_are_rounded(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spend(project, size=0.15)
+    run("match")
+    rows, said = tried(), capsys.readouterr().out
+    assert rows[0]["what"] == "round only"
+    content = json.loads(Path("pairing/pairing.json").read_text())
+    bits = content["bits"]
+    assert bits and read_pairings(Workspace(Path())).bits == bits
+    assert f"weights are rounded to {', '.join(str(one) for one in sorted({*bits.values()}))} bits" in said
+
+    run("merge")
+    merged = mtz_core.load("merged")
+    assert merged.report.stored_bytes == content["search"]["bytes"] <= 0.15 * merged.report.original_bytes
+    for block, number in merged.structure.bits.items():
+        layer, _, rows_, _ = block.split("/")
+        assert bits[f"{layer}/scale/{rows_}"] == number
+    run("retrain", "evaluate")
+    stored = json.loads(Path("metrics.json").read_text())["stored"]
+    assert stored["bytes"] == Path("retrained/weights.safetensors").stat().st_size
+    assert mtz_core.load("retrained").report.stored_bytes == content["search"]["bytes"]
+
+
+def test_the_stages_round_as_the_facade_does(project: Path) -> None:
+    """But for the rounding of moments on disk, which may turn a code into its neighbour."""
+    spend(project, size=0.15, moves=["round"])
+    run("match", "merge")
+    params, workspace = load_params(Path("params.yaml")), Workspace(Path())
+    traced = {name: load_traced(params, workspace, name) for name in "ab"}
+    images = {name: torch.cat(calibration(params, workspace, name, own)) for name, own in traced.items()}
+    direct = mtz_core.zip_networks(
+        {name: load_network(params, workspace, name) for name in "ab"}, images, params.zip_config()
+    )
+    staged = mtz_core.load("merged")
+    assert staged.structure.bits == direct.structure.bits
+    for task in "ab":
+        for node in staged.structure.networks[task].graph.layers:
+            scales = direct.scales(task, node)
+            assert scales is not None
+            torch.testing.assert_close(staged.scales(task, node), scales)
+            steps = (staged.matrix(task, node) - direct.matrix(task, node)).abs() / scales[:, None]
+            assert float(steps.max()) < 1.5 and float((steps > 0.5).double().mean()) < 0.02
+
+
+def test_plans_without_bits_round_nothing(project: Path) -> None:
+    """Those of older versions have none."""
+    spend(project, size=0.2)
+    run("match")
+    file = Path("pairing/pairing.json")
+    content = json.loads(file.read_text())
+    del content["bits"]
+    file.write_text(json.dumps(content))
+    assert read_pairings(Workspace(Path())).bits == {}
+    run("merge")
+    assert not mtz_core.load("merged").structure.bits
+
+
+@pytest.mark.parametrize("bits", [7, 0, 4.0, "4", None, [4], True])
+def test_bits_that_are_not_offered_are_refused(project: Path, capsys: pytest.CaptureFixture[str], bits: object) -> None:
+    spend(project, size=0.8, moves=["round"])
+    run("match")
+    file = Path("pairing/pairing.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bits": {"1/scale/a": bits}}))
+    assert f"pairing/pairing.json does not hold a pairing: ValueError('{bits!r} bits')" in refused(
+        capsys, "merge"
+    ).replace('"', "'")
+
+
 def test_merging_makes_the_network_that_was_measured(project: Path) -> None:
     spend(project, size=0.3)
     run("match", "merge")
