@@ -589,7 +589,7 @@ def _enough(traced: Mapping[str, Traced], config: ZipConfig, report: ZipReport) 
     size = Planner(traced, whole, moves).size_for(_HARDLY, above=stored)
     if size is None:
         return "These networks have too little in common: leave one out"
-    return f"Store more: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"
+    return f"Let a plan decide: ZipConfig(budget=Budget(size={size:g})) is expected to keep all tasks"
 
 
 def _warn(report: ZipReport, wanted: bool) -> None:

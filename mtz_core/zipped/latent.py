@@ -45,7 +45,7 @@ class LatentNetwork(ZippedNetwork):
         if bits is None:
             return latent
         scales = self._scales[scale_name(layer, rows.owners)][:, None].to(latent.device)
-        return latent + (nearest(latent.detach(), scales, bits) - latent.detach())
+        return nearest(latent.detach(), scales, bits) + (latent - latent.detach())
 
     def rounded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn a state of this network into one of the network that it was made of.

@@ -179,8 +179,8 @@ class ZipReport:
 
     @property
     def stored_fraction(self) -> float:
-        """Stored parameters relative to the originals'."""
-        return self.stored_parameters / self.original_parameters
+        """Stored bytes relative to the originals'."""
+        return self.stored_bytes / self.original_bytes if self.original_bytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values that JSON can hold."""
@@ -201,8 +201,7 @@ class ZipReport:
         return "\n".join((*lines, *self._footer(tasks)))
 
     def _footer(self, tasks: Sequence[str]) -> Iterator[str]:
-        share = self.stored_bytes / self.original_bytes if self.original_bytes else 1.0
-        sizes = f"{self.stored_bytes:,} of {self.original_bytes:,} bytes ({100 * share:.1f} %)"
+        sizes = f"{self.stored_bytes:,} of {self.original_bytes:,} bytes ({100 * self.stored_fraction:.1f} %)"
         yield f"stored: {sizes}, method {self.method}"
         if len(tasks) > _NAMED:
             yield f"ranges: from the least to the largest of {len(tasks)} tasks"

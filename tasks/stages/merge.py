@@ -81,9 +81,7 @@ def run(params: Params, workspace: Workspace) -> None:
             for task, dropped in _dropped(networks, layer).items()
         ],
     )
-    show_progress(
-        f"stored {100 * zipped.report.stored_fraction:.1f} % of {zipped.report.original_parameters:,} parameters"
-    )
+    show_progress(f"stored {100 * zipped.report.stored_fraction:.1f} % of {zipped.report.original_bytes:,} bytes")
 
 
 def _validation(params: Params, workspace: Workspace) -> dict[str, list[Tensor]]:

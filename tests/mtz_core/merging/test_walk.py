@@ -102,7 +102,7 @@ def test_what_is_shared_is_stored_once(case: Case, method: Method) -> None:
     assert [layer.layer for layer in report.layers] == [node.name for node in zipped.structure.layers]
     assert sum(layer.parameters for layer in report.layers) == report.stored_parameters
     assert sum(sum(layer.original_parameters.values()) for layer in report.layers) == report.original_parameters
-    assert report.stored_fraction == report.stored_parameters / report.original_parameters
+    assert report.stored_fraction == report.stored_bytes / report.original_bytes
     *hidden, output = report.layers
     assert [layer.layer for layer in hidden] == hidden_layers(case)
     assert all(layer.shared == min(layer.neurons.values()) for layer in hidden)

@@ -127,7 +127,7 @@ def test_a_report_counts_what_is_stored() -> None:
     assert report.stored_parameters == stored - 2 * 8
     assert report.original_parameters == sum(network.parameters for network in traced.values())
     assert report.original_bytes == sum(network.bytes for network in traced.values())
-    assert report.stored_fraction == report.stored_parameters / report.original_parameters
+    assert report.stored_fraction == report.stored_bytes / report.original_bytes
 
 
 def convolutions(kernel: int = 3, groups: int = 1, multiplier: int = 1) -> Network:
