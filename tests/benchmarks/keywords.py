@@ -30,7 +30,7 @@ from tests.benchmarks.records import DOCS
 WIDTHS: Mapping[str, int] = {"alpha": 128, "bravo": 64, "charlie": 32, "delta": 128}
 """The width of the hidden layers of each keyword's head."""
 
-SIZES = (0.9, 0.75, 0.5)
+SIZES = (0.75, 0.5, 0.25, 0.125)
 FRAMES, FEATURES = 16, 96
 SOUNDS, STEPS_OF_A_WORD = 12, 5
 STEPS, BATCH, PEAK = 600, 64, 2e-3
