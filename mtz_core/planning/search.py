@@ -1,17 +1,18 @@
 """Spend a budget: make plans, verify them on data, keep the best; or find the smallest network that keeps a floor.
 
-Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between the two kinds, and between tasks,
+Predicted damage (`mtz_core.planning.planner`) ranks moves of one kind well. Between kinds of moves, and between tasks,
 it can be far off, because it misses errors that meet in later layers and errors that cancel. So several plans are made
-for one size: with one move alone, with the damage of sharing counted for more or for less, as long as this improves the
-result, then with more damping in the fits of each task that gains by it, and at last with the damage to each task
-counted for less, the less it has really lost. Each plan is merged on most of the calibration data and measured on the
-rest. The best is taken, by the root of the summed squares of what the tasks lose. So a mixture is chosen only where it
-does better than either move alone, and no task is sacrificed for another.
+for one size. First come those with one move alone; dropping and sharing go together with rounding, unless that is not
+allowed. Then the damage of rounding, and that of sharing, is counted for more or for less, as long as this improves the
+result. Then the fits of each task that gains by it get more damping. At last the damage to each task is counted for
+less, the less it has really lost. Each plan is merged on most of the calibration data and measured on the rest. The
+best is taken, by the root of the summed squares of what the tasks lose. So a mixture is chosen only where it does
+better than any move alone, and no task is sacrificed for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -48,11 +49,8 @@ With few examples, or few neurons left, much is fitted to chance."""
 NEGLIGIBLE = 1e-4
 """A share of a task's information that makes no difference."""
 
-LEAST_FACTOR = 4.0**-5
-"""The least factor of the damage of sharing; the greatest is its inverse."""
-
-MOST_ROUNDING = 16.0
-"""The greatest factor of the damage of rounding; the least is its inverse."""
+MOST_SHARING, MOST_ROUNDING = 4.0**5, 4.0**2
+"""The greatest factors of the damage of sharing and of rounding; the least are their inverses."""
 
 FIRST, SIZES, CLOSE = 0.3, 7, 1.03
 """A search for a floor starts at this size, tries this many sizes at most, and ends at this ratio of bounds."""
@@ -193,78 +191,7 @@ class BudgetSearch:
         Raises:
             InvalidConfig: If no plan is that small.
         """
-        moves = set(self.budget.moves)
-        rounds = moves & {"round"}
-        done: list[Candidate] = []
-
-        counted: Mapping[str, float] = self.weights
-        damping: Mapping[str, float] = {}
-
-        def attempt(name: str, sharing: float, dropping: float = 1.0, rounding: float = 1.0) -> Iterator[Candidate]:
-            plan = replace(self.planner.plan(size, sharing, dropping, counted, rounding), damping=damping)
-            known = next((candidate for candidate in done if candidate.plan.same(plan)), None)
-            factors = (sharing, dropping, rounding)
-            done.append(known or Candidate(name, plan, self._judged(plan), factors, counted))
-            if known is None:
-                yield done[-1]
-
-        def alone(move: Move) -> bool:
-            return move in moves and self.planner.reaches(size, {move} | rounds)
-
-        cost = self.cost
-        suffix = " and round" if rounds else " only"
-
-        if alone("round"):
-            yield from attempt("round only", NEVER, NEVER)
-            if cost(done[-1]) <= NEGLIGIBLE:
-                return  # nothing that is worth a try could do better
-        rounding = 1.0
-        if alone("drop"):
-            yield from attempt(f"drop{suffix}", NEVER)
-            best = done[-1]
-            for step in (1 / STEP, STEP) if rounds else ():
-                while 1 / MOST_ROUNDING <= rounding * step <= MOST_ROUNDING:
-                    yield from attempt(f"drop, rounding counted {rounding * step:g} times", NEVER, 1.0, rounding * step)
-                    if cost(done[-1]) >= cost(best):
-                        break
-                    rounding, best = rounding * step, done[-1]
-                if rounding != 1.0:
-                    break
-            if len({*self.weights.values()}) > 1:  # predictions may be far too low for what counts less
-                counted = dict.fromkeys(self.weights, 1.0)
-                yield from attempt(f"drop{suffix}, tasks counted alike", NEVER, 1.0, rounding)
-                counted = self.weights
-        if alone("share"):
-            yield from attempt(f"share{suffix}", 1.0, NEVER, rounding)
-        if {"share", "drop"} <= moves:
-            factor = 1.0
-
-            def mixed(factor: float) -> Iterator[Candidate]:
-                yield from attempt(f"sharing counted {factor:.3g} times", factor, 1.0, rounding)
-
-            yield from mixed(factor)
-            best = done[-1]
-            for step in (1 / STEP, STEP, STEP**-0.5, STEP**0.5):
-                while LEAST_FACTOR <= factor * step <= 1 / LEAST_FACTOR:
-                    yield from mixed(factor * step)
-                    same = done[-1] is best  # where nothing is shared yet, sharing may have to count for much less
-                    if cost(done[-1]) >= cost(best) and not (same and step == 1 / STEP):
-                        break
-                    factor, best = factor * step, done[-1]
-        if done:
-            for damped in self._damped(self.best_of(done)):
-                done.append(damped)
-                yield damped
-            start = last = self.best_of(done)
-            counted, damping = start.counted, start.plan.damping
-            for number in range(EVENED):
-                if self._even(last):
-                    break
-                counted = self._evened(counted, last)
-                yield from attempt(f"{start.name}, evened {number + 1} times", *start.factors)
-                last = done[-1]
-        else:
-            self.planner.plan(size)  # raises an error that names the least size
+        yield from _Candidates(self, size)
 
     def ranked(self, size: float) -> list[Candidate]:
         """The candidates for a size, the one with the least held-out loss first; of the same neurons one alone."""
@@ -290,9 +217,107 @@ class BudgetSearch:
         """Return the steps of merging by a plan, on all calibration data; see `mtz_core.merging.walk.merge`."""
         return merge(self.traced, plan.pairings, self.config, (), plan.keep, plan.damping, plan.bits)
 
-    def _judged(self, plan: Plan) -> dict[str, TaskReport]:
+    def judged(self, plan: Plan) -> dict[str, TaskReport]:
+        """Merge by a plan, on the examples for fitting, and judge the result on those that are held out."""
         zipped = finish(merge(self.fitting, plan.pairings, self.config, (), plan.keep, plan.damping, plan.bits))
         return judge(zipped, self.traced, self.held_out, self._targets)
+
+    def cost(self, candidate: Candidate) -> float:
+        """The root of the summed squares of all tasks' weighted losses: the largest count most."""
+        return hypot(*(self.weights[task] * loss for task, loss in candidate.loss.items()))
+
+
+class _Candidates:
+    """The plans that are tried for one size, in turn."""
+
+    def __init__(self, search: BudgetSearch, size: float) -> None:
+        self._search, self._size, self._cost = search, size, search.cost
+        self._moves = {*search.budget.moves}
+        self._done: list[Candidate] = []
+        self._counted: Mapping[str, float] = search.weights
+        self._damping: Mapping[str, float] = {}
+        self._rounding = 1.0
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """Make, merge and measure the plans, each on those before it."""
+        if self._reaches("round"):
+            yield from self._attempt("round only", NEVER, NEVER)
+            if self._cost(self._done[-1]) <= NEGLIGIBLE:
+                return  # nothing that is worth a try could do better
+        if self._reaches("drop"):
+            yield from self._dropping()
+        if self._reaches("share"):
+            yield from self._attempt(f"share{self._suffix}", 1.0, NEVER, self._rounding)
+        if {"share", "drop"} <= self._moves:
+            yield from self._mixed(1.0)
+            yield from self._climb(self._mixed, (1 / STEP, STEP, STEP**-0.5, STEP**0.5), MOST_SHARING)
+        if not self._done:
+            self._search.planner.plan(self._size)  # raises an error that names the least size
+        for damped in self._damped(self._search.best_of(self._done)):
+            self._done.append(damped)
+            yield damped
+        yield from self._even_out(self._search.best_of(self._done))
+
+    @property
+    def _suffix(self) -> str:
+        return " and round" if "round" in self._moves else " only"
+
+    def _reaches(self, move: Move) -> bool:
+        """Whether a move reaches the size by itself, or together with rounding."""
+        return move in self._moves and self._search.planner.reaches(self._size, {move} | (self._moves & {"round"}))
+
+    def _attempt(self, name: str, sharing: float, dropping: float = 1.0, rounding: float = 1.0) -> Iterator[Candidate]:
+        """Plan with these factors of damage, and merge and measure the plan unless it is known."""
+        plan = self._search.planner.plan(self._size, sharing, dropping, self._counted, rounding)
+        plan = replace(plan, damping=self._damping)
+        known = next((candidate for candidate in self._done if candidate.plan.same(plan)), None)
+        factors = (sharing, dropping, rounding)
+        self._done.append(known or Candidate(name, plan, self._search.judged(plan), factors, self._counted))
+        if known is None:
+            yield self._done[-1]
+
+    def _mixed(self, factor: float) -> Iterator[Candidate]:
+        return self._attempt(f"sharing counted {factor:.3g} times", factor, 1.0, self._rounding)
+
+    def _dropping(self) -> Iterator[Candidate]:
+        """Drop, and round if that is allowed, its damage counted as it does best."""
+        yield from self._attempt(f"drop{self._suffix}", NEVER)
+        if "round" in self._moves:
+
+            def counted(factor: float) -> Iterator[Candidate]:
+                return self._attempt(f"drop, rounding counted {factor:.3g} times", NEVER, 1.0, factor)
+
+            self._rounding = yield from self._climb(counted, (1 / STEP, STEP), MOST_ROUNDING)
+        if len({*self._search.weights.values()}) > 1:  # predictions may be far too low for what counts less
+            self._counted = dict.fromkeys(self._search.weights, 1.0)
+            yield from self._attempt(f"drop{self._suffix}, tasks counted alike", NEVER, 1.0, self._rounding)
+            self._counted = self._search.weights
+
+    def _climb(
+        self, attempt: Callable[[float], Iterator[Candidate]], steps: Sequence[float], most: float
+    ) -> Generator[Candidate, None, float]:
+        """Multiply a factor of damage, 1 at first, by each step for as long as this improves the last candidate.
+
+        Args:
+            attempt: Tries a factor.
+            steps: The steps.
+            most: The greatest factor; the least is its inverse.
+
+        Yields:
+            The candidates.
+
+        Returns:
+            The best factor.
+        """
+        factor, best = 1.0, self._done[-1]
+        for step in steps:
+            while 1 / most <= factor * step <= most:
+                yield from attempt(factor * step)
+                same = self._done[-1] is best  # the damage may have to count for much less until anything changes
+                if self._cost(self._done[-1]) >= self._cost(best) and not (same and step == 1 / STEP):
+                    break
+                factor, best = factor * step, self._done[-1]
+        return factor
 
     def _damped(self, candidate: Candidate) -> Iterator[Candidate]:
         """Merge the same neurons with more damping, each task's fits for as long as this improves it.
@@ -302,37 +327,44 @@ class BudgetSearch:
         Yields:
             Each candidate that is worth it.
         """
-        if self.config.damping == "auto" or self.config.method == "paper":
+        if self._search.config.damping == "auto" or self._search.config.method == "paper":
             return
         best, factor = candidate, DAMPED
         name, shares = candidate.name, any(pairing.shared for pairing in candidate.plan.pairings.values())
-        while factor <= MOST_DAMPED and self.cost(best) > NEGLIGIBLE:
-            more = dict.fromkeys(self.traced, factor * self.config.fixed_damping)
-            tried = self._judged(replace(best.plan, damping=more))
+        while factor <= MOST_DAMPED and self._cost(best) > NEGLIGIBLE:
+            more = dict.fromkeys(self._search.traced, factor * self._search.config.fixed_damping)
+            tried = self._search.judged(replace(best.plan, damping=more))
             better = {task for task, report in tried.items() if report.lost < best.loss[task]}
             if not better:
                 return
             plan = replace(best.plan, damping={**best.plan.damping, **{task: more[task] for task in better}})
             if shares and better < tried.keys():
-                tried = self._judged(plan)  # what is shared is fitted for all tasks together
+                tried = self._search.judged(plan)  # what is shared is fitted for all tasks together
             judged = {task: tried[task] if shares or task in better else best.judged[task] for task in tried}
             damped = replace(best, name=f"{name}, damped {factor:g} times", plan=plan, judged=judged)
-            if self.cost(damped) > GAIN * self.cost(best):
+            if self._cost(damped) > GAIN * self._cost(best):
                 return
             yield damped
             best, factor = damped, DAMPED * factor
 
-    def cost(self, candidate: Candidate) -> float:
-        """The root of the summed squares of all tasks' weighted losses: the largest count most."""
-        return hypot(*(self.weights[task] * loss for task, loss in candidate.loss.items()))
+    def _even_out(self, start: Candidate) -> Iterator[Candidate]:
+        """Count the damage to tasks for less, the less they have lost by the last plan, while losses are uneven."""
+        self._counted, self._damping = start.counted, start.plan.damping
+        last = start
+        for number in range(EVENED):
+            if self._even(last):
+                return
+            self._counted = self._evened(self._counted, last)
+            yield from self._attempt(f"{start.name}, evened {number + 1} times", *start.factors)
+            last = self._done[-1]
 
     def _even(self, candidate: Candidate) -> bool:
-        losses = [self.weights[task] * loss for task, loss in candidate.loss.items()]
+        losses = [self._search.weights[task] * loss for task, loss in candidate.loss.items()]
         return max(losses) <= EVEN * max(min(losses), NEGLIGIBLE)
 
     def _evened(self, counted: Mapping[str, float], candidate: Candidate) -> dict[str, float]:
         """Count the damage to a task for less, the less the task has lost by a plan in comparison to the others."""
-        losses = {task: self.weights[task] * max(loss, NEGLIGIBLE) for task, loss in candidate.loss.items()}
+        losses = {task: self._search.weights[task] * max(loss, NEGLIGIBLE) for task, loss in candidate.loss.items()}
         return {task: counted[task] * (loss / max(losses.values())) ** GENTLE for task, loss in losses.items()}
 
 

@@ -345,7 +345,7 @@ def test_a_size_that_no_network_has(
 def test_a_size_that_no_plan_has(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """What only the planner knows is refused before anything is merged, with the least size."""
     monkeypatch.setattr("tasks.stages.budget_checks._check_size", lambda *_: None)
-    monkeypatch.setattr(BudgetSearch, "_judged", None)
+    monkeypatch.setattr(BudgetSearch, "judged", None)
     spend(project, size=0.01)
     message = refused(capsys, "match", status=EXIT_REFUSED)
     assert "match.budget.size: 0.01 is impossible: the least that these networks can be stored in is 0.0" in message
