@@ -293,6 +293,15 @@ class Planner:
                 ),
             )
 
+    def alike(self, size: float) -> Plan | None:
+        """The plan that only rounds, all weights to the same bits: as many as fit a size; None if none do."""
+        states, budget = dict.fromkeys(self.options, 0), int(size * self.original_bytes + 1e-6)
+        for bits in self.precisions.offered[1:]:
+            choice = Choice(states, self.sizes.bits_of(bits))
+            if self._bytes(choice) <= budget:
+                return self._plan(choice)
+        return None
+
     def whole(self) -> Plan:
         """The plan that shares, drops and rounds nothing."""
         return self._plan(Choice(dict.fromkeys(self.options, 0), self.precisions.none()))

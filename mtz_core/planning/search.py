@@ -244,6 +244,8 @@ class _Candidates:
             yield from self._attempt("round only", NEVER, NEVER)
             if self._cost(self._done[-1]) <= NEGLIGIBLE:
                 return  # nothing that is worth a try could do better
+            if (alike := self._search.planner.alike(self._size)) is not None:
+                yield from self._tried("round only, all layers alike", alike, (NEVER, NEVER, 1.0))
         if self._reaches("drop"):
             yield from self._dropping()
         if self._reaches("share"):
@@ -267,11 +269,13 @@ class _Candidates:
         return move in self._moves and self._search.planner.reaches(self._size, {move} | (self._moves & {"round"}))
 
     def _attempt(self, name: str, sharing: float, dropping: float = 1.0, rounding: float = 1.0) -> Iterator[Candidate]:
-        """Plan with these factors of damage, and merge and measure the plan unless it is known."""
+        """Plan with these factors of damage."""
         plan = self._search.planner.plan(self._size, sharing, dropping, self._counted, rounding)
-        plan = replace(plan, damping=self._damping)
+        return self._tried(name, replace(plan, damping=self._damping), (sharing, dropping, rounding))
+
+    def _tried(self, name: str, plan: Plan, factors: tuple[float, float, float]) -> Iterator[Candidate]:
+        """Merge and measure a plan unless it is known."""
         known = next((candidate for candidate in self._done if candidate.plan.same(plan)), None)
-        factors = (sharing, dropping, rounding)
         self._done.append(known or Candidate(name, plan, self._search.judged(plan), factors, self._counted))
         if known is None:
             yield self._done[-1]
