@@ -25,6 +25,7 @@ from mtz_core.settings import MOVES, Budget, Move, ZipConfig
 from mtz_core.zipped.codes import SCALES, nearest, packed_bytes
 from mtz_core.zipped.structure import scale_name
 from tasks.files import whole_file
+from tasks.studies.charts import Curve, Panel, draw_curves
 from tests.benchmarks.accuracy import PAIRS
 from tests.benchmarks.fleet_curves import budget_search
 from tests.benchmarks.fleets import fleet_networks, member_split
@@ -39,12 +40,18 @@ PAIR_SIZES = (0.25, 0.125, 0.0625)
 """Bytes of two unrelated networks, relative to both originals."""
 
 BY_MOVES: Mapping[str, tuple[Move, ...]] = {
-    "this project, share and drop": ("share", "drop"),
-    "this project, round only": ("round",),
-    "this project, drop and round": ("drop", "round"),
     "this project, all moves": MOVES,
+    "this project, drop and round": ("drop", "round"),
+    "this project, round only": ("round",),
+    "this project, share and drop": ("share", "drop"),
 }
-PAGE = DOCS / "real-bytes.md"
+FAMILIES = {"each alone, ": "to nearest", "each alone": "optimal brain quantisation", "mean in 8 bits": "deltas"}
+"""Ways with a size of their own: how their names begin, and what tells them apart."""
+
+HIGHEST = 0.5
+"""Points that rise more are not in the figure."""
+
+PAGE, FIGURE = DOCS / "real-bytes.md", DOCS / "real-bytes.svg"
 
 
 @dataclass(frozen=True)
@@ -207,8 +214,21 @@ def _drawn(images: Mapping[str, Tensor], count: int, seed: int) -> dict[str, Ten
     return found
 
 
+def curves(records: Records, case: str) -> Iterator[Curve]:
+    """Rise against bytes by every way; of ways with a size of their own, those that differ in bits alone are one."""
+    found: dict[str, dict[object, list[tuple[float, float]]]] = {}
+    for row in records.where(case=case):
+        way = row["way"].removeprefix("this project, ")
+        name = next((told for start, told in FAMILIES.items() if way.startswith(start) and told in way), way)
+        found.setdefault(name, {}).setdefault((row["way"], row["size"]), []).append((100 * row["stored"], row["rise"]))
+    for name in (*(way.removeprefix("this project, ") for way in BY_MOVES), *FAMILIES.values()):
+        points = sorted(tuple(np.mean(own, axis=0)) for own in found.get(name, {}).values())
+        if points := [point for point in points if point[1] <= HIGHEST]:
+            yield Curve(name, *zip(*points, strict=True))
+
+
 def page(records: Records) -> Path:
-    """Write the tables."""
+    """Write the tables and a figure."""
     lines = [
         "# Real bytes: rounding, deltas, dropping and sharing",
         "",
@@ -250,10 +270,23 @@ def page(records: Records) -> Path:
         for way in dict.fromkeys(row["way"] for row in rows if row["size"] is None):
             own = [row for row in rows if row["way"] == way]
             stored, found = (float(np.mean([row[key] for row in own])) for key in ("stored", "rise"))
-            ours = [rise["this project, all moves", size] for size in sizes if size >= stored]
+            ours = [value for (way_, at), value in rise.items() if way_.endswith("all moves") and at >= stored]
             ahead = "ahead" if ours and found < min(ours) - 0.005 and stored <= max(sizes) else ""
             lines.append(f"| {way} | {stored:.3f} × | {found:+.2f} | {ahead} |")
         lines.append("")
+    cases = list(dict.fromkeys(row["case"] for row in records.rows))
+    panels = [
+        Panel(case, list(curves(records, case))) for case in sorted(cases, key=lambda case: "networks" not in case)
+    ]
+    draw_curves(
+        FIGURE,
+        panels,
+        title="Error against real bytes, no retraining",
+        x_label="stored bytes, % of one original (of pairs: of both)",
+        y_label="rise of the mean error, points",
+        columns=2,
+    )
+    lines += ["![Rise of the error against stored bytes, for every way](real-bytes.svg)", ""]
     with whole_file(PAGE) as temporary:
         temporary.write_text("\n".join(lines))
     return PAGE
