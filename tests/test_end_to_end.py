@@ -44,7 +44,7 @@ def clone(target: Path) -> Path:
     for settings in params["pretrain"].values():
         settings["epochs"] = 1
     params["collect"]["images"] = 400
-    params["match"] |= {"share": None, "budget": {"size": 0.35}}
+    params["match"] |= {"share": None, "budget": {"size": 0.35, "moves": ["share", "drop"]}}
     params["retrain"] |= {"images": 400, "iterations": 40}
     (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (target / "fleet.yaml").write_text("version: 2\ngroups: {small: {}}\n")

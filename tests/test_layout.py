@@ -13,6 +13,7 @@ MIRRORED = sorted(path for package in PACKAGES for path in (ROOT / "tests" / pac
 
 SEVERAL = {
     "mtz_core/merging/test_differing_networks.py": "matching and walk, of networks that differ somewhere",
+    "mtz_core/merging/test_rounded_networks.py": "walk, adding and the zipped module, of networks that are rounded",
     "mtz_core/merging/test_many_networks.py": "matching and walk, of three networks and more",
     "mtz_core/merging/test_unlike_networks.py": "matching and walk, of networks that share only a part",
     "mtz_core/test_several_inputs.py": "everything, of networks with several inputs",

@@ -119,7 +119,8 @@ def test_a_report_names_the_kind_of_every_output() -> None:
 def test_a_report_says_how_every_output_came_through(tmp_path: Path) -> None:
     """As a file has it, too, with a warning for one that is lost while the others, which count more, are not."""
     heavy = {"logits": mtz.Output("logits", weight=100.0), "found.0": "regression"}
-    settings = mtz.ZipConfig(budget=mtz.Budget(size=0.4), outputs=dict.fromkeys(("a", "b"), heavy))
+    budget = mtz.Budget(size=0.4, moves=("share", "drop"))
+    settings = mtz.ZipConfig(budget=budget, outputs=dict.fromkeys(("a", "b"), heavy))
     message = r"'a' has lost \d+ % of what it knew of 'found\.0'.*Let 'found\.0' count more: declare .* greater weight"
     with pytest.warns(mtz.ZipWarning, match=message):
         found = mtz.zip_networks({"a": apart(1), "b": apart(2)}, dict.fromkeys("ab", numbers(80, 1)), settings)
@@ -131,7 +132,7 @@ def test_a_report_says_how_every_output_came_through(tmp_path: Path) -> None:
     shares = [(own["weight"] / 101, own["lost"], own["agreement"]) for own in again.output.values()]
     assert again.lost == pytest.approx(sum(weight * own for weight, own, _ in shares), rel=1e-4)
     assert again.agreement == pytest.approx(sum(weight * own for weight, _, own in shares))
-    even = mtz.ZipConfig(budget=mtz.Budget(size=0.4), outputs={task: {"logits": "logits"} for task in "ab"})
+    even = mtz.ZipConfig(budget=budget, outputs={task: {"logits": "logits"} for task in "ab"})
     mended = mtz.zip_networks({"a": apart(1), "b": apart(2)}, dict.fromkeys("ab", numbers(80, 1)), even)
     assert mended.report.tasks["a"].worst[1] < 0.5
     assert f"agreement (logits {shares[0][2]:.1f} %, found.0 {shares[1][2]:.1f} %), " in str(again)
@@ -170,7 +171,7 @@ def test_what_an_output_weighs_is_its_share_of_the_damage() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_budget_is_kept_and_light_retraining_helps() -> None:
-    small = config(budget=mtz.Budget(size=0.4))
+    small = config(budget=mtz.Budget(size=0.4, moves=("share", "drop")))
     validation = {"narrow": numbers(40, 5), "wide": numbers(40, 6)}
     before = mtz.zip_networks(originals(), calibration(), small, validation=validation)
     light = mtz.RetrainConfig(iterations=60, learning_rate=3e-3)

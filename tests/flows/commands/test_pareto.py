@@ -98,7 +98,7 @@ def test_failures_are_told_in_one_line(measured: Path) -> None:
     [
         (["--group", "smal"], "there is no group 'smal'; did you mean 'small'?"),
         (["--sizes", "0.5,2"], "--sizes 0.5,2: is no list of sizes. Allowed: numbers above 0, at most 1"),
-        (["--methods", "prune"], "there is no method 'prune'. Methods: mixture, drop, share, paper."),
+        (["--methods", "prune"], "there is no method 'prune'. Methods: mixture, round, drop, share, paper."),
     ],
 )
 def test_impossible_questions_start_nothing(measured: Path, arguments: list[str], message: str) -> None:

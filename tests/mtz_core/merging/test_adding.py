@@ -110,7 +110,8 @@ def test_a_newcomer_joins_a_network_that_has_lost_neurons() -> None:
         for parameter in networks[task].parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
     two = {task: networks[task] for task in "ab"}
-    zipped = mtz_core.zip_networks(two, {task: calibration[task] for task in two}, ZipConfig(budget=Budget(size=0.4)))
+    budget = Budget(size=0.4, moves=("share", "drop"))
+    zipped = mtz_core.zip_networks(two, {task: calibration[task] for task in two}, ZipConfig(budget=budget))
     more = mtz_core.add_network(zipped, "c", networks["c"], calibration["c"])
     assert more.report.layers[1].neurons["c"] == 12 > max(zipped.report.layers[1].neurons.values())
     assert more.report.layers[0].shared == zipped.report.layers[0].shared > 0

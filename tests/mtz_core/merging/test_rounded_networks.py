@@ -23,7 +23,7 @@ from mtz_core.zipped.codes import SCALES, nearest
 from mtz_core.zipped.structure import block_name, scale_name
 from tests.support.fleets import FLEETS, drawn, measured_fleet, rounded_fleet
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 on_fleets = pytest.mark.parametrize(
     "name", ["other widths and classes", "three residual, other channels", "kept separate", "depthwise"]

@@ -23,7 +23,7 @@ from mtz_core.zipped.structure import scale_name
 from tests.support.fleets import CONFIG, FLEETS, drawn_bits, measured_fleet, planner
 from tests.support.networks import measured
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 on_all_fleets = pytest.mark.parametrize("name", FLEETS)
 on_some_fleets = pytest.mark.parametrize("name", ["three mlps", "no bias, other inputs", "residual", "depthwise"])
