@@ -67,7 +67,7 @@ def main() -> None:
     zipped = mtz.zip_networks(
         networks,
         calibration=dict.fromkeys(networks, pictures[:2000]),
-        config=mtz.ZipConfig(budget=mtz.Budget(size=0.4)),
+        config=mtz.ZipConfig(budget=mtz.Budget(size=0.2)),
         on_progress=print,
     )
     print(f"\n{zipped.report}")
