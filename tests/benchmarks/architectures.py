@@ -164,7 +164,7 @@ def through(own: Architecture) -> Iterator[dict[str, Any]]:
     def progress(step: Progress) -> None:
         seconds[step.stage] = time.process_time() - started
 
-    config = ZipConfig(patches=PATCHES, refit_rounds=0, budget=Budget(size=SIZE))
+    config = ZipConfig(patches=PATCHES, refit_rounds=0, budget=Budget(size=SIZE, moves=("share", "drop")))
     zipped = zip_networks(networks, images, config, on_progress=progress)
     report = zipped.report
     yield {"trace": seconds["trace"], "budget": time.process_time() - started - seconds["trace"]}
