@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from math import exp, hypot, log
 from typing import Any
@@ -123,7 +123,6 @@ class BudgetSearch:
         fitting: The part of the calibration data on which plans are merged.
         held_out: The examples by which they are measured.
         weights: The weight of every task's loss: its balance, and what the search for a floor makes of it.
-        planner: Makes the plans.
     """
 
     def __init__(
@@ -173,7 +172,19 @@ class BudgetSearch:
             }
         balance = config.balance_of(tuple(traced))
         self.weights = {task: len(traced) * weight for task, weight in zip(traced, balance, strict=True)}
-        self.planner = Planner(traced, config, budget.moves)
+        _ = self.rounder if "round" in budget.moves else self.planner  # what cannot be planned is told at once
+
+    @cached_property
+    def rounder(self) -> Planner:
+        """Makes plans that only round, which are often enough, and need no matching."""
+        return Planner(self.traced, self.config, ("round",))
+
+    @cached_property
+    def planner(self) -> Planner:
+        """Makes plans with all moves that are allowed."""
+        return (
+            self.rounder if {*self.budget.moves} == {"round"} else Planner(self.traced, self.config, self.budget.moves)
+        )
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Count the losses of the tasks with these weights from now on."""
@@ -240,12 +251,14 @@ class _Candidates:
 
     def __iter__(self) -> Iterator[Candidate]:
         """Make, merge and measure the plans, each on those before it."""
-        if self._reaches("round"):
-            yield from self._attempt("round only", NEVER, NEVER)
+        rounder = self._search.rounder if "round" in self._moves else None
+        if rounder is not None and rounder.reaches(self._size, {"round"}):
+            only = NEVER, NEVER, 1.0
+            yield from self._tried("round only", rounder.plan(self._size, counted=self._counted), only)
             if self._cost(self._done[-1]) <= NEGLIGIBLE:
                 return  # nothing that is worth a try could do better
-            if (alike := self._search.planner.alike(self._size)) is not None:
-                yield from self._tried("round only, all layers alike", alike, (NEVER, NEVER, 1.0))
+            if (alike := rounder.alike(self._size)) is not None:
+                yield from self._tried("round only, all layers alike", alike, only)
         if self._reaches("drop"):
             yield from self._dropping()
         if self._reaches("share"):

@@ -15,7 +15,7 @@ from mtz_core import Budget, MtzError, RetrainConfig, Validation, ZipConfig, Zip
 from mtz_core.errors import InvalidCalibration, InvalidConfig, ZipWarning
 from mtz_core.merging.walk import finish, merge
 from mtz_core.network.tracing import trace
-from mtz_core.planning.search import BudgetSearch, FloorCandidate, FloorSearch
+from mtz_core.planning.search import NEGLIGIBLE, BudgetSearch, FloorCandidate, FloorSearch
 from mtz_core.settings import MOVES, Kind, Move
 from mtz_core.statistics.calibration import as_batches, original_moments
 from mtz_core.statistics.sensitivity import sensitivities
@@ -153,6 +153,16 @@ def test_the_whole_size_gives_back_the_originals() -> None:
     for task, network in found.items():
         x = images(found)[task]
         assert torch.equal(zipped(x, task), network(x))
+
+
+def test_where_rounding_alone_loses_next_to_nothing_no_neurons_are_matched() -> None:
+    found = networks()
+    own = budget_search(found, images(found), ZipConfig(budget=Budget(size=0.7)))
+    (candidate,) = own.candidates(0.7)
+    assert candidate.name == "round only" and own.cost(candidate) <= NEGLIGIBLE
+    assert "planner" not in vars(own)
+    assert own.zip(candidate.plan).report.stored_bytes == candidate.plan.bytes
+    assert len(list(own.candidates(0.2))) > 1 and "planner" in vars(own)
 
 
 def test_equal_networks_cost_the_bytes_of_one_and_no_accuracy() -> None:
