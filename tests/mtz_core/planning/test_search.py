@@ -169,7 +169,7 @@ def test_equal_networks_cost_the_bytes_of_one_and_no_accuracy() -> None:
     found = networks(("a",))
     twice = {"a": found["a"], "b": found["a"]}
     calibration = {"a": images(found)["a"], "b": images(found)["a"]}
-    zipped = zip_networks(twice, calibration, ZipConfig(budget=Budget(size=0.62)))
+    zipped = zip_networks(twice, calibration, ZipConfig(budget=Budget(size=0.62, moves=BOTH)))
     for task in twice:
         torch.testing.assert_close(zipped(calibration[task], task), found["a"](calibration[task]))
 
