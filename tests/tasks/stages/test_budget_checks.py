@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import mtz_core
+from mtz_core import ZippedNetwork
 from mtz_core.errors import InvalidConfig
 from mtz_core.evaluation import error_rate
 from mtz_core.planning.search import BudgetSearch
@@ -133,16 +134,21 @@ def test_a_size_is_kept_by_the_plan_that_does_best(project: Path, capsys: pytest
     assert stored["bytes"] == Path("retrained/weights.safetensors").stat().st_size
 
 
-def test_the_stages_make_what_the_facade_makes(project: Path) -> None:
-    spend(project, size=0.5)
-    run("match", "merge")
+def both_ways() -> tuple[ZippedNetwork, ZippedNetwork, dict[str, Tensor]]:
+    """What `merge` has made, what the façade makes of the same, and the calibration images."""
     params, workspace = load_params(Path("params.yaml")), Workspace(Path())
     traced = {name: load_traced(params, workspace, name) for name in "ab"}
     images = {name: torch.cat(calibration(params, workspace, name, own)) for name, own in traced.items()}
     direct = mtz_core.zip_networks(
         {name: load_network(params, workspace, name) for name in "ab"}, images, params.zip_config()
     )
-    staged = mtz_core.load("merged")
+    return mtz_core.load("merged"), direct, images
+
+
+def test_the_stages_make_what_the_facade_makes(project: Path) -> None:
+    spend(project, size=0.5)
+    run("match", "merge")
+    staged, direct, images = both_ways()
     for task in "ab":
         torch.testing.assert_close(staged(images[task], task), direct(images[task], task), atol=1e-4, rtol=1e-4)
 
@@ -173,13 +179,7 @@ def test_the_stages_round_as_the_facade_does(project: Path) -> None:
     """But for the rounding of moments on disk, which may turn a code into its neighbour."""
     spend(project, size=0.15, moves=["round"])
     run("match", "merge")
-    params, workspace = load_params(Path("params.yaml")), Workspace(Path())
-    traced = {name: load_traced(params, workspace, name) for name in "ab"}
-    images = {name: torch.cat(calibration(params, workspace, name, own)) for name, own in traced.items()}
-    direct = mtz_core.zip_networks(
-        {name: load_network(params, workspace, name) for name in "ab"}, images, params.zip_config()
-    )
-    staged = mtz_core.load("merged")
+    staged, direct, _ = both_ways()
     assert staged.structure.bits == direct.structure.bits
     for task in "ab":
         for node in staged.structure.networks[task].graph.layers:
