@@ -128,6 +128,7 @@ class Planner:
         traced: Mapping[str, Traced],
         config: ZipConfig,
         moves: Sequence[Move],
+        known: Precisions | None = None,
     ) -> None:
         """Match the networks and list the states of every group.
 
@@ -135,6 +136,7 @@ class Planner:
             traced: The networks by task, with moments, sensitivities and calibration data.
             config: How to zip.
             moves: The moves that are allowed.
+            known: What rounding costs these networks, if another planner has measured it.
 
         Raises:
             MtzError: If the networks cannot be zipped together, or if a Hessian cannot be factorised.
@@ -156,7 +158,7 @@ class Planner:
                     for own in traced.values()
                 ]
             self.options[name] = options(name, ways, reading, self.sizes, name in droppable, self._balance)
-        self.precisions = Precisions(list(traced.values()), self.sizes, config.fixed_damping, "round" in moves)
+        self.precisions = Precisions(list(traced.values()), self.sizes, config.fixed_damping, "round" in moves, known)
         self._near = {name: sorted(self.sizes.neighbours(name)) for name in self.options}
         self._priced: Prices | None = None
         self._damages: dict[str, Float64[np.ndarray, " states"]] = {}

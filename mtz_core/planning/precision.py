@@ -37,7 +37,9 @@ class Precisions:
         rounds: Whether weights may be rounded.
     """
 
-    def __init__(self, traced: Sequence[Traced], sizes: Sizes, damping: float, rounds: bool) -> None:
+    def __init__(
+        self, traced: Sequence[Traced], sizes: Sizes, damping: float, rounds: bool, known: Precisions | None = None
+    ) -> None:
         """Measure the damage of rounding.
 
         Args:
@@ -45,15 +47,20 @@ class Precisions:
             sizes: The stored bytes, given counts and bits.
             damping: ``λ`` relative to the mean diagonal of a layer's Hessian.
             rounds: Whether weights may be rounded.
+            known: The same networks' precisions with other sizes, whose measurement of the damage is taken over.
 
         Raises:
             SingularHessian: If a Hessian cannot be factorised.
         """
         self._sizes, self.rounds = sizes, rounds
         self.offered = (sizes.full_bits, *(BITS if rounds else ()))
-        self._each = np.stack(
-            [[_damage_per_weight(own, layer, self.offered[1:], damping) for own in traced] for layer in sizes.layers]
-        )  # [layers, tasks, precisions]
+        self._each: Float64[np.ndarray, "layers tasks precisions"] = (
+            np.stack(
+                [[_damage_per_weight(own, name, self.offered[1:], damping) for own in traced] for name in sizes.layers]
+            )
+            if known is None
+            else known._each
+        )
         self._number = {layer: i for i, layer in enumerate(sizes.layers)}
         biases = np.array([sizes.bias_bytes(layer) for layer in sizes.layers])
         scales = np.array([0, *(SCALES.itemsize for _ in self.offered[1:])])

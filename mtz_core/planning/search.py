@@ -182,9 +182,10 @@ class BudgetSearch:
     @cached_property
     def planner(self) -> Planner:
         """Makes plans with all moves that are allowed."""
-        return (
-            self.rounder if {*self.budget.moves} == {"round"} else Planner(self.traced, self.config, self.budget.moves)
-        )
+        moves = self.budget.moves
+        if {*moves} == {"round"}:
+            return self.rounder
+        return Planner(self.traced, self.config, moves, self.rounder.precisions if "round" in moves else None)
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Count the losses of the tasks with these weights from now on."""
